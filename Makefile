@@ -1,0 +1,40 @@
+# make demo     everything set up in .venv, then the main job on handwritten digits
+# make test     the quick tests; make check is all that CI runs
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test check lint bench bench-quick clean
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
+	  echo "This Python has no ensurepip, so it can't make a virtual environment."; \
+	  echo "Use the pip lines of README.md instead, or install your system's python3-venv."; \
+	  exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m finetune demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+bench-quick: $(VENV)/.installed
+	$(BIN)/python -m benchmarks --quick
+
+clean:
+	rm -rf $(VENV) .cache demo

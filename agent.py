@@ -1,0 +1,26 @@
+"""One run from the command line: what a sweep launches, and what a person types.
+
+python agent.py --strategy partial --data_dir data/inaturalist_12K
+"""
+
+from __future__ import annotations
+
+import sys
+
+from finetune.config import RunConfig
+from finetune.errors import run_door
+from finetune.flags import given_fields
+
+
+def main() -> None:
+    """Check the flags before anything heavy is imported, then run."""
+    given = given_fields(sys.argv[1:])
+    if not given.keys() & {"config", "resume"}:
+        RunConfig.from_fields(given)
+    from finetune.train import train_and_finetune
+
+    train_and_finetune(**given)
+
+
+if __name__ == "__main__":
+    run_door(main)

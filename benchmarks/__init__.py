@@ -1,0 +1,1 @@
+"""This project's figures, measured beside an ordinary pipeline: benchmarks, not gates."""

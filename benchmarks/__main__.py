@@ -1,0 +1,222 @@
+"""This project beside the plain way, alternating, and what limits both.
+
+Turns made-up 800x600 JPEGs into images a second, seconds to the result and ratios, as a table and
+as JSON.
+
+    python -m benchmarks [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
+
+from benchmarks import plain
+from finetune.cache import Cache
+from finetune.data import decode, find_pictures, open_images
+from finetune.model import build, normalise, part_parameters
+from finetune.strategies import PARTS
+from finetune.train import train_and_finetune
+
+NUM_CLASSES = 10
+
+
+def make_pictures(folder: Path, num_train: int, num_val: int) -> None:
+    """JPEGs of 800x600: coarse coloured shapes, told apart by class, under fine noise."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", num_train), ("val", num_val)):
+        for i in range(count):
+            label = i % NUM_CLASSES
+            coarse = rng.integers(0, 256, (6, 8, 3)) // 2 + label * 12
+            image = Image.fromarray(coarse.astype(np.uint8)).resize((800, 600), Image.BICUBIC)
+            noisy = np.asarray(image, dtype=np.int16) + rng.integers(-12, 13, (600, 800, 3))
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
+                place / f"{i:05d}.jpg", quality=88
+            )
+
+
+def quietly(call: Callable[[], Any]) -> Any:
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return call()
+
+
+class Bench:
+    """The two ways on the same pictures."""
+
+    def __init__(self, place: Path, image_size: int) -> None:
+        self.place, self.image_size = place, image_size
+        self.weights = place / "weights.pth"
+        torch.save(build(1000, seed=1).state_dict(), self.weights)
+
+    def pictures(self, num_train: int, num_val: int) -> Path:
+        folder = self.place / f"pictures-{num_train}-{num_val}"
+        if not folder.exists():
+            make_pictures(folder, num_train, num_val)
+        return folder
+
+    def ours(self, strategy: str, data_dir: Path, epochs: int, cache: str = "cache") -> Any:
+        """The result of one run."""
+        model = quietly(
+            lambda: train_and_finetune(
+                strategy=strategy,
+                epochs=epochs,
+                data_dir=data_dir,
+                weights=self.weights,
+                image_size=self.image_size,
+                val_fraction=0,
+                patience=0,
+                out=self.place / "runs",
+                cache_dir=self.place / cache,
+            )
+        )
+        return model.result
+
+    def plain(self, strategy: str, data_dir: Path, epochs: int) -> float:
+        """Images a second."""
+        rate, _ = quietly(
+            lambda: plain.train(data_dir, self.weights, strategy, epochs, self.image_size)
+        )
+        return rate
+
+    def raw(self, strategy: str, num_steps: int) -> float:
+        """Images a second of a bare training loop on the whole network, in channels_last."""
+        model = build(NUM_CLASSES, seed=0)
+        for part in PARTS:
+            for parameter in part_parameters(model, part):
+                opened = plain.OPENED.get(strategy, plain.GRADUAL)
+                parameter.requires_grad_(part in opened or (part == "stem" and "conv1" in opened))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, fused=True)
+        images = torch.randint(0, 256, (32, self.image_size, self.image_size, 3)).byte()
+        x, y = normalise(images, None), torch.arange(32) % NUM_CLASSES
+        started = 0.0
+        for step in range(num_steps + 1):
+            if step == 1:
+                started = time.perf_counter()
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return 32 * num_steps / (time.perf_counter() - started)
+
+
+def compare_strategy(
+    bench: Bench, strategy: str, sizes: tuple[int, int], plain_sizes: tuple[int, int], epochs: int,
+    alternations: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Alternating runs of both, caches filled before the first."""
+    data_dir, plain_dir = bench.pictures(*sizes), bench.pictures(*plain_sizes)
+    bench.ours(strategy, data_dir, epochs)
+    pairs = []
+    for _ in range(alternations):
+        theirs = bench.plain(strategy, plain_dir, epochs)
+        ours = bench.ours(strategy, data_dir, epochs).images_per_second
+        pairs.append((ours, theirs))
+        print(f"  {strategy}: {ours:.1f} against {theirs:.1f} images/s", flush=True)
+    return {
+        "pictures": sizes,
+        "plain_pictures": plain_sizes,
+        "epochs": epochs,
+        "ours_images_per_second": statistics.median(ours for ours, _ in pairs),
+        "plain_images_per_second": statistics.median(theirs for _, theirs in pairs),
+        "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
+        "ratios": [ours / theirs for ours, theirs in pairs],
+        "raw_loop_images_per_second": bench.raw(strategy, 6) if strategy != "freeze" else None,
+    }
+
+
+def first_freeze_run(bench: Bench, sizes: tuple[int, int], plain_rate: float) -> dict[str, Any]:
+    """Ten epochs from nothing, caches included, against the plain way's time at its rate."""
+    started = time.perf_counter()
+    result = bench.ours("freeze", bench.pictures(*sizes), 10, cache="cold")
+    seconds = time.perf_counter() - started
+    plain_seconds = 10 * sum(sizes) / plain_rate
+    return {
+        "seconds": seconds,
+        "cache_seconds": result.cache_seconds,
+        "plain_seconds_at_its_rate": plain_seconds,
+        "ratio": plain_seconds / seconds,
+    }
+
+
+def store_figures(bench: Bench, sizes: tuple[int, int]) -> dict[str, float]:
+    """Building the decoded store, batches from it on one thread, and likeness to PIL's pictures."""
+    pictures = find_pictures(bench.pictures(*sizes) / "train")
+    cache = Cache(bench.place / "store", 1e11)
+    started = time.perf_counter()
+    images, _ = open_images(pictures, bench.image_size, False, cache)
+    build_seconds = time.perf_counter() - started
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    started, num_batches = time.perf_counter(), 60
+    for _ in range(num_batches):
+        images.batch(rng.integers(0, len(pictures), 32))
+    gather = 32 * num_batches / (time.perf_counter() - started)
+    started = time.perf_counter()
+    for _ in range(num_batches):
+        batch = images.batch(rng.integers(0, len(pictures), 32))
+        normalise(batch, torch.from_numpy(rng.choice(32, 16, replace=False)))
+    whole = 32 * num_batches / (time.perf_counter() - started)
+    torch.set_num_threads(num_threads)
+    resize = v2.Resize((bench.image_size, bench.image_size))
+    errors = []
+    for i in range(min(40, len(pictures))):
+        theirs = np.asarray(resize(Image.open(pictures.path(i)).convert("RGB")), dtype=float)
+        ours = decode(pictures.path(i), bench.image_size).numpy().astype(float)
+        errors.append(((ours - theirs) ** 2).mean())
+    return {
+        "build_images_per_second_per_core": len(pictures) / build_seconds / (os.cpu_count() or 1),
+        "batches_images_per_second_one_thread": gather,
+        "flipped_and_normalised_one_thread": whole,
+        "psnr_db": float(10 * np.log10(255**2 / np.mean(errors))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="about two minutes, rough figures")
+    parser.add_argument("--alternations", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/latest.json"))
+    given = parser.parse_args()
+    os.environ["WANDB_MODE"] = "disabled"
+    alternations = 1 if given.quick else given.alternations
+    small, large = ((32, 32), (320, 64)) if given.quick else ((160, 32), (2000, 400))
+    gradual_epochs = 4 if given.quick else 10
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(Path(place), 256)
+        print("making pictures ...", flush=True)
+        figures["store"] = store_figures(bench, large)
+        figures["freeze"] = compare_strategy(bench, "freeze", large, small, 2, alternations)
+        rate = figures["freeze"]["plain_images_per_second"]
+        figures["first_freeze_run"] = first_freeze_run(bench, large, rate)
+        for strategy, epochs in (("partial", 2), ("gradual", gradual_epochs), ("scratch", 1)):
+            figures[strategy] = compare_strategy(
+                bench, strategy, small, small, epochs, alternations
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures["peak_memory_bytes"] = peak * 1024
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(figures, indent=2))
+    for name, values in figures.items():
+        print(f"{name}: {json.dumps(values)}")
+
+
+if __name__ == "__main__":
+    main()

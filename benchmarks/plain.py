@@ -1,0 +1,108 @@
+"""The plain way: an ordinary Lightning, ImageFolder and PIL pipeline, as tutorials write it.
+
+Turns a data folder and a strategy into trained epochs and the seconds that each took. Knows
+nothing of this project; it is what the project is measured against.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.datasets import ImageFolder
+from torchvision.models import resnet18
+from torchvision.transforms import v2
+
+PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+OPENED = {"freeze": ["fc"], "partial": ["fc", "layer4", "layer3"], "scratch": list(PARTS)}
+GRADUAL = ("fc", "layer4", "layer3", "layer2")
+
+
+class Plain(pl.LightningModule):
+    """Frozen parameters lose their gradients; everything else is left to Lightning."""
+
+    def __init__(
+        self, strategy: str, weights: Path, num_classes: int, learning_rate: float
+    ) -> None:
+        super().__init__()
+        self.strategy, self.learning_rate = strategy, learning_rate
+        self.model = resnet18(num_classes=num_classes)
+        if strategy != "scratch":
+            state = torch.load(weights, weights_only=True)
+            state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+            self.model.load_state_dict(state, strict=False)
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.epoch_seconds: list[float] = []
+        self.val_accuracies: list[float] = []
+
+    def on_train_epoch_start(self) -> None:
+        self._started = time.perf_counter()
+        opened = OPENED.get(self.strategy, GRADUAL[: self.current_epoch + 1])
+        for name in PARTS:
+            getattr(self.model, name).requires_grad_(name in opened)
+
+    def training_step(self, batch: Any, batch_index: int) -> torch.Tensor:
+        images, labels = batch
+        loss = cross_entropy(self.model(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        images, labels = batch
+        logits = self.model(images)
+        self.log("val_loss", cross_entropy(logits, labels))
+        self.accuracy.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self.val_accuracies.append(self.accuracy.compute().item())
+        self.accuracy.reset()
+
+    def on_train_epoch_end(self) -> None:
+        self.epoch_seconds.append(time.perf_counter() - self._started)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.model.parameters(), lr=self.learning_rate, momentum=0.9)
+
+
+def train(
+    data_dir: Path, weights: Path, strategy: str, epochs: int, image_size: int, batch_size: int = 32
+) -> tuple[float, float]:
+    """Images a second over the epochs, training and validation, and seconds in all."""
+    started = time.perf_counter()
+    common = [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+    resize = v2.Resize((image_size, image_size))
+    flipped = v2.Compose([resize, v2.RandomHorizontalFlip(), *common])
+    train_set = ImageFolder(str(data_dir / "train"), flipped)
+    val_set = ImageFolder(str(data_dir / "val"), v2.Compose([resize, *common]))
+    loading: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": 2,
+        "persistent_workers": True,
+    }
+    module = Plain(strategy, weights, len(train_set.classes), 0.001)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(
+        module,
+        DataLoader(train_set, shuffle=True, **loading),
+        DataLoader(val_set, **loading),
+    )
+    num_pictures = epochs * (len(train_set) + len(val_set))
+    return num_pictures / sum(module.epoch_seconds), time.perf_counter() - started

@@ -1,0 +1,281 @@
+"""torchvision's ResNet18 as ordered parts, and where its weights come from.
+
+Turns a network into `frozen prefix / trained suffix` at a boundary between parts, and files into
+weights. Knows nothing about strategies' schedules, data sets or training loops.
+
+    >>> model = build(num_classes=10, seed=42)  # doctest: +SKIP
+    >>> logits_BK = forward(model, pictures_BCHW, "stem", None)  # doctest: +SKIP
+
+Legend: B batch, H height, W width, C channels, D=512 features, K classes.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torchvision.models import ResNet, ResNet18_Weights, resnet18
+
+from finetune.errors import RunDirError, WeightsError
+from finetune.result import RunResult
+from finetune.strategies import PARTS
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's, as torchvision's weights expect them."""
+
+State = dict[str, Tensor]
+
+
+def build(num_classes: int, seed: int) -> ResNet:
+    """A ResNet18 with random weights that follow from the seed; torch's generator stays as it was.
+
+    torchvision's own initialisation (He et al. 2015 for convolutions).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = resnet18(num_classes=num_classes)
+    return model.to(memory_format=torch.channels_last)
+
+
+def part_modules(model: ResNet, part: str) -> list[nn.Module]:
+    """The modules with parameters or buffers of one part."""
+    if part == "stem":
+        return [model.conv1, model.bn1]
+    module: nn.Module = getattr(model, part)
+    return [module]
+
+
+def part_parameters(model: ResNet, part: str) -> list[nn.Parameter]:
+    return [p for module in part_modules(model, part) for p in module.parameters()]
+
+
+def part_of_key(key: str) -> str:
+    """The part that an entry of the state dict belongs to."""
+    first = key.partition(".")[0]
+    return "stem" if first in ("conv1", "bn1") else first
+
+
+def part_state(model: ResNet, parts: Iterable[str]) -> State:
+    """The entries of the state dict that belong to these parts."""
+    wanted = frozenset(parts)
+    return {k: v for k, v in model.state_dict().items() if part_of_key(k) in wanted}
+
+
+def parts_before(boundary: str) -> tuple[str, ...]:
+    return PARTS[: PARTS.index(boundary)]
+
+
+def forward(model: ResNet, x: Tensor, start: str, stop: str | None) -> Tensor:
+    """Run the parts from `start` up to, without, `stop`; None runs to the logits, (B, K).
+
+    What enters `stem` is normalised pictures, (B, 3, H, W); what enters `fc` is the pooled
+    features, (B, D); between them activations, (B, C, H, W).
+    """
+    end = len(PARTS) if stop is None else PARTS.index(stop)
+    for part in PARTS[PARTS.index(start) : end]:
+        if part == "stem":
+            x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+        else:
+            x = getattr(model, part)(x)
+        if part == "layer4":
+            x = torch.flatten(model.avgpool(x), 1)
+    return x
+
+
+def boundary_shape(boundary: str, image_size: int) -> tuple[int, ...]:
+    """The shape of one picture's activations that enter this part: (H, W, C), or (D,) for fc."""
+    if boundary == "fc":
+        return (512,)
+    side = image_size
+    for _ in range({"layer1": 2, "layer2": 2, "layer3": 3, "layer4": 4}[boundary]):
+        side = (side + 1) // 2
+    return (side, side, {"layer1": 64, "layer2": 64, "layer3": 128, "layer4": 256}[boundary])
+
+
+def normalise(images_BHWC: Tensor, flips: Tensor | None) -> Tensor:
+    """uint8 pictures -> normalised float32, (B, 3, H, W) in channels_last, flipped at `flips`.
+
+    Bit for bit what torchvision's ToTensor and Normalize give, computed over rows of W x 3 numbers:
+    on a CPU that runs at memory speed, where broadcasting over single channels does not.
+    """
+    if flips is not None and len(flips):
+        images_BHWC = images_BHWC.index_copy(0, flips, images_BHWC.index_select(0, flips).flip(2))
+    batch, height, width, _ = images_BHWC.shape
+    mean, std = _rows_of(MEAN, width, images_BHWC.device), _rows_of(STD, width, images_BHWC.device)
+    rows = images_BHWC.reshape(batch * height, width * 3).float().div_(255).sub_(mean).div_(std)
+    return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=8)
+def _rows_of(channels: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """One value a channel, repeated along a row of pixels; made once a device."""
+    return torch.tensor(channels, device=device).repeat(width)
+
+
+# weights
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Hash of names, types, shapes and bytes: it tells weights apart, and isn't for enemies."""
+    found = xxhash.xxh3_128()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu()
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # In the order in which `build` lays convolutions out, so that they needn't be copied.
+        tensor = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def load_source(model: ResNet, weights: str) -> str:
+    """Load `imagenet`, a state-dict file or a run directory into a model; its fingerprint.
+
+    An `fc` of another size is left out, so the model's own stays. The fingerprint is of what was
+    in the source, fc apart. Raises `WeightsError` for whatever else doesn't fit.
+    """
+    state = _imagenet() if weights == "imagenet" else read_state(Path(weights))
+    wanted = model.state_dict()
+    missing = sorted(k for k in wanted if k not in state and part_of_key(k) != "fc")
+    foreign = sorted(k for k in state if k not in wanted)
+    misshapen = sorted(
+        f"{k} {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
+        for k in state.keys() & wanted.keys()
+        if state[k].shape != wanted[k].shape and part_of_key(k) != "fc"
+    )
+    problems = [
+        f"{what}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for what, keys in (("missing", missing), ("unknown", foreign), ("of shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise WeightsError(
+            f"weights: {weights} don't fit torchvision's ResNet18: {'; '.join(problems)}"
+        )
+    fitting = {k: v for k, v in state.items() if wanted[k].shape == v.shape}
+    if any(part_of_key(k) == "fc" for k in wanted.keys() - fitting.keys()):
+        fitting = {k: v for k, v in fitting.items() if part_of_key(k) != "fc"}
+    model.load_state_dict(fitting, strict=False)
+    return fingerprint({k: v for k, v in state.items() if part_of_key(k) != "fc"})
+
+
+def _imagenet() -> State:
+    weights = ResNet18_Weights.IMAGENET1K_V1
+    place = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(weights.url)
+    if place.exists():
+        return read_state(place)
+    try:
+        state: State = weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(
+            f"weights: ImageNet's are not at {place}, and can't be fetched from {weights.url} "
+            f"({error}). Put that file there, or pass --weights a ResNet18 state dict; "
+            "--strategy scratch needs none"
+        ) from None
+    return state
+
+
+def read_state(path: Path) -> State:
+    """A state dict from a .pth, a .safetensors or a run directory. Never runs what it loads.
+
+    Raises `WeightsError`.
+    """
+    if path.is_dir():
+        path = path / "best.ckpt"
+    if not path.exists():
+        raise WeightsError(
+            f"weights: {path} does not exist; pass imagenet, a state-dict file or a run directory"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded: State = load_file(path)
+            return loaded
+    except ImportError:
+        raise WeightsError(f"weights: {path} needs safetensors: pip install safetensors") from None
+    except Exception as error:
+        raise WeightsError(f"weights: {path} can't be read: {error}") from None
+    content = read_checkpoint(path)
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(
+            f"weights: {path} is no state dict (found: {', '.join(map(str, list(state)[:4]))})"
+        )
+    return state
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What torch.save wrote, its archive's CRCs checked first: torch itself takes flipped bytes.
+
+    Raises `WeightsError`; files that would execute something are refused.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise WeightsError(f"{path} is damaged (in {damaged})")
+        elif path.read_bytes()[:2] != b"\x80\x02":  # torch's format before 1.6 is a bare pickle
+            raise WeightsError(f"{path} is damaged or no checkpoint")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(
+            f"{path} can't be loaded as weights: {str(error).splitlines()[0]}"
+        ) from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
+    """torch.save beside the target, then a rename: a whole file or none."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, beside)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        reason = str(error).splitlines()[0]
+        raise RunDirError(f"out: {path} can't be written: {reason}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# the fine-tuned model
+
+
+def load_best(run_dir: Path | str) -> ResNet:
+    """A run's model at its best epoch, in eval mode, on the CPU.
+
+    Its `.result` is the run's `RunResult`, or None where the run has not ended well; `.class_names`
+    and `.image_size` say what its logits mean and what it takes. Raises `WeightsError`.
+    """
+    run_dir = Path(run_dir)
+    content = read_checkpoint_of(run_dir)
+    with torch.device("meta"):  # its random weights would be drawn for nothing
+        model = resnet18(num_classes=len(content["class_names"]))
+    model.load_state_dict(content["state_dict"], assign=True)
+    model = model.to(memory_format=torch.channels_last)
+    model.result = RunResult.load(run_dir) if (run_dir / "result.json").exists() else None
+    model.class_names = content["class_names"]
+    model.image_size = content["image_size"]
+    return model.eval()
+
+
+def read_checkpoint_of(run_dir: Path) -> dict[str, Any]:
+    """A run directory's best.ckpt. Raises `WeightsError`."""
+    path = run_dir / "best.ckpt"
+    if not path.exists():
+        raise WeightsError(f"{run_dir} has no best.ckpt: it is no run directory, or has no epoch")
+    content = read_checkpoint(path)
+    if missing := {"state_dict", "class_names", "image_size"} - content.keys():
+        raise WeightsError(f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}")
+    return content

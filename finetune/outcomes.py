@@ -1,0 +1,113 @@
+"""What came of each run in a folder, ended well or not.
+
+Turns a folder of run directories into outcomes: a result or a failure, the epochs, and which
+validation pictures were right. Knows nothing about what they mean together.
+
+    >>> outcomes = read_outcomes(Path("runs"))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.config import read_mapping
+from finetune.errors import FinetuneError, RunDirError
+from finetune.intervals import Correct
+from finetune.result import Row, RunDir, RunResult, read_failure, read_metrics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run directory's content, as far as it goes."""
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    state: str
+    """`finished`, the failure's state, or `unfinished` where neither file is."""
+    reason: str = ""
+    result: RunResult | None = None
+    correct: Correct | None = None
+    labels: np.ndarray[Any, np.dtype[np.int64]] | None = None
+
+    @property
+    def run_id(self) -> str:
+        return self.run_dir.name
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.run_id)
+
+    @property
+    def strategy(self) -> str:
+        return str(self.config.get("strategy"))
+
+    @property
+    def diverged(self) -> bool:
+        return self.state == "failed" and "diverged" in self.reason
+
+
+def read_outcomes(runs_dir: Path) -> list[Outcome]:
+    """Every run directory in or below `runs_dir`, in the order of their paths.
+
+    Raises `RunDirError` where there is none. A directory whose files can't be read is an outcome
+    of the state `unreadable`.
+    """
+    if not runs_dir.is_dir():
+        raise RunDirError(f"{runs_dir} does not exist; pass the folder that runs went into (--out)")
+    outcomes = [_read(place) for place in _run_dirs(runs_dir)]
+    if not outcomes:
+        raise RunDirError(
+            f"{runs_dir} holds no run directories (folders with a config.yaml, at any depth); "
+            "pass the folder that runs went into (--out)"
+        )
+    return outcomes
+
+
+def _run_dirs(folder: Path) -> Iterator[Path]:
+    for place, dirs, files in os.walk(folder):
+        dirs.sort()
+        dirs[:] = [d for d in dirs if not d.startswith(".")]
+        if "config.yaml" in files:
+            dirs.clear()
+            yield Path(place)
+
+
+def _read(place: Path) -> Outcome:
+    run_dir = RunDir(place)
+    try:
+        if run_dir.finished:
+            return _finished(run_dir)
+        config = read_mapping(run_dir.config_path)
+        rows = tuple(read_metrics(run_dir.metrics_path))
+    except (FinetuneError, OSError, ValueError, KeyError) as error:
+        return Outcome(place, {}, (), "unreadable", str(error))
+    failure = read_failure(run_dir.failure_path)
+    if failure is None:
+        reason = f"still running, or ended without a word; go on by --resume {place}"
+        return Outcome(place, config, rows, "unfinished", reason)
+    return Outcome(place, config, rows, str(failure.get("state")), str(failure.get("reason")))
+
+
+def _finished(run_dir: RunDir) -> Outcome:
+    result = RunResult.load(run_dir.path)
+    correct = labels = None
+    if run_dir.predictions_path.exists():
+        with np.load(run_dir.predictions_path) as predictions:
+            labels = predictions["labels"]
+            correct = predictions["logits"].argmax(axis=1) == labels
+    return Outcome(
+        run_dir.path,
+        result.config,
+        tuple(read_metrics(run_dir.metrics_path)),
+        "finished",
+        result=result,
+        correct=correct,
+        labels=labels,
+    )

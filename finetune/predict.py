@@ -1,0 +1,206 @@
+"""The winner put to use: pictures -> classes and probabilities.
+
+Turns a run directory and paths of pictures into predictions, read and computed as the run's own
+validation was: same decoding, resizing, normalising and batches. Knows nothing about training;
+neither Lightning nor wandb is imported, so that one picture is answered quickly.
+
+    python -m finetune predict runs/k3x9q2ab picture.jpg folder/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models import ResNet
+
+from finetune.config import RunConfig, read_mapping
+from finetune.data import Progress, batch_bounds, decode, no_progress, num_cores
+from finetune.errors import DataError
+from finetune.layout import IMAGE_SUFFIXES
+from finetune.model import forward, load_best, normalise
+from finetune.progress import bar
+from finetune.result import RunDir
+
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+
+_DEVICES: dict[str, Callable[[], bool]] = {
+    "cuda": torch.cuda.is_available,
+    "mps": torch.backends.mps.is_available,
+}
+_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A run's best model with what its use needs: where it computes, and how."""
+
+    model: ResNet
+    class_names: list[str]
+    image_size: int
+    batch_size: int
+    device: torch.device
+    precision: Callable[[], AbstractContextManager[Any]]
+
+    @torch.inference_mode()
+    def logits(self, images_BHWC: Tensor) -> Logits:
+        """Of uint8 pictures, (B, K)."""
+        x = normalise(images_BHWC.to(self.device), None)
+        with self.precision():
+            logits_BK = forward(self.model, x, "stem", None)
+        logits: Logits = logits_BK.float().cpu().numpy()
+        return logits
+
+
+def open_winner(run_dir: Path) -> Winner:
+    """The best epoch's model on the run's own kind of device where there is one, else on the CPU.
+
+    Raises `WeightsError`.
+    """
+    model = load_best(run_dir)
+    path = RunDir(run_dir).config_path
+    fields = read_mapping(path) if path.exists() else {}
+    kind = fields.get("accelerator")
+    device = torch.device(kind if kind in _DEVICES and _DEVICES[kind]() else "cpu")
+    dtype = _DTYPES.get(str(fields.get("precision")))
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if device.type == kind and dtype is not None:
+        precision = partial(torch.autocast, device.type, dtype)
+    class_names: Any = model.class_names
+    image_size: Any = model.image_size
+    batch_size = int(fields.get("batch_size") or RunConfig.model_fields["batch_size"].default)
+    return Winner(model.to(device), class_names, image_size, batch_size, device, precision)
+
+
+def predict_logits(
+    winner: Winner, paths: Sequence[Path], progress: Progress = no_progress
+) -> list[Logits | DataError]:
+    """For each picture its logits, (K,), or why there are none.
+
+    Pictures share batches as they would in validation: a last bit of a logit may depend on them.
+    Each core has batches of its own: threads that share one would wait for each other.
+    """
+    done = progress("predicting", len(paths))
+
+    def predict_batch(bounds: tuple[int, int]) -> list[Logits | DataError]:
+        decoded: list[Tensor | DataError] = []
+        for path in paths[slice(*bounds)]:
+            try:
+                decoded.append(decode(path, winner.image_size))
+            except DataError as error:
+                decoded.append(error)
+            done()
+        images = [image for image in decoded if isinstance(image, Tensor)]
+        rows = iter(winner.logits(torch.stack(images)) if images else ())
+        return [next(rows) if isinstance(image, Tensor) else image for image in decoded]
+
+    bounds = batch_bounds(len(paths), winner.batch_size)
+    with ThreadPoolExecutor(num_cores(), "predict", torch.set_num_threads, (1,)) as pool:
+        return [outcome for batch in pool.map(predict_batch, bounds) for outcome in batch]
+
+
+@dataclass(frozen=True)
+class EmptyFolder:
+    """A folder that was given and holds no pictures."""
+
+    path: Path
+
+    @property
+    def error(self) -> DataError:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        return DataError(f"{self.path} holds no pictures (looked for {suffixes})")
+
+
+def softmax(logits: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Probabilities of the last axis' logits, in float64."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
+    shares: np.ndarray[Any, np.dtype[np.float64]] = exponentials / exponentials.sum(
+        axis=-1, keepdims=True
+    )
+    return shares
+
+
+def find_images(given: Sequence[Path]) -> list[Path | EmptyFolder]:
+    """Each path as it stands, a folder as its pictures, class by class as validation orders them.
+
+    What can't be read shows later; a folder without pictures shows here.
+    """
+    found: list[Path | EmptyFolder] = []
+    for path in given:
+        if path.is_dir():
+            found += _pictures_below(path) or [EmptyFolder(path)]
+        else:
+            found.append(path)
+    return found
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    names = []
+    for place, dirs, files in os.walk(folder):
+        dirs[:] = [d for d in dirs if not d.startswith(".")]
+        names += [
+            Path(place, name).relative_to(folder)
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+    names.sort(key=lambda name: (name.parts[0], name.as_posix()))
+    return [folder / name for name in names]
+
+
+def predict(run_dir: Path, given: Sequence[Path], top: int = 3, as_json: bool = False) -> int:
+    """Print the class and probability of each picture; 1 where one of them was bad, else 0."""
+    winner = open_winner(run_dir)
+    found = find_images(given)
+    pictures = [path for path in found if isinstance(path, Path)]
+    shows_progress = sys.stderr.isatty() and not as_json
+    logits = iter(predict_logits(winner, pictures, bar if shows_progress else no_progress))
+    answers = [
+        _answer(str(one), next(logits), winner.class_names, top)
+        if isinstance(one, Path)
+        else _answer(str(one.path), one.error, winner.class_names, top)
+        for one in found
+    ]
+    if as_json:
+        print(json.dumps(answers, ensure_ascii=False, indent=2))
+    else:
+        _print_table(answers)
+    bad = [answer for answer in answers if "error" in answer]
+    for answer in bad:
+        print(f"error: {answer['error']}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} of {len(answers)} could not be predicted", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _answer(
+    path: str, outcome: Logits | DataError, class_names: Sequence[str], top: int
+) -> dict[str, Any]:
+    if isinstance(outcome, DataError):
+        return {"path": path, "class": None, "probability": None, "error": str(outcome)}
+    probabilities = softmax(outcome)
+    # the first of equal logits, as argmax has it
+    best = np.argsort(-outcome, kind="stable")[:top]
+    ranked = [{"class": class_names[i], "probability": float(probabilities[i])} for i in best]
+    return {"path": path, **ranked[0], "top": ranked}
+
+
+def _print_table(answers: Sequence[dict[str, Any]]) -> None:
+    good = [answer for answer in answers if "error" not in answer]
+    path_width = max((len(answer["path"]) for answer in good), default=0)
+    class_width = max((len(one["class"]) for answer in good for one in answer["top"]), default=0)
+    for answer in good:
+        ranked = [
+            f"{one['class']:{class_width}} {one['probability']:7.2%}" for one in answer["top"]
+        ]
+        print(f"{answer['path']:{path_width}}  {'   '.join(ranked)}".rstrip())

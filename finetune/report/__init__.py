@@ -1,0 +1,113 @@
+"""What came of runs, to look at: one page, a table for other tools, and a few lines here.
+
+Turns a folder of run directories into report.html, runs.csv and the answer on the terminal.
+Judging is `finetune.compare`'s.
+
+    python -m finetune report runs
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.compare import Comparison, compare, percent, points
+from finetune.errors import RunDirError
+from finetune.outcomes import Outcome, read_outcomes
+from finetune.result import write_atomically
+
+PAGE, TABLE = "report.html", "runs.csv"
+
+
+def report(runs_dir: Path, out: Path | None = None) -> int:
+    """Write OUT/report.html and OUT/runs.csv (default: into `runs_dir`) and print the answer.
+
+    Raises `RunDirError` where there are no runs, or OUT can't be written.
+    """
+    from finetune.report.page import page
+    from finetune.sweep.importances import importances
+
+    outcomes = read_outcomes(runs_dir)
+    comparison = compare(outcomes)
+    print(summary(comparison))
+    out = out or runs_dir
+    content = page(outcomes, comparison, str(runs_dir), importances(outcomes))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / TABLE, runs_csv(outcomes).encode())
+        write_atomically(out / PAGE, content.encode())
+    except OSError as error:
+        raise RunDirError(f"{out} can't be written: {error.strerror or error}") from None
+    print(f"\n{out / PAGE} ({len(content) / 1e6:.1f} MB)\n{out / TABLE}")
+    return 0
+
+
+def runs_csv(outcomes: Sequence[Outcome]) -> str:
+    """A row a run, whatever its end: what it was given, and what came of it."""
+    rows: list[dict[str, Any]] = []
+    for one in outcomes:
+        row: dict[str, Any] = {"run_id": one.run_id, "state": one.state, "reason": one.reason}
+        if one.result is not None:
+            values = one.result.model_dump(exclude={"config", "versions", "prefix_timings"})
+            row |= {k: v for k, v in values.items() if not isinstance(v, list)}
+        rows.append(row | {k: v for k, v in one.config.items() if k not in row} | _place(one))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _place(outcome: Outcome) -> dict[str, str]:
+    return {"run_dir": str(outcome.run_dir)}
+
+
+def summary(comparison: Comparison) -> str:
+    """The page in short, for a terminal."""
+    lines = textwrap.wrap(comparison.headline, 96)
+    if comparison.advice:
+        lines += ["", *textwrap.wrap(comparison.advice, 96)]
+    if comparison.standings:
+        lines += ["", *_strategy_lines(comparison)]
+    if comparison.differences:
+        width = max(len(f"{d.first} - {d.second}") for d in comparison.differences)
+        of = "strategies" if comparison.about_strategies else "these models"
+        lines += ["", f"differences of {of}, in points of accuracy (95 % interval)"]
+        lines += [
+            f"  {f'{d.first} - {d.second}':{width}} {points(d.estimate):>6} "
+            f"({points(d.low):>5} to {points(d.high):>5})  p {d.p_holm:.3f}  "
+            f"{'told from luck' if d.told_from_luck else 'may be luck'}"
+            for d in comparison.differences
+        ]
+    lines += ["", *(f"warning: {line}" for line in comparison.warnings)]
+    failed = [one for one in comparison.others if one.result is None]
+    if failed:
+        lines.append(f"{len(failed)} runs did not end well; the first, {failed[0].run_id}: {failed[0].reason}")  # noqa: E501  # fmt: skip
+    return "\n".join(lines).rstrip()
+
+
+def _strategy_lines(comparison: Comparison) -> list[str]:
+    rows = [("strategy", "accuracy", "seeds", "runs", "diverged", "setting of the best")]
+    rows += [
+        (
+            one.strategy,
+            percent(one.accuracy),
+            str(len(one.chosen)),
+            str(len(one.outcomes)),
+            str(one.num_diverged),
+            "; ".join([one.best.name, *one.marks]),
+        )
+        for one in comparison.standings
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return [
+        "  ".join(
+            [f"{row[0]:{widths[0]}}", *(f"{row[i]:>{widths[i]}}" for i in range(1, 5)), row[5]]
+        )
+        for row in rows
+    ]

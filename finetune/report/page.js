@@ -1,0 +1,55 @@
+"use strict";
+const figures = JSON.parse(document.getElementById("figures").textContent);
+
+function themed(layout) {
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name) => style.getPropertyValue(name).trim();
+  const made = {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 56, r: 16, t: 44, b: 48 },
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"),
+                  font: { color: colour("--ink") } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+    ...structuredClone(layout),
+  };
+  made.font = { family: getComputedStyle(document.body).fontFamily, size: 13,
+                color: colour("--ink"), ...(layout.font || {}) };
+  for (const key of new Set(["xaxis", "yaxis", ...Object.keys(layout)])) {
+    if (/^[xy]axis/.test(key)) {
+      made[key] = { gridcolor: colour("--grid"), linecolor: colour("--line"),
+                    zerolinecolor: colour("--soft"), automargin: true, ...(made[key] || {}) };
+    }
+  }
+  for (const shape of made.shapes || []) shape.line = { color: colour("--soft"), ...shape.line };
+  return made;
+}
+
+function draw() {
+  for (const [id, figure] of Object.entries(figures)) {
+    Plotly.react(id, structuredClone(figure.data), themed(figure.layout),
+                 { displayModeBar: false, responsive: true });
+  }
+}
+
+function sortable(table) {
+  table.querySelectorAll("th").forEach((head, column) => {
+    head.querySelector("button").addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "descending";
+      table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "ascending" : "descending");
+      const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
+      const order = (a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (x === "" || y === "") return (x === "") - (y === "");
+        const byNumber = Number(x) - Number(y);
+        return (Number.isNaN(byNumber) ? x.localeCompare(y) : byNumber) * (down ? 1 : -1);
+      };
+      const body = table.tBodies[0];
+      body.append(...[...body.rows].sort(order));
+    });
+  });
+}
+
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+document.querySelectorAll("table").forEach(sortable);

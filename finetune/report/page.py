@@ -1,0 +1,372 @@
+"""One self-contained HTML page from a comparison.
+
+Turns outcomes and what can be said of them into text that needs nothing but a browser: plotly.js,
+style and pictures stand in it. Knows nothing about where runs come from.
+
+    >>> html = page(outcomes, comparison, "runs")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import resources
+
+from finetune.compare import Comparison, Standing, percent, points
+from finetune.errors import MissingPackage
+from finetune.outcomes import Outcome
+from finetune.report import figures
+from finetune.report.figures import Figure
+from finetune.report.winner import winner_section
+
+esc: Callable[[object], str] = lambda value: html.escape(str(value))  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: what is shown, and what it is sorted by."""
+
+    shown: str
+    value: float | str | None = None
+
+
+def number(value: float | None, shown: str | None = None) -> Cell:
+    return Cell("–" if value is None else shown or f"{value:g}", "" if value is None else value)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], tall: bool = False) -> str:
+    """A sortable table; cells of text are HTML already. Columns of `Cell`s are numbers."""
+    body = list(rows)
+    numeric = [bool(body) and isinstance(body[0][i], Cell) for i in range(len(heads))]
+    css = ["number" if is_number else "" for is_number in numeric]
+    head = "".join(
+        f'<th class="{c}" scope="col"><button>{esc(name)}</button></th>'
+        for name, c in zip(heads, css, strict=True)
+    )
+    lines = [f"<tr>{''.join(map(_cell, row, css))}</tr>" for row in body]
+    size = "scroll tall" if tall else "scroll"
+    return (
+        f'<div class="{size}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}'
+        "</tbody></table></div>"
+    )
+
+
+def _cell(cell: str | Cell, css: str) -> str:
+    if isinstance(cell, str):
+        return f'<td class="{css}">{cell}</td>'
+    return f'<td class="{css}" data-value="{esc(cell.value)}">{cell.shown}</td>'
+
+
+@dataclass
+class Drawn:
+    """The figures that a page holds, by the ids of their places."""
+
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+    def place(self, name: str, figure: Figure, wide: bool = False) -> str:
+        """The place of a figure in the page; a wide one scrolls on a phone."""
+        self.figures[name] = figure
+        height = figure["layout"]["height"]
+        css = "figure wide" if wide else "figure"
+        return f'<div class="scroll"><div id="{name}" class="{css}" style="height:{height}px"></div></div>'  # noqa: E501  # fmt: skip
+
+
+def page(
+    outcomes: Sequence[Outcome],
+    comparison: Comparison,
+    place: str,
+    importances: Mapping[str, float] | None = None,
+) -> str:
+    """The whole page. Raises `MissingPackage` without plotly."""
+    drawn = Drawn()
+    finished = [one for standing in comparison.standings for one in standing.outcomes]
+    left_out = {id(one) for one in comparison.others}
+    finished = [one for one in finished if one.result and id(one) not in left_out]
+    sections = [_opening(outcomes, comparison, place)]
+    if finished:
+        sections += [
+            _strategies(comparison),
+            _differences(comparison, drawn),
+            _section(
+                "Accuracy against time",
+                "Each point is a run at its best epoch. The dotted frontier joins the runs that "
+                "nothing quicker beats.",
+                drawn.place("frontier", figures.frontier(finished)),
+            ),
+            _section(
+                "Learning curves",
+                "Validation accuracy of each strategy's chosen runs; dotted: training accuracy. "
+                "Diamonds stand where more of the network starts to train.",
+                drawn.place("curves", figures.learning_curves(comparison)),
+            ),
+            _search(finished, importances or {}, drawn),
+            winner_section(comparison, drawn, esc, table, number),
+        ]
+    sections += [_runs(finished), _not_finished(comparison), _provenance(outcomes)]
+    return _document("".join(sections), drawn)
+
+
+def _document(body: str, drawn: Drawn) -> str:
+    files = resources.files("finetune.report")
+    data = json.dumps(drawn.figures, separators=(",", ":")).replace("<", "\\u003c")
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"  # noqa: E501  # fmt: skip
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<link rel="icon" href="data:,">
+<title>Fine-tuning strategies compared</title>
+<style>{files.joinpath("page.css").read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<main>{body}</main>
+<script id="figures" type="application/json">{data}</script>
+<script>{_plotly()}</script>
+<script>{files.joinpath("page.js").read_text(encoding="utf-8")}</script>
+</body>
+</html>
+"""
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise MissingPackage("plotly", "report", "the report's page") from None
+    source: str = get_plotlyjs()
+    return source.replace("</script", "<\\/script")
+
+
+def _section(title: str, about: str, *content: str) -> str:
+    told = f'<p class="soft">{esc(about)}</p>' if about else ""
+    return f"<section><h2>{esc(title)}</h2>{told}{''.join(content)}</section>"
+
+
+def _opening(outcomes: Sequence[Outcome], comparison: Comparison, place: str) -> str:
+    parts = [f"<h1>{esc(comparison.headline)}</h1>"]
+    if comparison.advice:
+        parts.append(f"<p>{esc(comparison.advice)}</p>")
+    strategies = len({one.strategy for one in outcomes})
+    parts.append(
+        f'<p class="soft">{len(outcomes)} runs of {strategies} '
+        f"strateg{'y' if strategies == 1 else 'ies'} in {esc(place)}, "
+        f"{datetime.now():%Y-%m-%d %H:%M}</p>"
+    )
+    parts += [f'<div class="note warn"><p>{esc(line)}</p></div>' for line in comparison.warnings]
+    winner = comparison.winner
+    if winner and winner.result:
+        result = winner.result
+        tiles = [(percent(result.best_val_acc), f"best run, on {result.num_val} pictures")]
+        if comparison.corrected:
+            found = comparison.corrected
+            tiles.append(
+                (
+                    percent(found.accuracy),
+                    f"corrected for being the best of {comparison.num_candidates} "
+                    f"(95 %: {percent(found.low)} to {percent(found.high)})",
+                )
+            )
+        tiles.append((esc(winner.name), f"the winner, seed {result.seed}, run {esc(winner.run_id)}"))  # noqa: E501  # fmt: skip
+        ended = Counter(one.state for one in outcomes)
+        others = ", ".join(f"{n} {esc(s)}" for s, n in ended.items() if s != "finished")
+        tiles.append((f"{ended['finished']}", f"runs ended well{'; ' + others if others else ''}"))
+        shown = "".join(
+            f'<div class="tile"><b>{big}</b><span>{small}</span></div>' for big, small in tiles
+        )
+        parts.append(f'<div class="tiles">{shown}</div>')
+    return "".join(parts)
+
+
+def dot(strategy: str) -> str:
+    return (
+        f'<span class="dot" style="background:{figures.colour_of(strategy)}"></span>{esc(strategy)}'
+    )
+
+
+def _strategies(comparison: Comparison) -> str:
+    about = (
+        "Accuracy is the mean over fresh seeds of the chosen setting."
+        if comparison.about_strategies
+        else "Accuracy is that of the best run alone: the more runs, the more it flatters."
+    )
+    heads = (
+        *("strategy", "accuracy", "lowest", "highest", "seeds", "runs", "diverged"),
+        *("learning rate", "batch", "augmentation", "best epoch", "minutes", "trained weights"),
+    )
+    return _section(
+        "Strategies", about, table(heads, [_strategy_row(one) for one in comparison.standings])
+    )
+
+
+def _strategy_row(standing: Standing) -> list[str | Cell]:
+    results = [one.result for one in standing.chosen if one.result]
+    accuracies = [one.best_val_acc for one in results]
+    config = standing.best.config
+    marks = "".join(f'<span class="mark">{esc(mark)}</span>' for mark in standing.marks)
+    minutes = sum(one.train_seconds for one in results) / len(results) / 60
+    trained = max(one.trainable_parameters for one in results)
+    best = standing.best.result
+    assert best is not None
+    return [
+        f"{dot(standing.strategy)}{marks}",
+        number(standing.accuracy, percent(standing.accuracy)),
+        number(min(accuracies), percent(min(accuracies))),
+        number(max(accuracies), percent(max(accuracies))),
+        number(len(results)),
+        number(len(standing.outcomes)),
+        number(standing.num_diverged),
+        number(config.get("learning_rate")),
+        number(config.get("batch_size")),
+        esc(config.get("data_aug")),
+        number(best.best_epoch),
+        number(minutes, f"{minutes:.1f}" if minutes >= 1 else f"{minutes:.2f}"),
+        number(trained, f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained:,}"),
+    ]
+
+
+def _differences(comparison: Comparison, drawn: Drawn) -> str:
+    if not comparison.differences:
+        return ""
+    if comparison.about_strategies:
+        title = "Differences between strategies"
+        about = (
+            "95 % intervals over other seeds and other pictures; p corrected for the number of "
+            "pairs (Holm). Below 0.05 a difference is told from luck."
+        )
+    else:
+        title = "Differences between these models"
+        about = (
+            "95 % intervals over other pictures, for these trained models alone: another seed "
+            "could turn them. p corrected for the number of pairs (Holm)."
+        )
+    heads = ["pair", "points", "from", "to", "p (Holm)", "verdict"]
+    rows: list[list[str | Cell]] = []
+    for one in comparison.differences:
+        verdict = '<span class="yes">told from luck</span>' if one.told_from_luck else "may be luck"
+        row: list[str | Cell] = [
+            f"{esc(one.first)} − {esc(one.second)}",
+            number(one.estimate, points(one.estimate)),
+            number(one.low, points(one.low)),
+            number(one.high, points(one.high)),
+            number(one.p_holm, _p(one.p_holm)),
+        ]
+        if one.p_mcnemar is not None:
+            row.append(number(one.p_mcnemar, _p(one.p_mcnemar)))
+        rows.append([*row, verdict])
+    if rows and comparison.differences[0].p_mcnemar is not None:
+        heads.insert(5, "McNemar p")
+    drawing = drawn.place("intervals", figures.intervals(comparison))
+    return _section(title, about, drawing, table(heads, rows))
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _search(finished: Sequence[Outcome], shares: Mapping[str, float], drawn: Drawn) -> str:
+    varying = figures.varying(finished)
+    if not varying:
+        return ""
+    parts = [
+        '<p class="soft">Every line is a run: its strategy and settings, and the accuracy it '
+        "reached on the right.</p>",
+        drawn.place("parallel", figures.parallel_coordinates(finished), wide=True),
+        "<h3>Marginal means</h3>",
+        '<p class="soft">Mean accuracy at each value, over whatever else varied.</p>',
+        '<div class="columns">',
+        *(
+            drawn.place(f"marginal-{name}", figures.marginal_means(finished, name, values))
+            for name, values in varying.items()
+        ),
+        "</div>",
+    ]
+    if shares:
+        parts += [
+            "<h3>Importances</h3>",
+            '<p class="soft">How much of the accuracy each parameter decides, by Optuna. The '
+            "search was no grid, so marginal means mix parameters up.</p>",
+            drawn.place("importances", figures.importances(shares)),
+        ]
+    return _section("The search", "", *parts)
+
+
+def _runs(finished: Sequence[Outcome]) -> str:
+    if not finished:
+        return ""
+    heads = (
+        *("run", "strategy", "accuracy", "loss", "learning rate", "batch", "augmentation"),
+        *("seed", "best epoch", "epochs", "minutes", "pictures/s"),
+    )
+    rows: list[list[str | Cell]] = []
+    for one in sorted(finished, key=lambda o: -o.result.best_val_acc if o.result else 0):
+        result = one.result
+        assert result is not None
+        rows.append(
+            [
+                f"<code>{esc(one.run_id)}</code>",
+                dot(one.strategy),
+                number(result.best_val_acc, percent(result.best_val_acc)),
+                number(result.best_val_loss, f"{result.best_val_loss:.3f}"),
+                number(one.config.get("learning_rate")),
+                number(one.config.get("batch_size")),
+                esc(one.config.get("data_aug")),
+                number(result.seed),
+                number(result.best_epoch),
+                number(result.epochs_run),
+                number(result.train_seconds, f"{result.train_seconds / 60:.2f}"),
+                number(result.images_per_second, f"{result.images_per_second:.0f}"),
+            ]
+        )
+    return _section("All runs that ended well", "", table(heads, rows, tall=True))
+
+
+def _not_finished(comparison: Comparison) -> str:
+    if not comparison.others:
+        return ""
+    rows: list[list[str | Cell]] = [
+        [
+            f"<code>{esc(one.run_id)}</code>",
+            dot(one.strategy) if one.config else "–",
+            esc("diverged" if one.diverged else one.state if one.result is None else "left out"),
+            esc(one.name),
+            esc(one.reason or "see the warnings above"),
+        ]
+        for one in comparison.others
+    ]
+    heads = ("run", "strategy", "state", "name", "reason")
+    return _section("Runs that did not end well, or were left out", "", table(heads, rows, tall=True))  # noqa: E501  # fmt: skip
+
+
+def _provenance(outcomes: Sequence[Outcome]) -> str:
+    counts: dict[str, Counter[str]] = {}
+
+    def count(what: str, value: object) -> None:
+        counts.setdefault(what, Counter())[str(value)] += 1
+
+    for one in outcomes:
+        if one.result is None:
+            continue
+        result = one.result
+        count("data", result.dataset_fingerprint)
+        count("split", result.split_fingerprint)
+        count("source weights", result.weights_fingerprint or "none (from scratch)")
+        count("pictures", f"{result.num_train} train, {result.num_val} validate")
+        count("git commit", result.git_commit or "unknown")
+        count("threads", result.num_threads)
+        for name, version in result.versions.items():
+            count(name, version)
+    rows: list[list[str | Cell]] = [
+        [esc(what), f"<code>{esc(value)}</code>", number(n)]
+        for what, values in counts.items()
+        for value, n in values.most_common(8)
+    ]
+    if not rows:
+        return ""
+    about = "Versions and fingerprints of what the runs were made with."
+    return _section("What the runs stand on", about, table(("what", "value", "runs"), rows))

@@ -1,0 +1,133 @@
+"""The page's look at the winner: confusion, classes, and its most confident mistakes.
+
+Turns the winner's predictions and pictures into a section with the pictures in it. Knows nothing
+about the other runs.
+
+    >>> winner_section(comparison, drawn, esc, table, number)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.compare import Comparison, percent
+from finetune.report import figures
+from finetune.result import RunDir, RunResult
+
+NUM_MISTAKES = 12
+_THUMBNAIL_PIXELS = 160
+
+
+def winner_section(
+    comparison: Comparison,
+    drawn: Any,
+    esc: Callable[[object], str],
+    table: Callable[..., str],
+    number: Callable[..., Any],
+) -> str:
+    """The section, or nothing where the winner left no predictions."""
+    winner = comparison.winner
+    if winner is None or winner.result is None:
+        return ""
+    result = winner.result
+    with np.load(RunDir(winner.run_dir).predictions_path) as predictions:
+        logits, labels, paths = (predictions[key] for key in ("logits", "labels", "paths"))
+    names = result.class_names
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
+    parts = [
+        f"<h2>The winner: {esc(winner.name)}</h2>",
+        f'<p class="soft">Run <code>{esc(winner.run_dir)}</code>, its best epoch '
+        f"({result.best_epoch}), over its {len(labels)} validation pictures. "
+        f"{_settings(result, esc)}</p>",
+        _tests(winner.run_dir, esc, table, number),
+        '<div class="columns"><div><h3>Confusion</h3>',
+        drawn.place("confusion", figures.confusion(counts, names)),
+        "</div><div><h3>Accuracy of each class</h3>",
+        drawn.place("classes", figures.per_class(counts, names)),
+        "</div></div>",
+        _mistakes(logits, labels, paths, names, esc),
+    ]
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _settings(result: RunResult, esc: Callable[[object], str]) -> str:
+    kept = ("strategy", "learning_rate", "batch_size", "data_aug", "epochs", "unfreeze_from", "lr_decay", "lr_schedule", "weight_decay", "label_smoothing", "image_size", "seed")  # noqa: E501  # fmt: skip
+    shown = [f"{name} {result.config[name]}" for name in kept if result.config.get(name)]
+    return esc(", ".join(shown))
+
+
+def _tests(
+    run_dir: Path,
+    esc: Callable[[object], str],
+    table: Callable[..., str],
+    number: Callable[..., Any],
+) -> str:
+    """What `evaluate` recorded in the run directory, if anything."""
+    try:
+        content = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+        rows = [
+            [
+                esc(one["folder"]),
+                number(one["accuracy"], percent(one["accuracy"])),
+                number(one["num_pictures"]),
+                esc(one["recorded_at"]),
+            ]
+            for one in content["evaluations"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return "<h3>Evaluated on</h3>" + table(("folder", "accuracy", "pictures", "recorded"), rows)
+
+
+def _mistakes(
+    logits: np.ndarray[Any, Any],
+    labels: np.ndarray[Any, Any],
+    paths: np.ndarray[Any, Any],
+    names: list[str],
+    esc: Callable[[object], str],
+) -> str:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    guesses, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(guesses != labels)
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:NUM_MISTAKES]
+    if not len(worst):
+        return '<h3>Mistakes</h3><p class="soft">None.</p>'
+    shown = "".join(
+        f"<figure>{_thumbnail(Path(str(paths[i])), esc)}<figcaption>{esc(names[labels[i]])}, taken "
+        f"for <b>{esc(names[guesses[i]])}</b> at {sure[i]:.0%}</figcaption></figure>"
+        for i in worst
+    )
+    return (
+        f'<h3>Most confident mistakes</h3><p class="soft">{len(worst)} of {len(wrong)}.</p>'
+        f'<div class="mistakes">{shown}</div>'
+    )
+
+
+def _thumbnail(path: Path, esc: Callable[[object], str]) -> str:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+            small = image.convert("RGB")
+        enlarge = max(small.size) < _THUMBNAIL_PIXELS
+        if enlarge:
+            scale = _THUMBNAIL_PIXELS / max(small.size)
+            size = (max(1, round(small.width * scale)), max(1, round(small.height * scale)))
+            small = small.resize(size, Image.Resampling.NEAREST)
+        small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=82)
+    except Exception:  # decoders raise whatever they like; the page goes on without
+        return f'<div class="lost" title="{esc(path)}">not here</div>'
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{esc(path.name)}" title="{esc(path)}">'

@@ -1,0 +1,215 @@
+"""A run's outcome and its directory on disk.
+
+Turns a finished run into one `RunResult`, and a directory into the files that a run leaves there.
+Knows nothing about torch: checkpoints are paths here.
+
+    >>> RunResult.load(Path("runs/k3x9q2ab")).best_val_acc  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from finetune.config import RunConfig, read_mapping
+from finetune.errors import RunDirError
+from finetune.strategies import PARTS
+
+METRICS = (
+    "epoch",
+    "train_loss",
+    "train_acc",
+    "val_loss",
+    "val_acc",
+    "best_val_acc",
+    "trainable_parameters",
+    "images_per_second",
+    *(f"lr/{part}" for part in PARTS),
+)
+"""The keys that W&B, metrics.csv and the report have once an epoch."""
+
+Row = dict[str, float]
+"""One epoch's metrics."""
+
+
+class RunResult(BaseModel):
+    """What a run that ended well is remembered by. Accuracies are fractions."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    run_id: str
+    strategy: str
+    seed: int
+    best_val_acc: float
+    best_val_loss: float
+    best_epoch: int
+    last_val_acc: float
+    epochs_run: int
+    stopped_early: bool
+    num_threads: int
+    train_seconds: float
+    cache_seconds: float
+    images_per_second: float
+    trainable_parameters: int
+    class_names: list[str]
+    num_train: int
+    num_val: int
+    unreadable: list[str]
+    dataset_fingerprint: str
+    split_fingerprint: str
+    weights_fingerprint: str | None
+    versions: dict[str, str]
+    git_commit: str | None
+    prefix_timings: dict[str, float]
+    """Milliseconds a picture, by boundary: the frozen layers recomputed, and read."""
+    config: dict[str, Any]
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Self:
+        """The result of a run directory. Raises `RunDirError`."""
+        try:
+            return cls.model_validate_json((run_dir / "result.json").read_bytes())
+        except FileNotFoundError:
+            raise RunDirError(f"{run_dir} has no result.json: {_unfinished(run_dir)}") from None
+        except (OSError, ValidationError) as error:
+            raise RunDirError(f"{run_dir}/result.json can't be read: {error}") from None
+
+
+def best_epoch(rows: Sequence[Row]) -> int:
+    """The first epoch with the highest validation accuracy."""
+    return max(range(len(rows)), key=lambda epoch: rows[epoch]["val_acc"])
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: beside its place, synced, then renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class RunDir:
+    """The directory of one run; only its holder writes there."""
+
+    def __init__(self, path: Path, wait_seconds: float = 0) -> None:
+        """`wait_seconds`: how long `claim` waits for another process to let go of it."""
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.metrics_path = path / "metrics.csv"
+        self.best_path = path / "best.ckpt"
+        self.last_path = path / "last.ckpt"
+        self.predictions_path = path / "predictions.npz"
+        self.result_path = path / "result.json"
+        self.failure_path = path / "failure.json"
+        self._lock = FileLock(path / ".lock", timeout=wait_seconds)
+
+    @property
+    def finished(self) -> bool:
+        return self.result_path.exists()
+
+    def read_config(self) -> RunConfig:
+        """The config that the run was started with. Raises `RunDirError`."""
+        if not self.config_path.exists():
+            raise RunDirError(f"{self.path} is no run directory: it has no config.yaml")
+        return RunConfig.from_fields(read_mapping(self.config_path))
+
+    def claim(self, config: RunConfig) -> None:
+        """Hold the directory for this process until `release`, made or taken up again.
+
+        An unfinished directory is gone on with; a finished one too when `config` has more epochs:
+        its result is then kept under another name. Raises `RunDirError` when another process holds
+        it, it is finished, or it can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            if self.finished:
+                self._reopen(config)
+            for left_behind in self.path.glob(".*.tmp"):
+                left_behind.unlink()
+            self.write_config(config)
+        except Timeout:
+            raise RunDirError(f"{self.path} is in use by another process") from None
+        except OSError as error:
+            self.release()
+            raise RunDirError(
+                f"out: {self.path} can't be written: {error.strerror or error}; pass another --out"
+            ) from None
+        except RunDirError:
+            self.release()
+            raise
+
+    def _reopen(self, config: RunConfig) -> None:
+        """Take up a finished run for more epochs."""
+        result = RunResult.load(self.path)
+        if config.epochs <= result.config["epochs"]:
+            raise RunDirError(
+                f"{self.path} is finished; resume it with a larger --epochs, or start a new run"
+            )
+        if result.stopped_early:
+            raise RunDirError(
+                f"{self.path} stopped early by its patience; more epochs would not change that"
+            )
+        self.result_path.replace(self.path / f"result.{result.config['epochs']}-epochs.json")
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def write_config(self, config: RunConfig) -> None:
+        text = yaml.safe_dump(config.to_fields(), sort_keys=False, allow_unicode=True)
+        write_atomically(self.config_path, text.encode())
+
+    def write_metrics(self, rows: Iterable[Row]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.metrics_path, text.getvalue().encode())
+
+    def write_result(self, result: RunResult) -> None:
+        """Written last: its existence means that the run ended well."""
+        write_atomically(self.result_path, result.model_dump_json(indent=2).encode())
+        self.failure_path.unlink(missing_ok=True)
+
+    def write_failure(self, state: str, reason: str, epoch: int | None) -> None:
+        failure = {"state": state, "reason": reason, "epoch": epoch}
+        write_atomically(self.failure_path, json.dumps(failure, indent=2).encode())
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics.csv, an epoch each; no file, no rows."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def read_failure(path: Path) -> Mapping[str, Any] | None:
+    """A failure.json, or None where there is none that can be read."""
+    try:
+        failure = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return failure if isinstance(failure, dict) else None
+
+
+def _unfinished(run_dir: Path) -> str:
+    if not (run_dir / "config.yaml").exists():
+        return "it is no run directory"
+    if failure := read_failure(run_dir / "failure.json"):
+        return f"the run {failure.get('state')}: {failure.get('reason')}"
+    return f"the run has not ended; go on with it by --resume {run_dir}"

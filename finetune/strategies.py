@@ -1,0 +1,153 @@
+"""Fine-tuning strategies as data: which part of the network trains from when, and how fast.
+
+Turns a strategy's name and a few numbers into a `Plan`, which answers for any epoch which parts
+train and with which share of the learning rate. Knows nothing about torch, pictures or runs.
+Nobody outside this file compares a strategy's name: a fifth strategy is one entry of `STRATEGIES`.
+
+    >>> plan("gradual").start_epochs
+    {'layer2': 3, 'layer3': 2, 'layer4': 1, 'fc': 0}
+
+Keeping freezing as data rather than as code is big_vision's idea
+(https://github.com/google-research/big_vision); unfreezing part by part with rates that fall
+towards the input is Howard & Ruder's, 2018 (https://arxiv.org/abs/1801.06146).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+PARTS = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
+"""ResNet18's parts, from the input on."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to fine-tune: its defaults, and the config fields that mean nothing to it."""
+
+    summary: str
+    deepest_part: str
+    """The part nearest the input that trains; `unfreeze_from` may name another."""
+    lr_decay: float = 1.0
+    stepwise: bool = False
+    """The parts open one after the other, fc first, instead of all at once."""
+    pretrained: bool = True
+    ignores: frozenset[str] = frozenset()
+
+
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
+    {
+        "freeze": Strategy(
+            "only fc trains, on the frozen network's features",
+            deepest_part="fc",
+            ignores=frozenset({"unfreeze_from", "unfreeze_every", "lr_decay"}),
+        ),
+        "partial": Strategy(
+            "everything from unfreeze_from up trains from the start",
+            deepest_part="layer3",
+            ignores=frozenset({"unfreeze_every"}),
+        ),
+        "gradual": Strategy(
+            "fc first, then one part after the other down to unfreeze_from, the deeper the slower",
+            deepest_part="layer2",
+            lr_decay=0.5,
+            stepwise=True,
+        ),
+        "scratch": Strategy(
+            "random weights, everything trains",
+            deepest_part="stem",
+            pretrained=False,
+            ignores=frozenset({"weights", "unfreeze_from", "unfreeze_every"}),
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When each part starts to train, and its share of the head's learning rate."""
+
+    start_epochs: Mapping[str, int]
+    """Epoch (from 0) at which a part starts to train; a part that never does is missing."""
+    rate_shares: Mapping[str, float]
+    """Share of the head's learning rate, for every part."""
+
+    def trainable_parts(self, epoch: int) -> tuple[str, ...]:
+        """The parts that train at this epoch, from the input on."""
+        return tuple(p for p in PARTS if self.start_epochs.get(p, math.inf) <= epoch)
+
+    def first_trainable(self, epoch: int) -> str:
+        """The part nearest the input that trains; all before it is the frozen prefix."""
+        return self.trainable_parts(epoch)[0]
+
+    @property
+    def never_trained(self) -> tuple[str, ...]:
+        """The parts that stay as they are from the first epoch to the last."""
+        return tuple(p for p in PARTS if p not in self.start_epochs)
+
+    @property
+    def all_open_epoch(self) -> int:
+        """The first epoch at which everything that will train is training."""
+        return max(self.start_epochs.values())
+
+    def opened_too_late(self, epochs: int) -> dict[str, int]:
+        """The parts, with their start, that a run of so many epochs ends before."""
+        return {part: start for part, start in self.start_epochs.items() if start >= epochs}
+
+
+def plan(
+    strategy: str,
+    unfreeze_from: str | None = None,
+    unfreeze_every: int | None = None,
+    lr_decay: float | None = None,
+) -> Plan:
+    """What a strategy does with these settings; None takes the strategy's own default."""
+    entry = STRATEGIES[strategy]
+    deepest = PARTS.index(unfreeze_from or entry.deepest_part)
+    step = (unfreeze_every or 1) if entry.stepwise else 0
+    decay = entry.lr_decay if lr_decay is None else lr_decay
+    depths = {part: len(PARTS) - 1 - i for i, part in enumerate(PARTS)}
+    return Plan(
+        start_epochs=MappingProxyType({part: depths[part] * step for part in PARTS[deepest:]}),
+        rate_shares=MappingProxyType({part: decay ** depths[part] for part in PARTS}),
+    )
+
+
+ONECYCLE_WARMUP_FRACTION = 0.3
+ONECYCLE_FIRST, ONECYCLE_LAST = 1 / 25, 1 / 250_000
+
+
+def _constant(progress: float) -> float:
+    return 1.0
+
+
+def _cosine(progress: float) -> float:
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def _onecycle(progress: float) -> float:
+    if progress < ONECYCLE_WARMUP_FRACTION:
+        rise = 1 - _cosine(progress / ONECYCLE_WARMUP_FRACTION)
+        return ONECYCLE_FIRST + (1 - ONECYCLE_FIRST) * rise
+    fall = _cosine((progress - ONECYCLE_WARMUP_FRACTION) / (1 - ONECYCLE_WARMUP_FRACTION))
+    return ONECYCLE_LAST + (1 - ONECYCLE_LAST) * fall
+
+
+SCHEDULES = MappingProxyType({"constant": _constant, "cosine": _cosine, "onecycle": _onecycle})
+"""Schedule -> multiplier of every part's learning rate at a share (0 to 1) of the run's steps.
+
+`cosine` is SGDR's without restarts (https://arxiv.org/abs/1608.03983); `onecycle` has the shape and
+constants of torch.optim.lr_scheduler.OneCycleLR (https://arxiv.org/abs/1708.07120), momentum
+left alone.
+"""
+
+
+def epochs_since_best(val_losses: list[float], plan: Plan) -> int:
+    """Epochs since the best validation loss, counted once everything that will train is training.
+
+    `val_losses` has one value an epoch, from epoch 0 on. Early stopping stops at `patience`.
+    """
+    counted = val_losses[plan.all_open_epoch :]
+    return len(counted) - 1 - counted.index(min(counted)) if counted else 0

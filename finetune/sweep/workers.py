@@ -1,0 +1,307 @@
+"""Child processes, one a trial, from a fork server that has the heavy imports done.
+
+Turns (config, run directory) into a process that carries out the run and tells its parent of every
+epoch and of its end. A crash costs the trial alone; a parent that is gone ends it in good order.
+Knows nothing about sweeps, keys or storages.
+
+    >>> crew = Crew(num_workers=2); crew.start(job)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from finetune.config import RunConfig
+from finetune.errors import FinetuneError, Pruned, Stopped, stoppable
+from finetune.result import Row, RunDir
+
+OUTPUT_NAME = "output.log"
+"""Inside a run directory: what the run printed."""
+
+STOP_SECONDS = 40.0
+"""What a worker is granted, once asked to stop, to write and send everything."""
+
+_WANDB_MODULES = ("wandb", "wandb.plot", "wandb.sdk.launch")  # init imports the last one late
+_LOCK_SECONDS = 60.0  # how long a run directory is waited for: its last holder may be ending
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run for a worker."""
+
+    config: RunConfig
+    run_dir: Path
+    is_judged: bool
+    """The run waits for an answer after each epoch: why it should end, or None."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A worker's run has finished an epoch."""
+
+    row: Row
+
+
+@dataclass(frozen=True)
+class End:
+    """A worker's run has ended: finished, pruned, failed, stopped, or died with its process."""
+
+    state: str
+    reason: str = ""
+
+
+Event = Epoch | End
+
+
+@dataclass(eq=False)
+class Worker:
+    """A child process and its end of the connection."""
+
+    job: Job
+    process: ForkServerProcess
+    connection: Connection
+    slot: int
+    started: float = field(default_factory=time.perf_counter)
+
+    def answer(self, reason: str | None) -> None:
+        """Tell a judged run to go on, or why to end."""
+        with suppress(OSError):  # it has ended meanwhile; its sentinel tells
+            self.connection.send(reason)
+
+
+class Crew:
+    """Up to `num_workers` child processes, each with its share of the threads and its device."""
+
+    def __init__(self, num_workers: int, devices: list[str] | None = None) -> None:
+        self.num_workers = num_workers
+        self._devices = visible_devices() if devices is None else devices
+        self._workers: dict[int, Worker] = {}
+        self._leaving: list[ForkServerProcess] = []
+        _start_fork_server()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._workers) < self.num_workers
+
+    @property
+    def workers(self) -> list[Worker]:
+        return list(self._workers.values())
+
+    def start(self, job: Job) -> Worker:
+        slot = next(i for i in range(self.num_workers) if i not in self._workers)
+        environment = dict(os.environ)
+        if self._devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("forkserver").Process(
+            target=work,
+            args=(theirs, job, environment, self.num_workers),
+            name=job.run_dir.name,
+            daemon=True,
+        )
+        with _nothing_of_the_caller():
+            process.start()
+        theirs.close()
+        worker = Worker(job, process, ours, slot)
+        self._workers[slot] = worker
+        return worker
+
+    def events(self, timeout: float) -> Iterator[tuple[Worker, Event]]:
+        """What the workers tell within `timeout` seconds; a dead one's end is told for it."""
+        sources: list[Any] = [w.connection for w in self.workers]
+        sources += [w.process.sentinel for w in self.workers]
+        ready = wait(sources, timeout) if sources else []
+        for worker in self.workers:
+            if worker.connection in ready or worker.process.sentinel in ready:
+                event: Event
+                try:
+                    event = worker.connection.recv()
+                except (EOFError, OSError):
+                    event = self._death(worker)
+                if isinstance(event, End):
+                    self._bury(worker)
+                yield worker, event
+
+    def _death(self, worker: Worker) -> End:
+        worker.process.join()
+        code = worker.process.exitcode or 0
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return End("died", f"its process ended by {cause}; see {worker.job.run_dir / OUTPUT_NAME}")
+
+    def _bury(self, worker: Worker) -> None:
+        """Free a worker's place; its process takes a moment more to leave."""
+        del self._workers[worker.slot]
+        worker.connection.close()
+        self._leaving = [process for process in self._leaving if process.is_alive()]
+        self._leaving.append(worker.process)
+        if self._devices:  # its memory must be free for the next one
+            worker.process.join()
+
+    def close(self) -> None:
+        """Wait until the last processes have left."""
+        for process in self._leaving:
+            process.join()
+
+    def stop(self) -> list[Worker]:
+        """Ask every worker to stop, wait until all have; those that were running."""
+        stopped = self.workers
+        for worker in stopped:
+            worker.process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in stopped:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            if worker.process.exitcode is None:
+                worker.process.kill()
+            self._bury(worker)
+        return stopped
+
+
+def visible_devices() -> list[str]:
+    """The GPUs that CUDA would see, without importing torch; none on a machine without."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is not None:
+        return [device.strip() for device in asked.split(",") if device.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(i) for i, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
+
+
+def _start_fork_server() -> None:
+    """Start importing in the background; nothing there computes, so that no thread is forked."""
+    modules = ["finetune.sweep.preload"]
+    if os.environ.get("WANDB_MODE") != "disabled":
+        modules += _WANDB_MODULES
+    multiprocessing.set_forkserver_preload(modules)
+    with _startable(), _nothing_of_the_caller():
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _nothing_of_the_caller() -> Iterator[None]:
+    """Children would import the caller's script, and run it again where it has no guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
+def _startable() -> Iterator[None]:
+    """The server finds this package, and Ctrl-C in its imports is the parent's affair."""
+    path = os.environ.get("PYTHONPATH")
+    package_dir = str(Path(__file__).parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join([package_dir, *([path] if path else [])])
+    try:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        handler = None
+    try:
+        yield
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+
+
+# inside the child
+
+
+def work(connection: Connection, job: Job, environment: dict[str, str], num_workers: int) -> None:
+    """A child's life: carry out the job, tell the parent, end."""
+    os.setpgid(0, 0)  # Ctrl-C is the parent's: it asks its workers to stop
+    os.environ.clear()
+    os.environ.update(environment)
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    _redirect_output(job.run_dir / OUTPUT_NAME)
+    with stoppable():
+        try:
+            end = _carry_out(connection, job, num_workers)
+        except Stopped as stop:
+            end = End("stopped", str(stop))
+    _tell(connection, end)
+
+
+def _carry_out(connection: Connection, job: Job, num_workers: int) -> End:
+    answers = _listen(connection)
+
+    def on_epoch(row: Row) -> None:
+        _tell(connection, Epoch(row))
+        if job.is_judged and (reason := answers.get()) is not None:
+            raise Pruned(reason)
+
+    try:
+        import torch
+
+        from finetune.train import run
+
+        if num_workers > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
+        run(job.config, RunDir(job.run_dir, wait_seconds=_LOCK_SECONDS), on_epoch)
+    except Pruned as pruned:
+        return End("pruned", str(pruned))
+    except FinetuneError as error:
+        print(f"error: {error}", flush=True)
+        return End("failed", str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return End("failed", "".join(traceback.format_exception_only(error)).strip())
+    return End("finished")
+
+
+def _tell(connection: Connection, event: Event) -> None:
+    with suppress(OSError):  # the parent is gone; the directory tells
+        connection.send(event)
+
+
+def _listen(connection: Connection) -> queue.Queue[str | None]:
+    """The parent's answers; when the parent is gone, this process is asked to stop."""
+    answers: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        try:
+            while True:
+                answers.put(connection.recv())
+        except (EOFError, OSError):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=read, daemon=True).start()
+    return answers
+
+
+def _redirect_output(path: Path) -> None:
+    """Everything that is printed, by libraries and a crash too, goes to a file."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)

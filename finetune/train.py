@@ -1,0 +1,328 @@
+"""One run, from a config to a result: the only place where a Trainer is put together.
+
+Turns fields into a run directory with a `RunResult` in it, through W&B or without. Knows nothing
+about sweeps.
+
+    >>> from finetune import train_and_finetune
+    >>> model = train_and_finetune(epochs=10, learning_rate=0.001)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from torchvision.models import ResNet
+
+from finetune.activations import Feed
+from finetune.cache import Cache, num_kept_bytes
+from finetune.config import RunConfig, advice, differences, read_mapping
+from finetune.data import Splits, find_splits, open_images
+from finetune.errors import ConfigError, FinetuneError, Pruned, Stopped, WeightsError, stoppable
+from finetune.model import build, load_best, load_source, read_checkpoint
+from finetune.module import FineTuning
+from finetune.progress import bar
+from finetune.record import Checkpoints, OnEpoch, Recorder, recorded_state
+from finetune.result import RunDir, RunResult, best_epoch
+from finetune.tracking import Tracker
+
+DEFAULT_CACHE_GB = 20.0
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "wandb", "numpy", "pillow")
+
+
+def train_and_finetune(**fields: Any) -> ResNet:
+    """Fine-tune once, as these fields say, and return the best epoch's model in eval mode.
+
+    The fields are those of `RunConfig`, besides `config` (a YAML file of fields) and `resume` (a
+    run directory to go on with). The model's `.result` is the run's `RunResult`, which stays in
+    its run directory together with the checkpoints. Raises `FinetuneError`.
+    """
+    config, run_dir = settle(fields)
+    run(config, run_dir)
+    return load_best(run_dir.path)
+
+
+def settle(fields: Mapping[str, Any]) -> tuple[RunConfig, RunDir]:
+    """The config and the run directory that fields, a config file and a resume amount to."""
+    given = {name: value for name, value in fields.items() if value not in (None, "None")}
+    resume, file = given.pop("resume", None), given.pop("config", None)
+    if file is not None:
+        given = read_mapping(Path(file)) | given
+    run_dir = RunDir(_absolute(resume)) if resume else None
+    if run_dir is None:
+        config = RunConfig.from_fields(given)
+        for line in advice(given, config):
+            say(line)
+        run_dir = RunDir(config.out / _run_id())
+        if not run_dir.config_path.exists():
+            return config, run_dir
+    before = run_dir.read_config()
+    changed = differences(before, given)
+    if changed.get("epochs", (0, 0))[1] > before.epochs:
+        epochs = changed.pop("epochs")[1]
+    else:
+        epochs = before.epochs
+    if changed:
+        listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changed.items())
+        raise ConfigError(
+            f"{run_dir.path} belongs to another config: {listed}; only a larger epochs may differ"
+        )
+    return before.model_copy(update={"epochs": epochs}), run_dir
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def _run_id() -> str:
+    """W&B's id where W&B has chosen one; it names the run directory too."""
+    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    if not re.fullmatch(r"[\w-][\w.-]*", run_id):
+        raise ConfigError(f"WANDB_RUN_ID: got {run_id!r}; letters, digits, - _ and . are allowed")
+    return run_id
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> RunResult:
+    """Carry out one run in its directory, whatever its end: result.json or failure.json.
+
+    `on_epoch` gets every epoch's row once its files are written; it may raise `Pruned`.
+    """
+    _quieten()
+    config, splits = _resolve(config)
+    with stoppable():
+        run_dir.claim(config)
+        attempt = _Attempt(config, run_dir, splits, on_epoch)
+        try:
+            return attempt.carry_out()
+        except BaseException as error:
+            attempt.fail(error)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise FinetuneError(_out_of_memory(config)) from None
+            raise
+        finally:
+            run_dir.release()
+
+
+def _resolve(config: RunConfig) -> tuple[RunConfig, Splits]:
+    """Replace what only the machine and the data can tell: `auto` and the cache's size."""
+    splits = find_splits(config)
+    accelerator = _accelerator(config.accelerator)
+    cache_gb = config.cache_gb
+    if cache_gb is None:
+        place = next(p for p in (config.cache_dir, *config.cache_dir.parents) if p.exists())
+        room = shutil.disk_usage(place).free + num_kept_bytes(config.cache_dir)
+        cache_gb = round(min(DEFAULT_CACHE_GB, room / 2e9), 1)
+    resolved = {
+        "val_fraction": splits.val_fraction,
+        "accelerator": accelerator,
+        "precision": _precision(accelerator) if config.precision == "auto" else config.precision,
+        "cache": "on" if config.cache == "auto" else config.cache,
+        "cache_gb": cache_gb,
+    }
+    return config.model_copy(update=resolved), splits
+
+
+def _accelerator(asked: str) -> str:
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if asked in ("auto", "gpu"):
+        found = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+        if asked == "auto" or found != "cpu":
+            return found
+    elif asked == "cpu" or {"cuda": has_cuda, "mps": has_mps}[asked]:
+        return asked
+    raise ConfigError(f"accelerator: got {asked!r}, but torch sees none here; pass auto or cpu")
+
+
+def _precision(accelerator: str) -> str:
+    if accelerator != "cuda":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
+
+
+@dataclass
+class _Attempt:
+    """One try at a run, from its claimed directory to its result or failure."""
+
+    config: RunConfig
+    run_dir: RunDir
+    splits: Splits
+    on_epoch: OnEpoch | None = None
+    tracker: Tracker | None = None
+    recorder: Recorder | None = None
+
+    def carry_out(self) -> RunResult:
+        config, run_dir = self.config, self.run_dir
+        say(f"run {run_dir.path.name}: {config.name} in {run_dir.path}")
+        say(self.splits.note)
+        network = build(len(self.splits.class_names), config.seed)
+        source = load_source(network, config.weights) if config.weights is not None else None
+        self.recorder = recorder = Recorder(run_dir, config, source, say, self.on_epoch)
+        resumed = self._resume_from(recorder, source)
+        self.tracker = Tracker.open(config, run_dir, say)
+        feed, unreadable, cache_seconds = self._open_feed()
+        module = FineTuning(network, config, feed)
+        if not recorder.is_complete:
+            self._trainer(recorder).fit(module, ckpt_path=resumed)
+        result = self._result(feed, source, unreadable, cache_seconds + feed.prepare_seconds)
+        self.tracker.conclude(result, run_dir)
+        self.tracker.close()
+        run_dir.write_result(result)
+        say(
+            f"best val_acc {result.best_val_acc:.4f} in epoch {result.best_epoch} of "
+            f"{result.epochs_run}{' (stopped early)' if result.stopped_early else ''}: "
+            f"{run_dir.path}"
+        )
+        return result
+
+    def _resume_from(self, recorder: Recorder, source: str | None) -> Path | None:
+        """last.ckpt where there is one, its rows given to the recorder. Raises `WeightsError`."""
+        path = self.run_dir.last_path
+        if not path.exists():
+            return None
+        checkpoint = read_checkpoint(path)
+        if checkpoint.get("weights_fingerprint") != source:
+            raise WeightsError(
+                f"{path} belongs to weights {checkpoint.get('weights_fingerprint')}; "
+                f"{self.config.weights} are {source}. Resume with the weights that it started from"
+            )
+        recorder.load_state_dict(recorded_state(checkpoint))
+        say(f"going on after epoch {len(recorder.rows) - 1}")
+        return path
+
+    def _open_feed(self) -> tuple[Feed, list[str], float]:
+        """The batches' source, the pictures it goes without, and the seconds it took to open."""
+        config = self.config
+        started = time.perf_counter()
+        cache = None
+        if config.cache == "on" and config.cache_gb:
+            cache = Cache(config.cache_dir, config.cache_gb * 1e9, say)
+        opened = [
+            open_images(split, config.image_size, config.skip_unreadable, cache, bar)
+            for split in (self.splits.train, self.splits.val)
+        ]
+        (train, lost_train), (val, lost_val) = opened
+        unreadable = [f"{train.pictures.folder.name}/{name}" for name in lost_train]
+        unreadable += [f"{val.pictures.folder.name}/{name}" for name in lost_val]
+        if unreadable:
+            say(f"going on without {len(unreadable)} unreadable pictures: {unreadable[0]} ...")
+        feed = Feed(config, train, val, cache, say, bar)
+        return feed, unreadable, time.perf_counter() - started
+
+    def _trainer(self, recorder: Recorder) -> pl.Trainer:
+        assert self.tracker is not None
+        return pl.Trainer(
+            max_epochs=self.config.epochs,
+            accelerator=self.config.accelerator,
+            devices=1,
+            precision=self.config.precision,  # type: ignore[arg-type]
+            logger=self.tracker.loggers() or False,
+            callbacks=[recorder],
+            plugins=[Checkpoints(), LightningEnvironment()],
+            default_root_dir=self.run_dir.path,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
+            num_sanity_val_steps=0,
+            reload_dataloaders_every_n_epochs=1,
+        )
+
+    def _result(
+        self, feed: Feed, source: str | None, unreadable: list[str], cache_seconds: float
+    ) -> RunResult:
+        assert self.recorder is not None
+        rows, train_seconds = self.recorder.rows, self.recorder.train_seconds
+        best = best_epoch(rows)
+        num_train, num_val = len(feed.train_pictures), len(feed.val_pictures)
+        return RunResult(
+            run_id=self.run_dir.path.name,
+            strategy=self.config.strategy,
+            seed=self.config.seed,
+            best_val_acc=rows[best]["val_acc"],
+            best_val_loss=rows[best]["val_loss"],
+            best_epoch=best,
+            last_val_acc=rows[-1]["val_acc"],
+            epochs_run=len(rows),
+            stopped_early=len(rows) < self.config.epochs,
+            num_threads=torch.get_num_threads(),
+            train_seconds=train_seconds,
+            cache_seconds=cache_seconds,
+            images_per_second=len(rows) * (num_train + num_val) / train_seconds,
+            trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
+            class_names=list(self.splits.class_names),
+            num_train=num_train,
+            num_val=num_val,
+            unreadable=unreadable,
+            dataset_fingerprint=self.splits.dataset_fingerprint,
+            split_fingerprint=self.splits.split_fingerprint,
+            weights_fingerprint=source,
+            versions={"python": sys.version.split()[0]} | {p: version(p) for p in _PACKAGES},
+            git_commit=_git_commit(),
+            config=self.config.to_fields(),
+            prefix_timings=feed.timings,
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Leave the reason in failure.json and, as far as it can be told, in W&B."""
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = _out_of_memory(self.config)
+        elif stopped or isinstance(error, FinetuneError):
+            reason = str(error) or "interrupted"
+        else:
+            reason = "".join(traceback.format_exception_only(error)).strip()
+        epoch = len(self.recorder.rows) if self.recorder is not None else None
+        state = "stopped" if stopped else "pruned" if isinstance(error, Pruned) else "failed"
+        self.run_dir.write_failure(state, reason, epoch)
+        if self.tracker is not None:
+            self.tracker.fail(state, reason, self.run_dir)
+
+
+def _out_of_memory(config: RunConfig) -> str:
+    return (
+        f"the device is out of memory at batch_size {config.batch_size} and image_size "
+        f"{config.image_size}; pass a smaller --batch_size"
+    )
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, if it is one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _quieten() -> None:
+    """Lightning's advice for its own loaders and defaults, which this trainer doesn't use."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")

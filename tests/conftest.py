@@ -1,0 +1,86 @@
+"""Small real data and weights that the tests share."""
+
+from __future__ import annotations
+
+import os
+
+# One compute thread a process, set before torch is imported: the tests themselves run in parallel.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.config import RunConfig
+from finetune.model import build
+from finetune.result import RunDir, RunResult
+from finetune.sources import write_digits
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No W&B but where a test asks for it, and never the developer's own account."""
+    for name in ("WANDB_API_KEY", "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("NETRC", "/nonexistent")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits 5-9: four training and three validation scans a class."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(folder, range(5, 10), train_per_class=4, val_per_class=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state dict of torchvision's ResNet18 with 1000 classes, as ImageNet's has."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(build(1000, seed=7).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def fields(digits: Path, weights: Path, tmp_path: Path) -> dict[str, Any]:
+    """The fields of a run of a few seconds."""
+    return {
+        "data_dir": digits,
+        "weights": weights,
+        "val_fraction": 0,
+        "image_size": 64,
+        "batch_size": 5,
+        "learning_rate": 0.01,
+        "epochs": 4,
+        "out": tmp_path / "runs",
+        "cache_dir": tmp_path / "cache",
+        "accelerator": "cpu",
+    }
+
+
+Train = Callable[..., RunDir]
+
+
+@pytest.fixture
+def train(fields: dict[str, Any]) -> Train:
+    """Carry out a run with these fields changed; its directory."""
+    from finetune.train import train_and_finetune
+
+    def carry_out(**changed: Any) -> RunDir:
+        model = train_and_finetune(**(fields | changed))
+        result = model.result
+        assert isinstance(result, RunResult)
+        return RunDir(Path(result.config["out"]) / result.run_id)
+
+    return carry_out
+
+
+@pytest.fixture
+def config(fields: dict[str, Any]) -> RunConfig:
+    return RunConfig.from_fields(fields)

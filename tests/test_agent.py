@@ -1,0 +1,82 @@
+"""The command line: messages, exit codes, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import ROOT
+
+
+def agent(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "agent.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+        check=False,
+    )
+
+
+def as_flags(fields: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--strategy=partail"], "must be one of freeze, partial, gradual, scratch"),
+        (["--learning-rate=1"], "did you mean learning_rate"),
+        (["--epochs=0"], "epochs: got '0'"),
+        (["--config=missing.yaml"], "missing.yaml can't be read"),
+        (["--epochs"], "expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message_and_code_2(flags: list[str], words: str) -> None:
+    done = agent(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_missing_data_names_the_command_that_fetches_it(tmp_path: Path) -> None:
+    done = agent(f"--data_dir={tmp_path}/none", f"--out={tmp_path}/runs")
+    assert done.returncode == 1
+    assert "python -m finetune download" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_truncated_picture_is_named(fields: dict[str, Any], digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "digits"
+    shutil.copytree(digits, folder)
+    victim = min((folder / "train").glob("*/*.png"))
+    victim.write_bytes(victim.read_bytes()[:-30])
+    flags = as_flags(fields | {"data_dir": folder, "epochs": 1, "strategy": "freeze"})
+    done = agent(*flags)
+    assert done.returncode == 1
+    assert str(victim) in done.stderr
+    assert "--skip_unreadable" in done.stderr
+    skipped = agent(*flags, "--skip_unreadable")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "going on without 1 unreadable" in skipped.stdout
+
+
+def test_one_run_prints_what_a_person_wants_to_read(fields: dict[str, Any]) -> None:
+    done = agent(*as_flags(fields | {"strategy": "gradual", "epochs": 4}))
+    assert done.returncode == 0, done.stderr
+    assert "20 pictures train; val/ validates (15 pictures)" in done.stdout
+    assert done.stdout.count("epoch  ") == 4
+    assert "best val_acc" in done.stdout.splitlines()[-1]
+    assert done.stderr == ""
