@@ -3,7 +3,7 @@
 Turns made-up 800x600 JPEGs into images a second, seconds to the result and ratios, as a table and
 as JSON.
 
-    python -m benchmarks [--quick]
+    python -m benchmarks [--quick] [--only freeze sweep]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from benchmarks import plain
+from benchmarks.whole_sweep import whole_sweep
 from finetune.cache import Cache
 from finetune.data import decode, find_pictures, open_images
 from finetune.model import build, normalise, part_parameters
@@ -90,10 +91,10 @@ class Bench:
 
     def plain(self, strategy: str, data_dir: Path, epochs: int) -> float:
         """Images a second."""
-        rate, _ = quietly(
+        run = quietly(
             lambda: plain.train(data_dir, self.weights, strategy, epochs, self.image_size)
         )
-        return rate
+        return run.images_per_second
 
     def raw(self, strategy: str, num_steps: int) -> float:
         """Images a second of a bare training loop on the whole network, in channels_last."""
@@ -188,34 +189,55 @@ def store_figures(bench: Bench, sizes: tuple[int, int]) -> dict[str, float]:
     }
 
 
+SECTIONS = ("store", "freeze", "partial", "gradual", "scratch", "sweep")
+EPOCHS = {"freeze": 2, "partial": 2, "gradual": 10, "scratch": 1}
+
+
+def measure(
+    bench: Bench, sections: Sequence[str], alternations: int, quick: bool
+) -> dict[str, Any]:
+    """The figures of each section, printed as they come."""
+    small, large = ((32, 32), (320, 64)) if quick else ((160, 32), (2000, 400))
+    figures: dict[str, Any] = {}
+
+    def show(name: str, values: dict[str, Any]) -> None:
+        figures[name] = values
+        print(f"{name}: {json.dumps(values)}", flush=True)
+
+    for name in sections:
+        print(f"{name} ...", flush=True)
+        if name == "store":
+            show(name, store_figures(bench, large))
+        elif name == "sweep":
+            data_dir = bench.pictures(*((40, 20) if quick else (120, 40)))
+            show(
+                name, whole_sweep(bench.place / "sweeps", bench.weights, data_dir, bench.image_size)
+            )
+        else:
+            sizes = large if name == "freeze" else small
+            epochs = 4 if quick and name == "gradual" else EPOCHS[name]
+            show(name, compare_strategy(bench, name, sizes, small, epochs, alternations))
+        if name == "freeze":
+            rate = figures[name]["plain_images_per_second"]
+            show("first_freeze_run", first_freeze_run(bench, large, rate))
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="about two minutes, rough figures")
     parser.add_argument("--alternations", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/latest.json"))
     given = parser.parse_args()
     os.environ["WANDB_MODE"] = "disabled"
     alternations = 1 if given.quick else given.alternations
-    small, large = ((32, 32), (320, 64)) if given.quick else ((160, 32), (2000, 400))
-    gradual_epochs = 4 if given.quick else 10
-    figures: dict[str, Any] = {}
+    sections = given.only or (SECTIONS[:-1] if given.quick else SECTIONS)
     with tempfile.TemporaryDirectory() as place:
-        bench = Bench(Path(place), 256)
-        print("making pictures ...", flush=True)
-        figures["store"] = store_figures(bench, large)
-        figures["freeze"] = compare_strategy(bench, "freeze", large, small, 2, alternations)
-        rate = figures["freeze"]["plain_images_per_second"]
-        figures["first_freeze_run"] = first_freeze_run(bench, large, rate)
-        for strategy, epochs in (("partial", 2), ("gradual", gradual_epochs), ("scratch", 1)):
-            figures[strategy] = compare_strategy(
-                bench, strategy, small, small, epochs, alternations
-            )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    figures["peak_memory_bytes"] = peak * 1024
+        figures = measure(Bench(Path(place), 256), sections, alternations, given.quick)
+    figures["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(figures, indent=2))
-    for name, values in figures.items():
-        print(f"{name}: {json.dumps(values)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ nothing of this project; it is what the project is measured against.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from torchvision.transforms import v2
 PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
 OPENED = {"freeze": ["fc"], "partial": ["fc", "layer4", "layer3"], "scratch": list(PARTS)}
 GRADUAL = ("fc", "layer4", "layer3", "layer2")
+
+
+@dataclass
+class PlainRun:
+    """What a run came to."""
+
+    images_per_second: float
+    """Of its epochs, training and validation."""
+    seconds: float
+    val_accuracies: list[float]
 
 
 class Plain(pl.LightningModule):
@@ -71,9 +82,15 @@ class Plain(pl.LightningModule):
 
 
 def train(
-    data_dir: Path, weights: Path, strategy: str, epochs: int, image_size: int, batch_size: int = 32
-) -> tuple[float, float]:
-    """Images a second over the epochs, training and validation, and seconds in all."""
+    data_dir: Path,
+    weights: Path,
+    strategy: str,
+    epochs: int,
+    image_size: int,
+    batch_size: int = 32,
+    learning_rate: float = 0.001,
+) -> PlainRun:
+    """Fine-tune on a folder with train/CLASS/* and val/CLASS/*."""
     started = time.perf_counter()
     common = [
         v2.PILToTensor(),
@@ -89,7 +106,7 @@ def train(
         "num_workers": 2,
         "persistent_workers": True,
     }
-    module = Plain(strategy, weights, len(train_set.classes), 0.001)
+    module = Plain(strategy, weights, len(train_set.classes), learning_rate)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -105,4 +122,8 @@ def train(
         DataLoader(val_set, **loading),
     )
     num_pictures = epochs * (len(train_set) + len(val_set))
-    return num_pictures / sum(module.epoch_seconds), time.perf_counter() - started
+    return PlainRun(
+        images_per_second=num_pictures / sum(module.epoch_seconds),
+        seconds=time.perf_counter() - started,
+        val_accuracies=module.val_accuracies,
+    )
