@@ -77,7 +77,12 @@ def _local_sweep(
     parameters["strategy"] = {"values": list(strategies)}
     parameters["learning_rate"] = {"values": list(LEARNING_RATES)}
     metric = {"name": "best_val_acc", "goal": "maximize"}
-    sweep = {"method": "grid", "metric": metric, "parameters": parameters} | more
+    sweep = {
+        "program": "agent.py",
+        "method": "grid",
+        "metric": metric,
+        "parameters": parameters,
+    } | more
     place.mkdir(parents=True)
     (place / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     started = time.perf_counter()
