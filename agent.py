@@ -10,16 +10,18 @@ import sys
 from finetune.config import RunConfig
 from finetune.errors import run_door
 from finetune.flags import given_fields
+from finetune.tracking import fields_of_run, told_to_sweep
 
 
 def main() -> None:
-    """Check the flags before anything heavy is imported, then run."""
-    given = given_fields(sys.argv[1:])
-    if not given.keys() & {"config", "resume"}:
-        RunConfig.from_fields(given)
-    from finetune.train import train_and_finetune
+    """Check the fields before anything heavy is imported, then run."""
+    with told_to_sweep():
+        given = fields_of_run(given_fields(sys.argv[1:]))
+        if not given.keys() & {"config", "resume"}:
+            RunConfig.from_fields(given)
+        from finetune.train import train_and_finetune
 
-    train_and_finetune(**given)
+        train_and_finetune(**given)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,17 @@ def _sweep(given: argparse.Namespace) -> int | None:
     return sweep_command(given.sweep, **options)
 
 
+def _gpus_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep_id", metavar="SWEEP_ID", help="what `wandb sweep` has printed")
+    parser.add_argument("--count", type=_count, help="at most so many runs for each agent")
+
+
+def _gpus(given: argparse.Namespace) -> int | None:
+    from finetune.gpus import gpus
+
+    return gpus(given.sweep_id, given.count)
+
+
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     parser.add_argument(
@@ -204,6 +215,9 @@ COMMANDS: dict[str, Command] = {
         "run a W&B sweep file here, without an account; start it again to go on",
         _sweep_arguments,
         _sweep,
+    ),
+    "gpus": Command(
+        "one W&B agent on each visible GPU, or one in all on a CPU", _gpus_arguments, _gpus
     ),
     "report": Command(
         "which strategy wins, and can it be trusted: a page, a table, and the answer here",

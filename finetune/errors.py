@@ -20,8 +20,10 @@ import difflib
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
@@ -72,6 +74,37 @@ class Stopped(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum = signum
 
+    @property
+    def state(self) -> str:
+        """`preempted` where a scheduler takes the machine and the run is to be queued again."""
+        return "preempted" if self.signum == PREEMPTION_SIGNAL else "stopped"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run that did not finish ended, as failure.json and W&B tell it."""
+
+    state: str
+    """failed, stopped, pruned or preempted."""
+    reason: str
+    exit_code: int
+
+
+def ending(error: BaseException) -> Ending:
+    """What an exception that ends a run amounts to; a pruned run hasn't failed."""
+    match error:
+        case Stopped():
+            return Ending(error.state, str(error), 128 + error.signum)
+        case KeyboardInterrupt():
+            return Ending("stopped", "interrupted", 128 + signal.SIGINT)
+        case Pruned():
+            return Ending("pruned", str(error), 0)
+        case FinetuneError():
+            return Ending("failed", str(error), error.exit_code)
+        case _:
+            reason = "".join(traceback.format_exception_only(error)).strip()
+            return Ending("failed", reason, FinetuneError.exit_code)
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`; did you mean ...?` for a misspelt name, or nothing where no choice is near."""
@@ -79,12 +112,15 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PREEMPTION_SIGNAL = signal.SIGUSR1
+"""What schedulers send before they take the machine (Slurm: --signal=USR1@120)."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, PREEMPTION_SIGNAL)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it, the first SIGINT or SIGTERM raises `Stopped`; later ones wait for the clean-up.
+    """Within it, the first of `STOP_SIGNALS` raises `Stopped`; later ones wait for the clean-up.
 
     Handlers are put back at the end. Outside the main thread, where Python has no handlers, it
     does nothing.

@@ -11,28 +11,40 @@ from __future__ import annotations
 
 import netrc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlparse
 
-import numpy as np
 import yaml
 
-from finetune.config import RunConfig
-from finetune.errors import FinetuneError
-from finetune.result import RunDir, RunResult
+from finetune.config import RunConfig, differences
+from finetune.errors import ConfigError, Ending, FinetuneError, Stopped, ending
+from finetune.result import Row, RunDir, RunResult
 
 if TYPE_CHECKING:
+    import numpy as np
     from pytorch_lightning.loggers import WandbLogger
 
 NUM_MISTAKES = 50
 
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+"""What W&B's client knows."""
+
+INIT_SECONDS = 60.0
+"""How long a server is waited for at the start."""
+
 
 def mode(environ: dict[str, str] | None = None) -> str:
-    """`WANDB_MODE` where it is set; else online with a key, offline without one."""
+    """`WANDB_MODE` where it is set; else online with a key, offline without one.
+
+    Raises `ConfigError` for a mode that W&B doesn't know.
+    """
     variables = os.environ if environ is None else environ
-    if asked := variables.get("WANDB_MODE"):
+    if (asked := variables.get("WANDB_MODE")) is not None:
+        if asked not in MODES:
+            raise ConfigError(f"WANDB_MODE: got {asked!r}; must be one of {', '.join(MODES)}")
         return asked
     if variables.get("WANDB_SWEEP_ID") or _has_key(dict(variables)):
         return "online"
@@ -53,6 +65,9 @@ def _has_key(environ: dict[str, str]) -> bool:
 class Tracker:
     """One run's W&B side; with `WANDB_MODE=disabled` it does nothing, and wandb isn't imported."""
 
+    has_opened: ClassVar[bool] = False
+    """A W&B run was opened in this process."""
+
     def __init__(self, run: Any | None) -> None:
         self._run = run
 
@@ -69,34 +84,18 @@ class Tracker:
             return cls(None)
         if chosen == "offline" and "WANDB_MODE" not in os.environ:
             say("W&B: no key is configured; logging offline (wandb sync sends the run later)")
-        import wandb
-
-        offline = chosen in ("offline", "dryrun")
-        locked = _sweep_parameters()
-        described = {k: v for k, v in config.to_fields().items() if k not in locked}
-        try:
-            run = wandb.init(
-                mode=None if offline else chosen,  # type: ignore[arg-type]
-                project=config.project,
-                entity=config.entity,
-                group=config.group or os.environ.get("WANDB_SWEEP_ID"),
-                name=config.name,
-                id=run_dir.path.name,
-                resume=None if offline else "allow",
-                tags=[config.strategy],
-                config=described,
-                dir=run_dir.path,
-                settings=wandb.Settings(
-                    mode="offline" if offline else None,  # type: ignore[arg-type]
-                    silent=offline,
-                    disable_git=True,
-                    save_code=False,
-                ),
-            )
-        except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
-            raise FinetuneError(
-                f"W&B: {error}. Set WANDB_MODE=offline to log into the run directory instead"
-            ) from None
+        locked = sweep_parameters()
+        run = _init(
+            chosen,
+            project=config.project,
+            entity=config.entity,
+            group=config.group or _sweep_name(config, chosen),
+            name=config.name,
+            id=run_dir.path.name,
+            tags=[config.strategy],
+            config={k: v for k, v in config.to_fields().items() if k not in locked},
+            dir=run_dir.path,
+        )
         run.define_metric("epoch")
         run.define_metric("*", step_metric="epoch")
         return cls(run)
@@ -109,6 +108,12 @@ class Tracker:
 
         return [WandbLogger(experiment=self._run)]
 
+    def catch_up(self, rows: Sequence[Row]) -> None:
+        """Log the epochs that W&B hasn't: an attempt that was killed may not have sent its last."""
+        if self._run is not None:
+            for row in rows[self._run.starting_step :]:
+                self._run.log(row)
+
     def note(self, values: dict[str, Any]) -> None:
         """Facts of the run, in its config."""
         if self._run is not None:
@@ -118,6 +123,7 @@ class Tracker:
         """The best epoch's summary, confusion, per-class accuracy, mistakes, and the artifact."""
         if self._run is None:
             return
+        import numpy as np
         import wandb
 
         with np.load(run_dir.predictions_path) as predictions:
@@ -147,7 +153,8 @@ class Tracker:
         summary = result.model_dump(
             include={"best_val_acc", "best_val_loss", "best_epoch", "stopped_early"}
         )
-        self._run.summary.update(summary)
+        # An attempt that was cut off has left another state.
+        self._run.summary.update(summary | {"state": "finished", "reason": ""})
         self._log_best(run_dir, summary | {"strategy": result.strategy, "class_names": names})
 
     def _log_best(self, run_dir: RunDir, metadata: dict[str, Any]) -> None:
@@ -155,20 +162,25 @@ class Tracker:
 
         assert self._run is not None
         artifact = wandb.Artifact(f"finetune-{self._run.id}", type="model", metadata=metadata)
-        artifact.add_file(str(run_dir.best_path), name="best.ckpt")
+        # Neither copied nor cached by W&B: it stays as it is in the run directory.
+        artifact.add_file(
+            str(run_dir.best_path), name="best.ckpt", policy="immutable", skip_cache=True
+        )
         self._run.log_artifact(artifact, aliases=["best"])
 
-    def fail(self, state: str, reason: str, run_dir: RunDir) -> None:
+    def fail(self, end: Ending, run_dir: RunDir | None = None) -> None:
         """End the W&B run with its state, the reason and the best model so far.
 
-        What a sweep has pruned has not failed.
+        A sweep's server queues a preempted run again.
         """
         if self._run is None:
             return
-        self._run.summary.update({"state": state, "reason": reason})
-        if run_dir.best_path.exists():
-            self._log_best(run_dir, {"state": state})
-        self.close(exit_code=0 if state == "pruned" else 1)
+        self._run.summary.update({"state": end.state, "reason": end.reason})
+        if end.state == "preempted":
+            self._run.mark_preempting()
+        if run_dir is not None and run_dir.best_path.exists():
+            self._log_best(run_dir, {"state": end.state})
+        self.close(end.exit_code)
 
     def close(self, exit_code: int = 0) -> None:
         """Send everything and end the W&B run; a code above 0 marks it as failed."""
@@ -177,10 +189,86 @@ class Tracker:
             self._run = None
 
 
+def _init(chosen: str, **described: Any) -> Any:
+    """The W&B run of this process, made or gone on with. Raises `FinetuneError`."""
+    import wandb
+
+    offline = chosen in ("offline", "dryrun")
+    try:
+        run = wandb.init(
+            **described,
+            mode="offline" if offline else chosen,  # type: ignore[arg-type]
+            resume=None if offline else "allow",
+            settings=wandb.Settings(
+                silent=offline, disable_git=True, save_code=False, init_timeout=INIT_SECONDS
+            ),
+        )
+    except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
+        raise FinetuneError(
+            f"W&B: {error}. Set WANDB_MODE=offline to log into the run directory instead"
+        ) from None
+    except BaseException:  # stopped meanwhile: the server may know of the run already
+        wandb.teardown(exit_code=1)
+        raise
+    Tracker.has_opened = True
+    return run
+
+
+def _sweep_name(config: RunConfig, chosen: str) -> str | None:
+    """The name of the sweep whose agent started this run, or its id where it has none."""
+    sweep_id = os.environ.get("WANDB_SWEEP_ID")
+    if sweep_id is None or chosen != "online":
+        return sweep_id
+    import wandb
+
+    path = "/".join(filter(None, (config.entity, config.project, sweep_id)))
+    try:
+        sweep: Any = wandb.Api().sweep(path)  # type: ignore[no-untyped-call]
+        return sweep.config.get("name") or sweep_id
+    except (wandb.errors.Error, ValueError):  # a name isn't worth a run
+        return sweep_id
+
+
+@contextmanager
+def told_to_sweep() -> Iterator[None]:
+    """Within it, whatever ends a W&B agent's run before the run is open is told to the server.
+
+    It would stay pending there: the agent says nothing about how its programs end.
+    """
+    try:
+        yield
+    except (Exception, Stopped) as error:
+        by_agent = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
+        if by_agent and mode() == "online" and not Tracker.has_opened:
+            with suppress(FinetuneError):  # it can't be reached, and what happened matters more
+                Tracker(_init("online")).fail(ending(error))
+        raise
+
+
+def fields_of_run(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's fields: what its command line says, and its W&B sweep where an agent started it.
+
+    Raises `ConfigError` where the two contradict each other: W&B would show the sweep's value.
+    """
+    parameters = sweep_parameters()
+    if parameters:
+        shared = {name: value for name, value in flags.items() if name in parameters}
+        for name, (set_by_sweep, given) in differences(
+            RunConfig.from_fields(parameters), shared
+        ).items():
+            raise ConfigError(
+                f"{name}: the sweep says {set_by_sweep} and the command line {given}; leave it "
+                "out of one of them"
+            )
+    return parameters | dict(flags)
+
+
 def confident_mistakes(
     logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], paths: Sequence[str]
 ) -> list[tuple[str, int, int, float]]:
     """(path, truth, prediction, probability) of wrong predictions, the most probable first."""
+    import numpy as np
+
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     guesses = probabilities.argmax(axis=1)
@@ -190,10 +278,16 @@ def confident_mistakes(
     return [(str(paths[i]), int(labels[i]), int(guesses[i]), float(confidence[i])) for i in worst]
 
 
-def _sweep_parameters() -> frozenset[str]:
-    """Names that a W&B sweep has set and locked: setting them again would only be a warning."""
+def sweep_parameters() -> dict[str, Any]:
+    """What a W&B agent has set and locked for this run; nothing where no agent started it."""
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not Path(path).exists():
-        return frozenset()
+        return {}
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return frozenset(content) if isinstance(content, dict) else frozenset()
+    if not isinstance(content, dict):
+        return {}
+    return {
+        name: given["value"]
+        for name, given in content.items()
+        if isinstance(given, dict) and "value" in given and name != "_wandb"
+    }

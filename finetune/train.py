@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +33,14 @@ from finetune.activations import Feed
 from finetune.cache import Cache, num_kept_bytes
 from finetune.config import RunConfig, advice, differences, read_mapping
 from finetune.data import Splits, find_splits, open_images
-from finetune.errors import ConfigError, FinetuneError, Pruned, Stopped, WeightsError, stoppable
+from finetune.errors import (
+    ConfigError,
+    Ending,
+    FinetuneError,
+    WeightsError,
+    ending,
+    stoppable,
+)
 from finetune.model import build, load_best, load_source, read_checkpoint
 from finetune.module import FineTuning
 from finetune.progress import bar
@@ -179,6 +185,7 @@ class _Attempt:
         self.recorder = recorder = Recorder(run_dir, config, source, say, self.on_epoch)
         resumed = self._resume_from(recorder, source)
         self.tracker = Tracker.open(config, run_dir, say)
+        self.tracker.catch_up(recorder.rows)
         feed, unreadable, cache_seconds = self._open_feed()
         module = FineTuning(network, config, feed)
         if not recorder.is_complete:
@@ -283,18 +290,15 @@ class _Attempt:
 
     def fail(self, error: BaseException) -> None:
         """Leave the reason in failure.json and, as far as it can be told, in W&B."""
-        stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = _out_of_memory(self.config)
-        elif stopped or isinstance(error, FinetuneError):
-            reason = str(error) or "interrupted"
-        else:
-            reason = "".join(traceback.format_exception_only(error)).strip()
+        end = (
+            Ending("failed", _out_of_memory(self.config), FinetuneError.exit_code)
+            if isinstance(error, torch.OutOfMemoryError)
+            else ending(error)
+        )
         epoch = len(self.recorder.rows) if self.recorder is not None else None
-        state = "stopped" if stopped else "pruned" if isinstance(error, Pruned) else "failed"
-        self.run_dir.write_failure(state, reason, epoch)
+        self.run_dir.write_failure(end.state, end.reason, epoch)
         if self.tracker is not None:
-            self.tracker.fail(state, reason, self.run_dir)
+            self.tracker.fail(end, self.run_dir)
 
 
 def _out_of_memory(config: RunConfig) -> str:

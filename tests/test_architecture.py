@@ -18,7 +18,7 @@ FLOORS: dict[str, int] = {
     "train": 3,
     "outcomes": 4, "sweep": 4, "intervals": 4, "compare": 4, "report": 4,
     "predict": 4, "evaluate": 4, "export": 4,
-    "demo": 5, "__main__": 6, "__init__": 6,
+    "gpus": 5, "demo": 5, "__main__": 6, "__init__": 6,
 }  # fmt: skip
 
 NEIGHBOURS = {

@@ -9,19 +9,17 @@ trials are stored or processes are started.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
-from finetune.errors import STOP_SIGNALS, ConfigError, FinetuneError, Stopped, stoppable
+from finetune.errors import ConfigError, FinetuneError, stoppable
 from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, read_metrics
 from finetune.sweep.board import MAX_DEATHS, Board, Claim
 from finetune.sweep.dimensions import Value
@@ -67,7 +65,7 @@ def run_sweep(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: got {workers}; a whole number from 1 on is needed")
     num_workers = workers or max(1, len(visible_devices()))
-    with _stoppable_by_scheduler(), stoppable():
+    with stoppable():
         view = View(num_trials, spec.metric.name, spec.metric.goal, console)
         crew = Crew(num_workers)
         with closing(Board.open(spec, where, num_trials, view.say)) as board:
@@ -108,26 +106,6 @@ def _make(directory: Path) -> None:
         raise FinetuneError(
             f"out: {directory} can't be made: {error.strerror}; pass another --out"
         ) from None
-
-
-@contextmanager
-def _stoppable_by_scheduler() -> Iterator[None]:
-    """Within it SIGUSR1, what a scheduler sends before it takes the machine, raises `Stopped`."""
-
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        for each in (*STOP_SIGNALS, signal.SIGUSR1):
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    try:
-        before = signal.signal(signal.SIGUSR1, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 @dataclass
