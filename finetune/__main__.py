@@ -166,12 +166,15 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="where report.html and runs.csv go (default: RUNS_DIR)"  # noqa: E501
     )  # fmt: skip
+    parser.add_argument(
+        "--wandb", metavar="ENTITY/PROJECT/SWEEP", help="report on this W&B sweep instead"
+    )
 
 
 def _report(given: argparse.Namespace) -> int | None:
     from finetune.report import report
 
-    return report(given.runs_dir, given.out)
+    return report(given.runs_dir, given.out, given.wandb)
 
 
 def _count(text: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,10 @@ NUM_MISTAKES = 50
 
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 """What W&B's client knows."""
+
+FOLDER = "finetune"
+RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")
+"""What a run sends along, in this folder of its W&B files, for a report on the whole sweep."""
 
 INIT_SECONDS = 60.0
 """How long a server is waited for at the start."""
@@ -155,7 +160,20 @@ class Tracker:
         )
         # An attempt that was cut off has left another state.
         self._run.summary.update(summary | {"state": "finished", "reason": ""})
+        self._send_files(run_dir, {"result.json": result.model_dump_json(indent=2).encode()})
         self._log_best(run_dir, summary | {"strategy": result.strategy, "class_names": names})
+
+    def _send_files(self, run_dir: RunDir, made: Mapping[str, bytes]) -> None:
+        """`RUN_FILES`, those of the run directory as they are now."""
+        assert self._run is not None
+        folder = Path(self._run.dir) / FOLDER
+        folder.mkdir(exist_ok=True)
+        for path in (run_dir.metrics_path, run_dir.predictions_path):
+            if path.exists():
+                shutil.copyfile(path, folder / path.name)
+        for name, content in made.items():
+            (folder / name).write_bytes(content)
+        self._run.save(f"{folder}/*", base_path=folder.parent, policy="now")
 
     def _log_best(self, run_dir: RunDir, metadata: dict[str, Any]) -> None:
         import wandb
@@ -179,6 +197,7 @@ class Tracker:
         if end.state == "preempted":
             self._run.mark_preempting()
         if run_dir is not None and run_dir.best_path.exists():
+            self._send_files(run_dir, {})
             self._log_best(run_dir, {"state": end.state})
         self.close(end.exit_code)
 

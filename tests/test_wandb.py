@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -114,6 +115,24 @@ def assert_history_is_whole(run: Run, run_dir: Path) -> None:
     assert [{key: row[key] for key in METRICS} for row in logged] == rows
 
 
+def assert_report_says_the_same(place: Place, sweep: str) -> None:
+    """What is fetched from W&B is what the run directories hold."""
+    address = f"{ENTITY}/{PROJECT}/{sweep}"
+    fetched = place.path / "fetched"
+    command = ["-m", "finetune", "report", str(fetched), "--wandb", address]
+    assert place.start(*command).wait(60) == 0
+    runs = place.path / "runs"
+    assert place.start("-m", "finetune", "report", str(runs)).wait(60) == 0
+    tables = []
+    for folder in (fetched, runs):
+        assert (folder / "report.html").exists()
+        with (folder / "runs.csv").open() as file:
+            tables.append({row["run_id"]: row for row in csv.DictReader(file)})
+    for row in [*tables[0].values(), *tables[1].values()]:
+        del row["run_dir"]
+    assert tables[0] == tables[1]
+
+
 def test_two_agents_run_every_cell_of_the_sweep_once(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(
         fixed(fields, strategy=["freeze", "partial"], data_aug=[True, "n"], epochs=2)
@@ -134,6 +153,7 @@ def test_two_agents_run_every_cell_of_the_sweep_once(place: Place, fields: dict[
         assert run.display_name.startswith(f"{run.args['strategy']}-lr0.01-bs5")
     assert len({(r.args["strategy"], r.args["data_aug"]) for r in runs}) == 4
     assert "locked by" not in place.output()
+    assert_report_says_the_same(place, sweep)
 
 
 def test_the_dashboard_has_the_winner_and_what_it_gets_wrong(

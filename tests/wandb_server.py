@@ -435,6 +435,72 @@ class WandbServer:
             }
         }
 
+    def _on_GetSweep(self, variables: dict[str, Any]) -> Any:
+        sweep = self.sweeps.get(variables["name"])
+        described = sweep and {
+            "id": sweep.id,
+            "name": sweep.name,
+            "displayName": sweep.config.get("name"),
+            "method": sweep.config["method"],
+            "state": sweep.state,
+            "config": yaml.safe_dump(sweep.config),
+            "runCount": len(self.sweep_runs(sweep.name)),
+        }
+        return {"project": {"sweep": described}}
+
+    def _on_Runs(self, variables: dict[str, Any]) -> Any:
+        (condition,) = json.loads(variables["filters"])["$and"]
+        runs = self.sweep_runs(condition["sweep"])
+        first = int(variables.get("cursor") or 0)
+        end = first + variables["perPage"]
+        edges = [{"node": self._described(run), "cursor": str(i)}
+                 for i, run in enumerate(runs[first:end], first + 1)]  # fmt: skip
+        page = {"endCursor": str(end), "hasNextPage": end < len(runs)}
+        found = {"edges": edges, "pageInfo": page}
+        return {"project": {"internalId": "1", "runCount": len(runs), "readOnly": False,
+                            "runs": found}}  # fmt: skip
+
+    def _on_Run(self, variables: dict[str, Any]) -> Any:
+        return {
+            "project": {"internalId": "1", "run": self._described(self.runs[variables["name"]])}
+        }
+
+    def _described(self, run: Run) -> dict[str, Any]:
+        return {
+            "id": run.id,
+            "projectId": "1",
+            "tags": run.tags,
+            "name": run.name,
+            "displayName": run.display_name,
+            "sweepName": run.sweep,
+            "state": run.state,
+            "config": json.dumps(run.config),
+            "group": run.group,
+            "createdAt": "2026-01-01T00:00:00",
+            "heartbeatAt": "2026-01-01T00:00:00",
+            "systemMetrics": "{}",
+            "summaryMetrics": json.dumps(run.summary),
+            "historyLineCount": len(run.history),
+            "historyKeys": None,
+            "user": {"name": ENTITY, "username": ENTITY},
+        }
+
+    def _on_RunFiles(self, variables: dict[str, Any]) -> Any:
+        run = self.runs[variables["name"]]
+        names = variables["fileNames"] or run.files
+        edges = []
+        for name in names:
+            if name in run.files:
+                url = f"{self.url}/upload/run/{run.name}/{name}"
+                size = len(run.files[name])
+                node = {"id": name, "name": name, "url": url, "directUrl": url, "sizeBytes": size,
+                        "mimetype": None, "updatedAt": None, "md5": None}  # fmt: skip
+                edges.append({"node": node, "cursor": name})
+        page = {"endCursor": None, "hasNextPage": False}
+        files = {"edges": edges, "pageInfo": page}
+        found = {"fileCount": len(edges), "files": files}
+        return {"project": {"internalId": "1", "run": found}}
+
     def _on_GetSweepState(self, variables: dict[str, Any]) -> Any:
         return {"project": {"sweep": {"state": self.sweeps[variables["sweep"]].state}}}
 
@@ -523,8 +589,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
             self._answer(200, state.file_stream(found[1], json.loads(body)))
         elif found := re.fullmatch(r"/upload/(\w+)/([^/]+)/(.*)", path):
-            state.upload(found[1], found[2], found[3], body)
-            self._answer(200, {})
+            if self.command == "GET":
+                self._send(200, "application/octet-stream", state.runs[found[2]].files[found[3]])
+            else:
+                state.upload(found[1], found[2], found[3], body)
+                self._answer(200, {})
         else:
             state.unknown.add(f"{self.command} {path}")
             self._answer(404, {"error": "not found"})
@@ -546,13 +615,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, status: int, content: dict[str, Any]) -> None:
-        text = json.dumps(content).encode()
+        self._send(status, "application/json", json.dumps(content).encode())
+
+    def _send(self, status: int, kind: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(text)))
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(text)
+            self.wfile.write(content)
 
 
 class _Server(ThreadingHTTPServer):

@@ -23,19 +23,25 @@ from finetune.result import write_atomically
 PAGE, TABLE = "report.html", "runs.csv"
 
 
-def report(runs_dir: Path, out: Path | None = None) -> int:
+def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) -> int:
     """Write OUT/report.html and OUT/runs.csv (default: into `runs_dir`) and print the answer.
 
+    `wandb`, as ENTITY/PROJECT/SWEEP, is fetched into `runs_dir` first, and reported on alone.
     Raises `RunDirError` where there are no runs, or OUT can't be written.
     """
     from finetune.report.page import page
     from finetune.sweep.importances import importances
 
-    outcomes = read_outcomes(runs_dir)
+    if wandb is None:
+        source, outcomes = str(runs_dir), read_outcomes(runs_dir)
+    else:
+        from finetune.sweep.from_wandb import fetch_sweep
+
+        source, outcomes = wandb, read_outcomes(fetch_sweep(wandb, runs_dir))
     comparison = compare(outcomes)
     print(summary(comparison))
     out = out or runs_dir
-    content = page(outcomes, comparison, str(runs_dir), importances(outcomes))
+    content = page(outcomes, comparison, source, importances(outcomes))
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / TABLE, runs_csv(outcomes).encode())

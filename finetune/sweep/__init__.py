@@ -16,6 +16,7 @@ imports neither Optuna nor torch.
 | preload.py | what that server imports |
 | view.py | the live table, and the final one |
 | drive.py | a sweep, run to its end: `run_sweep` |
+| from_wandb.py | a W&B sweep's runs -> a folder of run directories |
 | confirm.py | each strategy's best setting again, with fresh seeds |
 """
 
