@@ -247,7 +247,7 @@ def test_a_preempted_run_is_queued_again_and_ends_as_if_nothing_had_happened(
         "SLURM_JOB_NAME": "finetune",
         "PATH": f"{scontrol.parent}{os.pathsep}{place.environment['PATH']}",
     }
-    changed = {"strategy": "gradual", "epochs": 6, "patience": 0, "image_size": 160}
+    changed = {"strategy": "gradual", "epochs": 40, "patience": 0}
     sweep = place.sweep(fixed(fields, **changed))
     (run,) = place.server.sweep_runs(sweep)
     first = place.agent(sweep, "-f", "--count", "1", **slurm)

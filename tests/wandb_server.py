@@ -200,6 +200,8 @@ class WandbServer:
             }
         }
 
+    _on_GetDefaultEntity = _on_Viewer
+
     def _on_ServerFeaturesQuery(self, variables: dict[str, Any]) -> Any:
         return {"serverInfo": {"features": []}}
 
@@ -359,7 +361,7 @@ class WandbServer:
         return {"commitArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
 
     def _on_ArtifactType(self, variables: dict[str, Any]) -> Any:
-        return {"project": {"artifactType": None}}
+        return {"project": {"artifactType": None, "artifact": None}}
 
     def _on_ClientIDMapping(self, variables: dict[str, Any]) -> Any:
         return {"clientIDMapping": None}
@@ -459,6 +461,9 @@ class WandbServer:
         found = {"edges": edges, "pageInfo": page}
         return {"project": {"internalId": "1", "runCount": len(runs), "readOnly": False,
                             "runs": found}}  # fmt: skip
+
+    def _on_RunState(self, variables: dict[str, Any]) -> Any:
+        return self._on_Run(variables)
 
     def _on_Run(self, variables: dict[str, Any]) -> Any:
         return {
