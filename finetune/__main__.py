@@ -248,14 +248,20 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int | None:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of every command; what it returns has the command's `call`."""
     parser: Any = Parser(prog="python -m finetune", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.summary, description=command.summary)
         command.add_arguments(subparser)
         subparser.set_defaults(call=command.call)
-    given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    made: argparse.ArgumentParser = parser
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int | None:
+    given = command_line().parse_args(sys.argv[1:] if arguments is None else arguments)
     call: Callable[[argparse.Namespace], int | None] = given.call
     return call(given)
 

@@ -11,20 +11,32 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from finetune.errors import MissingPackage
 
+Pixels = np.ndarray[Any, np.dtype[np.float64]]
+
+MIN_CONTRAST = 200.0
+"""Between an ink and its paper, as a distance in RGB; black on white is 442."""
+
 
 def write_digits(
-    folder: Path, digits: Iterable[int], train_per_class: int, val_per_class: int | None = None
+    folder: Path,
+    digits: Iterable[int],
+    train_per_class: int,
+    val_per_class: int | None = None,
+    num_inks: int = 0,
 ) -> None:
-    """Write train/DIGIT/*.png and val/DIGIT/*.png, whole or not at all.
+    """Write train/DIGIT/*.png and val/DIGIT/*.png, 8x8 pixels, whole or not at all.
 
     The first `train_per_class` scans of each digit train; of the others `val_per_class`, spread
-    evenly over all writers, or every one, validate. A folder that exists is left as it is. Raises
+    evenly over all writers, or every one, validate. Each scan is written once in grey, or as often
+    as `num_inks` says, each time in an ink and on a paper of its own, always the same ones: colour
+    then tells nothing, and shape has to be learnt. A folder that exists is left as it is. Raises
     `MissingPackage` without scikit-learn.
     """
     if folder.exists():
@@ -49,6 +61,19 @@ def write_digits(
             place = aside / split / str(digit)
             place.mkdir(parents=True)
             for index in chosen:
-                grey = (images[index].reshape(8, 8) * (255 / 16)).round().astype(np.uint8)
-                Image.fromarray(grey).save(place / f"{index:04d}.png")
+                darkness = images[index].reshape(8, 8) / 16
+                pictures = [_coloured(darkness, (int(index), i)) for i in range(num_inks)]
+                for i, picture in enumerate(pictures or [darkness * 255]):
+                    name = f"{index:04d}-{i}.png" if num_inks else f"{index:04d}.png"
+                    Image.fromarray(picture.round().astype(np.uint8)).save(place / name)
     aside.rename(folder)
+
+
+def _coloured(darkness: Pixels, seed: tuple[int, ...]) -> Pixels:
+    """A scan (H, W), 0 to 1, in ink on paper: (H, W, 3), 0 to 255."""
+    rng = np.random.default_rng(seed)
+    while True:
+        paper, ink = rng.integers(0, 256, (2, 3)).astype(float)
+        if np.linalg.norm(paper - ink) >= MIN_CONTRAST:
+            coloured: Pixels = paper + darkness[..., None] * (ink - paper)
+            return coloured

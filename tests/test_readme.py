@@ -1,0 +1,110 @@
+"""The README's commands: every one is understood, and those of its main line are run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.__main__ import command_line
+from finetune.config import RunConfig
+from finetune.flags import given_fields
+from finetune.model import build
+from finetune.sources import write_digits
+from finetune.sweep import read_sweep
+
+from .conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Indented lines and inline code that start with a program's name, comments left out."""
+    text = README.replace("\\\n", " ")
+    found = re.findall(r"^ {4}!?((?:python|wandb|make|pip|optuna-dashboard) .*)$", text, re.M)
+    found += re.findall(r"`(python -m finetune [^`]+|python agent.py [^`]+)`", text)
+    return [re.sub(r"\s+#.*", "", line).strip() for line in found]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(commands()) > 25
+
+
+@pytest.mark.parametrize("command", commands())
+def test_each_command_is_understood(command: str) -> None:
+    words = shlex.split(command.replace("\n", " "))
+    match words:
+        case ["python", "-m", "finetune", *rest]:
+            given = command_line().parse_args(rest)
+            path = getattr(given, "sweep", None)
+            if path is not None and str(path) != "FILE":
+                read_sweep(ROOT / path)
+        case ["python", "agent.py", "--help"]:
+            pass
+        case ["python", "agent.py", *rest]:
+            given_without = given_fields(rest)
+            given_without.pop("resume", None)
+            RunConfig.from_fields(given_without)
+        case ["make", target]:
+            assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+        case ["pip", "install", *rest]:
+            for name in (word for word in rest if word.endswith(".txt")):
+                assert (ROOT / name).exists()
+        case ["wandb", "sweep", file]:
+            assert (ROOT / file).exists()
+        case _:
+            assert words[0] in ("wandb", "optuna-dashboard")
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Path:
+    """A clone with pictures at data/mine, and ImageNet's weights where torch.hub keeps them."""
+    for name in ("agent.py", "sweep.yaml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "finetune", tmp_path / "finetune")
+    write_digits(tmp_path / "data" / "mine", range(5, 10), train_per_class=5, val_per_class=3)
+    place = tmp_path / "torch" / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    torch.save(build(1000, seed=7).state_dict(), place / "resnet18-f37072fd.pth")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_main_line_runs_as_written(shell: Path) -> None:
+    environment = os.environ | {"TORCH_HOME": str(shell / "torch"), "WANDB_MODE": "offline"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+
+    def run(command: str, *more: str) -> str:
+        assert command in commands(), f"the README does not say {command!r}"
+        made = list((shell / "runs").glob("*/result.json"))
+        words = shlex.split(command.replace("RUN_ID", made[0].parent.name if made else "RUN_ID"))
+        done = subprocess.run(
+            [*words, *more],
+            cwd=shell,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    mine = ["--data_dir", "data/mine", "--epochs", "2", "--image_size", "64"]
+    out = run("python agent.py --data_dir data/mine --strategy partial", *mine[2:])
+    assert "best val_acc" in out
+    assert "which strategy" not in run("python -m finetune report runs")
+    assert (shell / "runs" / "report.html").exists()
+    picture = next((shell / "data" / "mine" / "val").rglob("*.png"))
+    shutil.copy(picture, shell / "picture.jpg")
+    shutil.copytree(picture.parent, shell / "folder")
+    assert "picture.jpg" in run("python -m finetune predict runs/RUN_ID picture.jpg folder/")
+    assert "onnx" in run("python -m finetune export runs/RUN_ID --format onnx")
+    assert "accuracy" in run("python -m finetune evaluate runs/RUN_ID")
