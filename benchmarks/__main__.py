@@ -43,8 +43,8 @@ def make_pictures(folder: Path, num_train: int, num_val: int) -> None:
     for split, count in (("train", num_train), ("val", num_val)):
         for i in range(count):
             label = i % NUM_CLASSES
-            tint = 90 * np.array([label % 3, label // 3 % 3, label // 9])
-            coarse = rng.integers(0, 64, (6, 8, 3)) + tint
+            tint = 60 * np.array([label % 3, label // 3 % 3, label // 9])
+            coarse = rng.integers(0, 128, (6, 8, 3)) + tint
             image = Image.fromarray(coarse.astype(np.uint8)).resize((800, 600), Image.BICUBIC)
             noisy = np.asarray(image, dtype=np.int16) + rng.integers(-12, 13, (600, 800, 3))
             place = folder / split / f"class{label}"

@@ -77,7 +77,7 @@ def main() -> None:
         place = Path(name)
         write_digits(place / "digits", range(5, 10), 4, 3)
         torch.save(build(5, 0).state_dict(), place / "weights.pth")
-        for mode in ("disabled", "offline"):
+        for mode in ("offline", "disabled"):  # the fork server is started once, with wandb in it
             overheads = trial_overhead_seconds(place, mode, given.trials)
             figures[f"trial_overhead_seconds/{mode}"] = median(overheads[1:])
         for method in ("grid", "random", "bayes"):
