@@ -1,6 +1,6 @@
 """What the local sweep costs: seconds a trial besides its epochs, and milliseconds to schedule one.
 
-    python -m benchmarks.sweep_overhead --json sweep_overhead.json
+python -m benchmarks.sweep_overhead --json sweep_overhead.json
 """
 
 from __future__ import annotations
