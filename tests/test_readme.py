@@ -33,6 +33,14 @@ def commands() -> list[str]:
     return [re.sub(r"\s+#.*", "", line).strip() for line in found]
 
 
+def test_the_readme_opens_with_a_picture() -> None:
+    found = re.match(r"# finetune\n\n!\[[^\]]+\]\(([^)]+)\)", README)
+    assert found
+    picture = ROOT / found[1]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert picture.stat().st_size < 1_000_000
+
+
 def test_the_readme_has_commands() -> None:
     assert len(commands()) > 25
 

@@ -196,12 +196,27 @@ def _strategies(comparison: Comparison) -> str:
         else "Accuracy is that of the best run alone: the more runs, the more it flatters."
     )
     heads = (
-        *("strategy", "accuracy", "lowest", "highest", "seeds", "runs", "diverged"),
+        *("strategy", "accuracy", "lowest to highest", "seeds", "runs", "diverged"),
         *("learning rate", "batch", "augmentation", "best epoch", "minutes", "trained weights"),
     )
-    return _section(
-        "Strategies", about, table(heads, [_strategy_row(one) for one in comparison.standings])
-    )
+    rows = [_strategy_row(one) for one in comparison.standings]
+    shown = [i for i in range(len(heads)) if i < 2 or len({_text(row[i]) for row in rows}) > 1]
+    alike = [f"{heads[i]} {_text(rows[0][i])}" for i in range(2, len(heads)) if i not in shown]
+    if alike := [words for words in alike if not words.endswith("–")]:
+        about += f" The same for all: {', '.join(alike)}."
+    columns = table([heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    return _section("Strategies", about, columns)
+
+
+def _text(cell: str | Cell) -> str:
+    return cell.shown if isinstance(cell, Cell) else cell
+
+
+def _range(accuracies: list[float]) -> str:
+    """The lowest and the highest of several seeds."""
+    if len(accuracies) == 1:
+        return "–"
+    return f"{percent(min(accuracies))} to {percent(max(accuracies))}"
 
 
 def _strategy_row(standing: Standing) -> list[str | Cell]:
@@ -216,8 +231,7 @@ def _strategy_row(standing: Standing) -> list[str | Cell]:
     return [
         f"{dot(standing.strategy)}{marks}",
         number(standing.accuracy, percent(standing.accuracy)),
-        number(min(accuracies), percent(min(accuracies))),
-        number(max(accuracies), percent(max(accuracies))),
+        number(min(accuracies), _range(accuracies)),
         number(len(results)),
         number(len(standing.outcomes)),
         number(standing.num_diverged),
