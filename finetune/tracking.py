@@ -160,19 +160,19 @@ class Tracker:
         )
         # An attempt that was cut off has left another state.
         self._run.summary.update(summary | {"state": "finished", "reason": ""})
-        self._send_files(run_dir, {"result.json": result.model_dump_json(indent=2).encode()})
+        self._send_files(run_dir, result)
         self._log_best(run_dir, summary | {"strategy": result.strategy, "class_names": names})
 
-    def _send_files(self, run_dir: RunDir, made: Mapping[str, bytes]) -> None:
-        """`RUN_FILES`, those of the run directory as they are now."""
+    def _send_files(self, run_dir: RunDir, result: RunResult | None = None) -> None:
+        """`RUN_FILES` as they are now; the directory's own result.json comes after W&B's end."""
         assert self._run is not None
         folder = Path(self._run.dir) / FOLDER
         folder.mkdir(exist_ok=True)
         for path in (run_dir.metrics_path, run_dir.predictions_path):
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
-        for name, content in made.items():
-            (folder / name).write_bytes(content)
+        if result is not None:
+            (folder / "result.json").write_text(result.model_dump_json(indent=2), encoding="utf-8")
         self._run.save(f"{folder}/*", base_path=folder.parent, policy="now")
 
     def _log_best(self, run_dir: RunDir, metadata: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class Tracker:
         if end.state == "preempted":
             self._run.mark_preempting()
         if run_dir is not None and run_dir.best_path.exists():
-            self._send_files(run_dir, {})
+            self._send_files(run_dir)
             self._log_best(run_dir, {"state": end.state})
         self.close(end.exit_code)
 

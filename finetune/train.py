@@ -122,7 +122,7 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> 
             return attempt.carry_out()
         except BaseException as error:
             attempt.fail(error)
-            if isinstance(error, torch.OutOfMemoryError):
+            if _is_out_of_memory(error):
                 raise FinetuneError(_out_of_memory(config)) from None
             raise
         finally:
@@ -292,7 +292,7 @@ class _Attempt:
         """Leave the reason in failure.json and, as far as it can be told, in W&B."""
         end = (
             Ending("failed", _out_of_memory(self.config), FinetuneError.exit_code)
-            if isinstance(error, torch.OutOfMemoryError)
+            if _is_out_of_memory(error)
             else ending(error)
         )
         epoch = len(self.recorder.rows) if self.recorder is not None else None
@@ -301,9 +301,15 @@ class _Attempt:
             self.tracker.fail(end, self.run_dir)
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU torch has an exception for it; its allocator for the CPU raises a RuntimeError."""
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def _out_of_memory(config: RunConfig) -> str:
     return (
-        f"the device is out of memory at batch_size {config.batch_size} and image_size "
+        f"out of memory at batch_size {config.batch_size} and image_size "
         f"{config.image_size}; pass a smaller --batch_size"
     )
 
