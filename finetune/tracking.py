@@ -274,11 +274,10 @@ def fields_of_run(flags: Mapping[str, Any]) -> dict[str, Any]:
     Raises `ConfigError` where the two contradict each other: W&B would show the sweep's value.
     """
     parameters = sweep_parameters()
-    if parameters:
-        shared = {name: value for name, value in flags.items() if name in parameters}
-        for name, (set_by_sweep, given) in differences(
-            RunConfig.from_fields(parameters), shared
-        ).items():
+    if shared := {name: flags[name] for name in flags.keys() & parameters.keys()}:
+        of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
+        differing = differences(RunConfig.from_fields(of_sweep), shared)
+        for name, (set_by_sweep, given) in differing.items():
             raise ConfigError(
                 f"{name}: the sweep says {set_by_sweep} and the command line {given}; leave it "
                 "out of one of them"
