@@ -35,7 +35,6 @@ from finetune.config import RunConfig, advice, differences, read_mapping
 from finetune.data import Splits, find_splits, open_images
 from finetune.errors import (
     ConfigError,
-    Ending,
     FinetuneError,
     WeightsError,
     ending,
@@ -121,9 +120,10 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> 
         try:
             return attempt.carry_out()
         except BaseException as error:
-            attempt.fail(error)
-            if _is_out_of_memory(error):
-                raise FinetuneError(_out_of_memory(config)) from None
+            explained = _explained(error, config)
+            attempt.fail(explained)
+            if explained is not error:
+                raise explained from None
             raise
         finally:
             run_dir.release()
@@ -290,25 +290,22 @@ class _Attempt:
 
     def fail(self, error: BaseException) -> None:
         """Leave the reason in failure.json and, as far as it can be told, in W&B."""
-        end = (
-            Ending("failed", _out_of_memory(self.config), FinetuneError.exit_code)
-            if _is_out_of_memory(error)
-            else ending(error)
-        )
+        end = ending(error)
         epoch = len(self.recorder.rows) if self.recorder is not None else None
         self.run_dir.write_failure(end.state, end.reason, epoch)
         if self.tracker is not None:
             self.tracker.fail(end, self.run_dir)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """On a GPU torch has an exception for it; its allocator for the CPU raises a RuntimeError."""
+def _explained(error: BaseException, config: RunConfig) -> BaseException:
+    """Running out of memory, in words that name the field to change; any other error as it is.
+
+    On a GPU torch has an exception for it; its allocator for the CPU raises a RuntimeError.
+    """
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def _out_of_memory(config: RunConfig) -> str:
-    return (
+    if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return error
+    return FinetuneError(
         f"out of memory at batch_size {config.batch_size} and image_size "
         f"{config.image_size}; pass a smaller --batch_size"
     )

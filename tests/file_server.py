@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from .loopback import Handler, listening
 
 
 @dataclass
@@ -45,12 +45,8 @@ class FileServer:
         return bytes(served)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     served: FileServer
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         served = self.served
@@ -117,15 +113,6 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(content: bytes, name: str = "data.zip") -> Iterator[FileServer]:
     served = FileServer(content)
-    handler = type("Handler", (_Handler,), {"served": served})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    served.url = f"http://127.0.0.1:{server.server_port}/{name}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with listening(type("Serving", (_Handler,), {"served": served})) as address:
+        served.url = f"{address}/{name}"
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -17,17 +17,17 @@ import itertools
 import json
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 import yaml
+
+from .loopback import Handler, listening
 
 ENTITY = "tester"
 KEY = "k" * 20 + "0123456789" * 2
@@ -550,12 +550,8 @@ class WandbServer:
         }
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Handler):
     server_state: WandbServer
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def do_POST(self) -> None:
         self._handle()
@@ -602,6 +598,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/sdk/otel/"):  # the client's telemetry, sent now and then
             self._answer(200, {})
         else:
+            state.unknown.add(f"{self.command} {path}")
             self._answer(404, {"error": "not found"})
 
     def _body(self) -> bytes:
@@ -632,25 +629,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # the client went away
-            super().handle_error(request, client_address)
-
-
 @contextmanager
 def serve() -> Iterator[WandbServer]:
     state = WandbServer()
-    handler = type("Handler", (_Handler,), {"server_state": state})
-    server = _Server(("127.0.0.1", 0), handler)
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with listening(type("Serving", (_Handler,), {"server_state": state})) as address:
+        state.url = address
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
