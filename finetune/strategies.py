@@ -83,11 +83,6 @@ class Plan:
         return self.trainable_parts(epoch)[0]
 
     @property
-    def never_trained(self) -> tuple[str, ...]:
-        """The parts that stay as they are from the first epoch to the last."""
-        return tuple(p for p in PARTS if p not in self.start_epochs)
-
-    @property
     def all_open_epoch(self) -> int:
         """The first epoch at which everything that will train is training."""
         return max(self.start_epochs.values())
