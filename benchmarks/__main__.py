@@ -1,7 +1,7 @@
 """This project beside the plain way, alternating, and what limits both.
 
-Turns made-up 800x600 JPEGs into images a second, seconds to the result and ratios, as a table and
-as JSON.
+Turns made-up 800x600 JPEGs into images a second, seconds to the result, peak memory and ratios, as
+a table and as JSON.
 
     python -m benchmarks [--quick] [--only freeze sweep]
 """
@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -23,10 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from benchmarks import plain
+from benchmarks.memory import peak_bytes
 from benchmarks.whole_sweep import whole_sweep
 from finetune.cache import Cache
 from finetune.data import decode, find_pictures, open_images
@@ -37,16 +39,16 @@ from finetune.train import train_and_finetune
 NUM_CLASSES = 10
 
 
-def make_pictures(folder: Path, num_train: int, num_val: int) -> None:
-    """JPEGs of 800x600: coarse shapes, tinted by class, under fine noise."""
+def make_pictures(folder: Path, num_train: int, num_val: int, size: tuple[int, int]) -> None:
+    """JPEGs of this width and height: coarse shapes, tinted by class, under fine noise."""
     rng = np.random.default_rng(0)
     for split, count in (("train", num_train), ("val", num_val)):
         for i in range(count):
             label = i % NUM_CLASSES
             tint = 60 * np.array([label % 3, label // 3 % 3, label // 9])
             coarse = rng.integers(0, 128, (6, 8, 3)) + tint
-            image = Image.fromarray(coarse.astype(np.uint8)).resize((800, 600), Image.BICUBIC)
-            noisy = np.asarray(image, dtype=np.int16) + rng.integers(-12, 13, (600, 800, 3))
+            image = Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.BICUBIC)
+            noisy = np.asarray(image, dtype=np.int16) + rng.integers(-12, 13, (size[1], size[0], 3))
             place = folder / split / f"class{label}"
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
@@ -64,13 +66,14 @@ class Bench:
 
     def __init__(self, place: Path, image_size: int) -> None:
         self.place, self.image_size = place, image_size
+        place.mkdir(exist_ok=True)
         self.weights = place / "weights.pth"
         torch.save(build(1000, seed=1).state_dict(), self.weights)
 
-    def pictures(self, num_train: int, num_val: int) -> Path:
-        folder = self.place / f"pictures-{num_train}-{num_val}"
+    def pictures(self, num_train: int, num_val: int, size: tuple[int, int] = (800, 600)) -> Path:
+        folder = self.place / f"pictures-{num_train}-{num_val}-{size[0]}x{size[1]}"
         if not folder.exists():
-            make_pictures(folder, num_train, num_val)
+            make_pictures(folder, num_train, num_val, size)
         return folder
 
     def ours(self, strategy: str, data_dir: Path, epochs: int, cache: str = "cache") -> Any:
@@ -121,9 +124,10 @@ def compare_strategy(
     bench: Bench, strategy: str, sizes: tuple[int, int], plain_sizes: tuple[int, int], epochs: int,
     alternations: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Alternating runs of both, caches filled before the first."""
+    """Alternating runs of both, caches filled before the first, which tells the memory."""
     data_dir, plain_dir = bench.pictures(*sizes), bench.pictures(*plain_sizes)
-    bench.ours(strategy, data_dir, epochs)
+    our_bytes = peak_bytes(bench.ours, strategy, data_dir, epochs)
+    plain_bytes = peak_bytes(bench.plain, strategy, plain_dir, 1)
     pairs = []
     for _ in range(alternations):
         theirs = bench.plain(strategy, plain_dir, epochs)
@@ -139,6 +143,8 @@ def compare_strategy(
         "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
         "ratios": [ours / theirs for ours, theirs in pairs],
         "raw_loop_images_per_second": bench.raw(strategy, 6) if strategy != "freeze" else None,
+        "ours_peak_bytes": our_bytes,
+        "plain_peak_bytes": plain_bytes,
     }
 
 
@@ -190,7 +196,21 @@ def store_figures(bench: Bench, sizes: tuple[int, int]) -> dict[str, float]:
     }
 
 
-SECTIONS = ("store", "freeze", "partial", "gradual", "scratch", "sweep")
+def memory_by_size(place: Path, small: int, large: int) -> dict[str, float]:
+    """Peak memory of a freeze run at 64 pixels, on few pictures and on many."""
+    bench = Bench(place, 64)
+    peaks = [
+        peak_bytes(bench.ours, "freeze", bench.pictures(count, 200, (64, 64)), 2)
+        for count in (small, large)
+    ]
+    return {
+        "small_peak_bytes": peaks[0],
+        "large_peak_bytes": peaks[1],
+        "ratio": peaks[1] / peaks[0],
+    }
+
+
+SECTIONS = ("store", "freeze", "partial", "gradual", "scratch", "memory", "sweep")
 EPOCHS = {"freeze": 2, "partial": 2, "gradual": 10, "scratch": 1}
 
 
@@ -209,6 +229,8 @@ def measure(
         print(f"{name} ...", flush=True)
         if name == "store":
             show(name, store_figures(bench, large))
+        elif name == "memory":
+            show(name, memory_by_size(bench.place / "memory", 2000, 20_000))
         elif name == "sweep":
             data_dir = bench.pictures(*((40, 20) if quick else (120, 40)))
             show(
@@ -224,6 +246,26 @@ def measure(
     return figures
 
 
+def strategies_table(figures: dict[str, Any]) -> Table:
+    """What was measured of each strategy, epochs with the caches there."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("strategy", "images/s", "plain", "times", "raw loop", "peak MB", "plain MB"):
+        table.add_column(head, justify="left" if head == "strategy" else "right")
+    for strategy in (name for name in EPOCHS if name in figures):
+        found = figures[strategy]
+        raw = found["raw_loop_images_per_second"]
+        table.add_row(
+            strategy,
+            f"{found['ours_images_per_second']:.1f}",
+            f"{found['plain_images_per_second']:.1f}",
+            f"{found['ratio']:.2f} ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})",
+            "-" if raw is None else f"{raw:.1f}",
+            f"{found['ours_peak_bytes'] / 1e6:.0f}",
+            f"{found['plain_peak_bytes'] / 1e6:.0f}",
+        )
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="about two minutes, rough figures")
@@ -233,10 +275,10 @@ def main() -> None:
     given = parser.parse_args()
     os.environ["WANDB_MODE"] = "disabled"
     alternations = 1 if given.quick else given.alternations
-    sections = given.only or (SECTIONS[:-1] if given.quick else SECTIONS)
+    sections = given.only or (SECTIONS[:-2] if given.quick else SECTIONS)
     with tempfile.TemporaryDirectory() as place:
         figures = measure(Bench(Path(place), 256), sections, alternations, given.quick)
-    figures["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Console().print(strategies_table(figures))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(figures, indent=2))
 

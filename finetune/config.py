@@ -172,6 +172,11 @@ class RunConfig(BaseModel):
         None,
         description="gigabytes that they may take; default: 20, at most half of the free space",
     )
+    cache_format: Literal["float32", "float16"] = Field(
+        "float32",
+        description="of the frozen layers' outputs as they are kept; float32 is exact; float16 "
+        "takes half the room, rounds to 11 bits, and may move an accuracy by a picture or two",
+    )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
         "auto", description="Lightning's accelerator; a run uses one device"
     )

@@ -14,6 +14,7 @@ from finetune.activations import Feed
 from finetune.cache import Cache
 from finetune.config import RunConfig
 from finetune.data import find_splits, open_images
+from finetune.errors import ConfigError
 from finetune.model import build, load_source
 from finetune.result import RunResult, read_metrics
 
@@ -52,6 +53,30 @@ def test_cached_and_uncached_runs_are_the_same_to_the_bit(
     uncached, cold, warm = ([[row[k] for k in COMPARED] for row in rows] for rows in runs)
     assert cold == warm
     np.testing.assert_allclose(uncached, cold, atol=1e-6, rtol=0)
+
+
+def test_float16_takes_half_the_room_and_nearly_the_same_numbers(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, sizes = [], []
+    for kept in ("float32", "float16"):
+        place = tmp_path / kept
+        run_dir = train(strategy="freeze", cache_format=kept, cache_dir=place)
+        rows.append([row["val_loss"] for row in read_metrics(run_dir.metrics_path)])
+        stored = [np.load(path) for path in place.glob("activations-*/data.npy")]
+        sizes.append(sum(array.nbytes for array in stored))
+    assert sizes[0] == 2 * sizes[1]
+    assert rows[0] != rows[1]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-2)
+    assert capsys.readouterr().out.count("no longer exact") == 1
+
+
+def test_what_float16_can_not_hold_is_refused(train: Train, weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    state["layer4.1.bn2.weight"] = state["layer4.1.bn2.weight"] * 1e7
+    torch.save(state, tmp_path / "large.pth")
+    with pytest.raises(ConfigError, match="pass float32"):
+        train(strategy="freeze", cache_format="float16", weights=tmp_path / "large.pth")
 
 
 def test_freeze_trains_on_512_numbers_a_picture(fields: dict[str, Any]) -> None:
