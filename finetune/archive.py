@@ -16,6 +16,7 @@ import stat
 import struct
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -44,16 +45,28 @@ _BAD_ZIP = (
 _TAIL_BYTES = 4 << 20  # holds the directory of archives with some 40,000 members
 
 
-class Hostile(DataError):
-    """An archive that would write where it must not, or without end."""
+class Refused(DataError):
+    """An archive that isn't unpacked.
 
-
-class Damaged(DataError):
-    """An archive whose bytes are not what was packed; `spans` are the ones to fetch again."""
+    `spans` are the bytes that say so: where it was fetched, they are fetched again before that is
+    final, because damage in a member's name or flags looks like malice.
+    """
 
     def __init__(self, message: str, spans: list[Span]) -> None:
         super().__init__(message)
         self.spans = spans
+
+
+class Hostile(Refused):
+    """It would write where it must not, or without end, or can't be read at all."""
+
+
+class Foreign(Refused):
+    """It holds something else."""
+
+
+class Damaged(Refused):
+    """Its bytes are not what was packed."""
 
 
 @dataclass(frozen=True)
@@ -103,18 +116,19 @@ def unpack(
     """Unpack the data set in a zip archive to `into`, which must not exist or be empty.
 
     Folders around train/ and val/ are left out, and so is whatever stands beside them. Raises
-    `Hostile`, `Damaged`, or `DataError` for a layout that isn't `expected`; then nothing is left.
+    `Refused`, or `DataError` where `into` can't be written; then nothing is left.
     """
     aside = into.with_name(f".{into.name}.unpacking")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with _open(archive) as opened:
-            members = _safe_members(opened, archive, limits)
-            root = find_root(members)
-            chosen = {n.removeprefix(root): m for n, m in members.items() if _is_wanted(n, root)}
+            chosen = _chosen_members(opened, archive, limits)
             counts = count_pictures(chosen)
             if expected and (difference := expected.difference(counts)):
-                raise DataError(f"{archive} isn't the data set it should be: {difference}")
+                raise Foreign(
+                    f"{archive} isn't the data set it should be: {difference}",
+                    [_directory_of(opened, archive)],
+                )
             _check_room(into, sum(m.file_size + 4096 for m in chosen.values()))
             files = _extract(opened, archive, chosen, aside, progress)
         manifest = {
@@ -133,16 +147,17 @@ def unpack(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_manifest(data_dir: Path) -> dict[str, Any] | None:
+def read_manifest(data_dir: Path) -> Mapping[str, Any] | None:
     """The manifest of a data set that `unpack` made, or None. Raises `DataError`."""
     path = data_dir / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} can't be read ({error}); remove {data_dir} and fetch it") from None
-    if not isinstance(manifest, dict) or "files" not in manifest:
+    kinds = {"source": str, "pictures": dict, "files": dict}
+    if not isinstance(manifest, dict) or any(type(manifest.get(k)) is not kinds[k] for k in kinds):
         raise DataError(f"{path} was not written by this program; move it elsewhere")
     return manifest
 
@@ -180,53 +195,73 @@ def _check_room(into: Path, num_bytes: int) -> None:
 
 
 def _open(archive: Path) -> zipfile.ZipFile:
-    if not archive.is_file():
-        raise DataError(f"{archive} does not exist; pass --archive a zip file")
+    try:
+        with archive.open("rb") as file:
+            start = file.read(60)
+    except OSError as error:
+        raise DataError(
+            f"{archive} can't be read ({error.strerror}); pass --archive a zip file"
+        ) from None
     try:
         return zipfile.ZipFile(archive)
     except _BAD_ZIP as error:
-        with archive.open("rb") as file:
-            start = file.read(60)
-        if not start.startswith(b"PK"):
-            raise DataError(f"{archive} is no zip archive; it starts with {start!r}") from None
         size = archive.stat().st_size
+        tail = (max(0, size - _TAIL_BYTES), size)
+        if not start.startswith(b"PK"):
+            raise Hostile(
+                f"{archive} is no zip archive; it starts with {start!r}", [(0, len(start)), tail]
+            ) from None
         raise Damaged(
             f"{archive} has no readable directory at its end: it is cut off or damaged ({error})",
-            [(max(0, size - _TAIL_BYTES), size)],
+            [tail],
         ) from None
 
 
-def _safe_members(
+def _directory_of(opened: zipfile.ZipFile, archive: Path) -> Span:
+    """Where the archive says what is in it."""
+    return max(opened.start_dir, 0), archive.stat().st_size
+
+
+def _chosen_members(
     opened: zipfile.ZipFile, archive: Path, limits: Limits
 ) -> dict[str, zipfile.ZipInfo]:
-    """Its files by name, after every name, kind and size in it was found harmless."""
-    infos = opened.infolist()
+    """What is to be unpacked, by its name there. Raises `Hostile` or `Foreign`."""
+    directory = [_directory_of(opened, archive)]
+    if reason := _refusal(opened.infolist(), archive.stat().st_size, limits):
+        raise Hostile(f"{archive}: {reason}", directory)
+    members = {info.filename: info for info in opened.infolist() if not info.is_dir()}
+    try:
+        root = find_root(members)
+    except DataError as error:
+        raise Foreign(f"{archive}: {error}", directory) from None
+    return {n.removeprefix(root): m for n, m in members.items() if _is_wanted(n, root)}
+
+
+def _refusal(infos: list[zipfile.ZipInfo], packed_bytes: int, limits: Limits) -> str | None:
+    """Why an archive with these members may not be unpacked; None where all are harmless."""
     total = sum(info.file_size for info in infos)
-    packed = max(archive.stat().st_size, 1)
     if len(infos) > limits.num_members:
-        raise Hostile(f"{archive} has {len(infos)} members; {limits.num_members} are allowed")
-    if total > limits.total_bytes or total > limits.ratio * packed:
-        raise Hostile(
-            f"{archive} would unpack from {packed} to {total} bytes; at most {limits.total_bytes} "
+        return f"it has {len(infos)} members; {limits.num_members} are allowed"
+    if total > limits.total_bytes or total > limits.ratio * packed_bytes:
+        return (
+            f"it would unpack from {packed_bytes} to {total} bytes; at most {limits.total_bytes} "
             f"and {limits.ratio:g} times its own size are allowed"
         )
-    members: dict[str, zipfile.ZipInfo] = {}
+    files: set[str] = set()
     for info in infos:
-        if reason := _refusal(info):
-            raise Hostile(f"{archive}: {info.filename!r} {reason}")
-        if info.is_dir():
-            continue
-        if info.filename in members:
-            raise Hostile(f"{archive}: {info.filename!r} is in it twice")
-        members[info.filename] = info
-    for name in members:
-        if over := next((str(p) for p in PurePosixPath(name).parents if str(p) in members), None):
-            raise Hostile(f"{archive}: {over!r} is a file and a folder")
-    return members
+        if reason := _refusal_of_member(info):
+            return f"{info.filename!r} {reason}"
+        if info.filename in files:
+            return f"{info.filename!r} is in it twice"
+        if not info.is_dir():
+            files.add(info.filename)
+    for name in files:
+        if over := next((str(p) for p in PurePosixPath(name).parents if str(p) in files), None):
+            return f"{over!r} is a file and a folder"
+    return None
 
 
-def _refusal(info: zipfile.ZipInfo) -> str | None:
-    """Why a member may not be unpacked."""
+def _refusal_of_member(info: zipfile.ZipInfo) -> str | None:
     name = info.orig_filename
     if name.startswith("/") or "\\" in name or ":" in name.split("/")[0] or "\0" in name:
         return "is no relative path"
@@ -237,6 +272,9 @@ def _refusal(info: zipfile.ZipInfo) -> str | None:
         return "is a link or a special file"
     if info.flag_bits & 0x1:
         return "is encrypted"
+    # zipfile unpacks the others in blocks of any size: some 1,000 bytes of bzip2 are a gigabyte.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"is packed by method {info.compress_type}; 0 (stored) and 8 (deflated) are read"
     return None
 
 
@@ -294,23 +332,27 @@ def _extract(
     progress: Progress,
 ) -> dict[str, tuple[int, str]]:
     """Write the files; their sizes and hashes. Raises `Damaged`, naming all that are."""
-    done = progress(f"unpacking {archive.name}", len(chosen))
+    names = {info.filename: name for name, info in chosen.items()}
+    members = [info for info in opened.infolist() if not info.is_dir()]
+    done = progress(f"unpacking {archive.name}", len(members))
     files: dict[str, tuple[int, str]] = {}
     damaged: dict[str, str] = {}
-    for name, info in chosen.items():
-        target = aside / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            try:
-                files[name] = _copy(opened, info, file)
-            except _BadMember as error:
-                damaged[info.filename] = str(error)
+    for info in members:
+        try:
+            if name := names.get(info.filename):
+                target = aside / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("xb") as file:
+                    files[name] = _copy(opened, info, file)
+            else:  # a picture whose name is damaged may be among what isn't wanted
+                _copy(opened, info, None)
+        except _BadMember as error:
+            damaged[info.filename] = str(error)
         done()
     if damaged:
         first, reason = next(iter(damaged.items()))
         more = f" and {len(damaged) - 1} more members" if len(damaged) > 1 else ""
-        spans = [_span(opened, opened.getinfo(name)) for name in damaged]
-        spans.append((opened.start_dir, archive.stat().st_size))
+        spans = [*_spans(opened, damaged), _directory_of(opened, archive)]
         raise Damaged(f"{archive} is damaged in {first!r}{more}: {reason}", spans)
     return files
 
@@ -319,7 +361,9 @@ class _BadMember(Exception):
     """One member's bytes can't be right."""
 
 
-def _copy(opened: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) -> tuple[int, str]:
+def _copy(
+    opened: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes] | None
+) -> tuple[int, str]:
     """One member to a file: its size and sha256. zipfile checks the CRC at its end."""
     found = hashlib.sha256()
     num_bytes = 0
@@ -337,13 +381,22 @@ def _copy(opened: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes]) -> tu
                 break
             num_bytes += len(block)
             found.update(block)
-            file.write(block)
+            if file:
+                file.write(block)
     if num_bytes != info.file_size:
         raise _BadMember(f"{num_bytes} bytes instead of {info.file_size}")
     return num_bytes, found.hexdigest()
 
 
-def _span(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Span:
-    """Where a member stands: up to the next one, or to the archive's directory."""
-    later = [o.header_offset for o in opened.infolist() if o.header_offset > info.header_offset]
-    return info.header_offset, min(later, default=opened.start_dir)
+def _spans(opened: zipfile.ZipFile, names: Iterable[str]) -> list[Span]:
+    """Where members stand: each up to the next one, or to the archive's directory."""
+    starts = sorted({info.header_offset for info in opened.infolist()})
+    spans: list[Span] = []
+    for start in sorted(opened.getinfo(name).header_offset for name in names):
+        after = bisect_right(starts, start)
+        end = min([*starts[after : after + 1], opened.start_dir])
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], end)
+        elif 0 <= start < end:  # else it is the directory that is damaged
+            spans.append((start, end))
+    return spans

@@ -8,18 +8,20 @@ torch.hub looks for it. Knows nothing about training, and imports no torch.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import urllib.parse
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from finetune.archive import (
     Damaged,
     Expected,
-    Hostile,
+    Foreign,
+    Refused,
     changed_files,
     count_pictures,
     existing_parent,
@@ -28,7 +30,7 @@ from finetune.archive import (
     unpack,
 )
 from finetune.errors import ConfigError, DataError, WeightsError
-from finetune.fetch import PATIENCE, Part, Patience, fetch, fetch_again
+from finetune.fetch import PATIENCE, Part, Patience, fetch, fetch_again, name_of
 from finetune.layout import SPLITS, class_dirs, find_data_dir, pictures_of_class
 from finetune.progress import bar
 
@@ -64,8 +66,12 @@ def download(
     if archive is not None:
         unpack_archive(data_dir, archive)
     elif not weights_only:
-        expected = INATURALIST if url is None else None
-        fetch_data(data_dir, url or INATURALIST_URL, expected, patience)
+        fetch_data(
+            data_dir,
+            INATURALIST_URL if url is None else url,
+            INATURALIST if url is None else None,
+            patience,
+        )
     fetch_weights(weights_url, patience)
 
 
@@ -79,27 +85,36 @@ def fetch_data(
 
     What was fetched waits in NAME.zip.part beside `data_dir` until it is unpacked.
     """
-    data_dir = _absolute(data_dir)
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "data.zip"
-    part = Part(url, data_dir.with_name(f"{name}.part"))
+    data_dir = _place(data_dir)
+    part = Part(url, data_dir.with_name(f"{name_of(url) or 'data.zip'}.part"))
     with _alone(data_dir):
         if _is_there(data_dir, url, expected):
             return
-        fetch(part, patience, lambda missing: _check_room(data_dir, missing, part))
-        try:
-            _unpack_mending(part, data_dir, expected, patience)
-        except (Damaged, Hostile) as error:
-            kept = f"; {part.path} is kept: run the same command again to fetch the bad part again"
-            if isinstance(error, Hostile):
-                part.remove()
-                kept = "; it was removed"
-            raise DataError(f"{error}{kept}") from None
-        part.remove()
+        with _alone(part.path):  # another data_dir beside this one has the same part
+            fetch(part, patience, lambda missing: _check_room(data_dir, missing, part))
+            try:
+                _unpack_mending(part, data_dir, expected, patience)
+            except Refused as refused:
+                raise DataError(f"{refused}; {_dispose(part, refused)}") from None
+            part.remove()
+
+
+def _dispose(part: Part, refused: Refused) -> str:
+    """Remove what would be refused for ever; what a user can do about the rest."""
+    match refused:
+        case Damaged():
+            advice = "run the same command again to fetch the bad part again"
+        case Foreign():
+            advice = f"remove it to fetch afresh, or pass --archive {part.path} to use it as it is"
+        case _:
+            part.remove()
+            return "it was removed"
+    return f"{part.path} is kept: {advice}"
 
 
 def unpack_archive(data_dir: Path, archive: Path) -> None:
     """Make `data_dir` hold the data set in a local zip, which stays. Raises `DataError`."""
-    data_dir, archive = _absolute(data_dir), _absolute(archive)
+    data_dir, archive = _place(data_dir), archive.expanduser().absolute()
     with _alone(data_dir):
         if not _is_there(data_dir, str(archive), None):
             unpack(archive, data_dir, str(archive), progress=bar)
@@ -109,21 +124,20 @@ def unpack_archive(data_dir: Path, archive: Path) -> None:
 def _unpack_mending(
     part: Part, data_dir: Path, expected: Expected | None, patience: Patience
 ) -> None:
-    """Unpack; what is damaged is fetched again, once."""
+    """Unpack; the bytes for which it is refused are fetched again, once."""
     try:
         unpack(part.path, data_dir, part.url, expected, progress=bar)
-    except Damaged as damaged:
-        num_bytes = sum(end - start for start, end in damaged.spans)
-        print(f"{damaged}; fetching {num_bytes} bytes again", flush=True)
-        for start, end in damaged.spans:
-            fetch_again(part, start, end, patience)
+    except Refused as refused:
+        num_bytes = sum(end - start for start, end in refused.spans)
+        print(f"{refused}; fetching {num_bytes} bytes again", flush=True)
+        fetch_again(part, refused.spans, patience)
         unpack(part.path, data_dir, part.url, expected, progress=bar)
     _say_what_is_there(data_dir)
 
 
 def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:
     """Whether the data is in place already. Raises `DataError` where something else is."""
-    if not data_dir.exists() or (data_dir.is_dir() and not any(data_dir.iterdir())):
+    if not data_dir.exists() or not any(data_dir.iterdir()):
         return False
     manifest = read_manifest(data_dir)
     if manifest is None:
@@ -133,6 +147,8 @@ def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:
             f"{data_dir} holds the data of {manifest['source']}, not of {source}; pass another "
             "--data_dir"
         )
+    if expected and (difference := expected.difference(manifest["pictures"])):
+        raise DataError(f"{data_dir} holds another data set: {difference}; pass another --data_dir")
     if changed := changed_files(data_dir, manifest):
         raise DataError(
             f"{data_dir} is not whole any more: {len(changed)} files are gone or changed, such as "
@@ -192,25 +208,34 @@ def _check_room(data_dir: Path, missing_bytes: int, part: Part) -> None:
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Raises `DataError` while another process makes the same folder or file."""
-    lock_path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
     try:
-        lock_path.parent.mkdir(parents=True, exist_ok=True)
-        file = lock_path.open("w")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise DataError(f"{target} is being made by another process; wait for it") from None
     except OSError as error:
-        raise DataError(f"{lock_path.parent} can't be written: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{target} is being made by another process; wait for it") from None
-        try:
-            yield
-        finally:
-            lock_path.unlink(missing_ok=True)
+        raise DataError(f"{target.parent} can't be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
-def _absolute(path: Path) -> Path:
-    return path.expanduser().resolve()
+def _place(data_dir: Path) -> Path:
+    """Where the folder is or will be, links followed. Raises `DataError` where it can't be."""
+    place = Path(os.path.realpath(data_dir.expanduser()))
+    try:
+        stands = place.lstat()
+    except OSError:  # nothing is there yet, or making it will say why it can't be
+        return place
+    if not stat.S_ISDIR(stands.st_mode):
+        raise DataError(f"data_dir: {data_dir} is no folder; pass a new or an empty one")
+    if place.is_mount():  # the archive would go beside it, to another disk
+        inside = data_dir / "inaturalist_12K"
+        raise DataError(f"data_dir: {data_dir} is a disk of its own; pass a folder in it: {inside}")
+    return place
 
 
 # the weights
@@ -228,7 +253,7 @@ def fetch_weights(url: str = WEIGHTS_URL, patience: Patience = PATIENCE) -> None
 
     Raises `DataError` or `WeightsError`.
     """
-    place = checkpoints_dir() / Path(urllib.parse.urlsplit(url).path).name
+    place = checkpoints_dir() / name_of(url)
     promised = place.stem.rpartition("-")[2]
     with _alone(place):
         if place.exists():

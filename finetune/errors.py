@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
+from finetune.progress import bars_end
+
 
 class FinetuneError(Exception):
     """A mistake that its message explains: what was wrong, found, allowed, and what to do."""
@@ -150,7 +152,7 @@ def run_door(door: Callable[[], int | None]) -> NoReturn:
     the same signal, so that a shell shows 130 or 143 and W&B's agent sees no failure.
     """
     try:
-        with stoppable():
+        with stoppable(), bars_end():
             sys.exit(door() or 0)
     except FinetuneError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,11 +13,12 @@ import http.client
 import json
 import re
 import ssl
+import string
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -43,12 +44,30 @@ class Patience:
 PATIENCE = Patience()
 
 
+def name_of(url: str) -> str:
+    """The file's name in a URL; "" where there is none. Raises `ConfigError`."""
+    return Path(urllib.parse.unquote(_split(url).path)).name
+
+
+def _split(url: str) -> urllib.parse.SplitResult:
+    try:
+        split = urllib.parse.urlsplit(url)
+        known = split.scheme in ("http", "https") and split.hostname and split.hostname.isascii()
+        if known and (split.port is None or split.port):
+            return split
+    except ValueError:  # brackets or a port that make no sense
+        pass
+    raise ConfigError(f"url: got {url!r}; must be https://HOST/FILE or http://HOST/FILE")
+
+
 class Part:
     """What is here of one remote file, and what its server said of it, kept beside it."""
 
     def __init__(self, url: str, path: Path) -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise ConfigError(f"url: got {url!r}; must start with https:// or http://")
+        split = _split(url)
+        # As browsers do with a pasted address: spaces and letters beyond ASCII are escaped.
+        path_and_query = [urllib.parse.quote(p, safe=string.punctuation) for p in split[2:4]]
+        self.address = urllib.parse.urlunsplit([*split[:2], *path_and_query, ""])
         self.url, self.path = url, path
         self.note_path = path.with_name(f"{path.name}.json")
         note = self._read_note()
@@ -91,22 +110,37 @@ def fetch(part: Part, patience: Patience = PATIENCE, check_room: Room | None = N
 
     Raises `DataError` when it stops getting anywhere; what arrived stays for the next time.
     """
-    if not part.is_whole:
-        part.path.parent.mkdir(parents=True, exist_ok=True)
-        part.path.touch()
+    if part.is_whole:
+        return
+    part.path.parent.mkdir(parents=True, exist_ok=True)
+    part.path.touch()
+    try:
         _fetch_span(part, part.num_bytes, None, patience, check_room)
+        if not part.num_bytes:
+            raise DataError(f"{part.url}: the server sent an empty file")
+    finally:
+        if not part.num_bytes:
+            part.remove()
 
 
-def fetch_again(part: Part, start: int, end: int, patience: Patience = PATIENCE) -> None:
-    """Fetch a span of a part that is here into its place. Raises `DataError`."""
-    _fetch_span(part, start, end, patience, None)
+def fetch_again(
+    part: Part, spans: Iterable[tuple[int, int]], patience: Patience = PATIENCE
+) -> None:
+    """Fetch spans of a part that is here into their places. Raises `DataError`.
+
+    Where the server holds another file by now, all of that one.
+    """
+    validator = part.validator
+    for start, end in spans:
+        if part.validator == validator:
+            _fetch_span(part, start, end, patience, None)
 
 
 def _fetch_span(
     part: Part, start: int, end: int | None, patience: Patience, check_room: Room | None
 ) -> None:
     span = _Span(part, start, end, check_room)
-    name = urllib.parse.unquote(part.url.rsplit("/", 1)[-1])
+    name = name_of(part.url)
     failures = 0
     with byte_bar(f"fetching {name}") as span.show:
         while True:
@@ -117,10 +151,12 @@ def _fetch_span(
             except _Broken as broken:
                 failures = 1 if span.position > before else failures + 1
                 if failures > len(patience.waits_seconds):
+                    kept = f"{part.num_bytes} bytes are kept in {part.path}: " * bool(
+                        part.num_bytes
+                    )
                     raise DataError(
                         f"{part.url}: {broken}; {len(patience.waits_seconds)} further attempts got "
-                        f"nowhere. {part.num_bytes} bytes are kept in {part.path}: run the same "
-                        "command again to go on from there"
+                        f"nowhere. {kept}run the same command again to go on"
                     ) from None
                 wait = patience.waits_seconds[failures - 1]
                 print(f"{name}: {broken}; trying again in {wait:g} s", flush=True)
@@ -141,18 +177,20 @@ class _Span:
         """One request. Raises `_Broken` when it ends early, `DataError` when it makes no sense."""
         if self.end is not None and self.position >= self.end:
             return
-        request = urllib.request.Request(self.part.url, headers=self._headers())
+        request = urllib.request.Request(self.part.address, headers=self._headers())
         try:
             with urllib.request.urlopen(request, timeout=stall_seconds) as response:
                 at = self._begin(response)
                 self._receive(response, at)
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416 and self._ends_here(error.headers.get("Content-Range")):
+            if error.code == 416 and self._ends_here(error.headers.get("Content-Range", "")):
                 return
             if error.code in _TRY_AGAIN:
                 raise _Broken(f"the server answers {error.code} {error.reason}") from None
             raise DataError(f"{self.part.url}: {error.code} {error.reason}") from None
+        except http.client.InvalidURL as error:
+            raise ConfigError(f"url: got {self.part.url!r}: {error}") from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, ssl.SSLCertVerificationError):
@@ -180,12 +218,14 @@ class _Span:
                 raise _Broken("the server sent another range than the one asked for")
             at, total = self.position, None if found[2] == "*" else int(found[2])
         else:
-            length = headers.get("Content-Length")
-            at, total = 0, int(length) if length else None
+            length = headers.get("Content-Length", "")
+            at, total = 0, int(length) if length.isdecimal() else None
         self._check_total(total)
-        if self.part.validator and validator != self.part.validator:
+        if self.part.validator and not validator and total is None:  # a page to log in at, say
+            raise _Broken("the server sent something else")
+        if self.part.validator and validator and validator != self.part.validator:
             self.part.path.write_bytes(b"")
-            self.position, self.part.validator = 0, None
+            self.position, self.end, self.part.validator = 0, None, None
             if at:
                 raise _Broken("the server now holds another file; starting afresh")
         self.part.total_bytes = total if total is not None else self.part.total_bytes
@@ -204,14 +244,23 @@ class _Span:
                 f"{self.part.path}; if the file was replaced, remove that one to start afresh"
             )
 
-    def _ends_here(self, content_range: str | None) -> bool:
+    def _ends_here(self, content_range: str) -> bool:
         """Whether "nothing from there on" means that the file is whole."""
-        whole = content_range == f"bytes */{self.position}"
-        if whole:
-            self._check_total(self.position)
-            self.part.total_bytes = self.position
-            self.part.write_note()
-        return whole
+        found = re.fullmatch(r"bytes \*/(\d+)", content_range)
+        if not found:
+            return False
+        total = int(found[1])
+        self._check_total(total)
+        if total > self.position:
+            return False
+        if total < self.position:
+            raise DataError(
+                f"{self.part.url}: the server has {total} bytes, and {self.part.path} holds "
+                f"{self.part.num_bytes}, so they are of another file; remove it to start afresh"
+            )
+        self.part.total_bytes = self.position
+        self.part.write_note()
+        return True
 
     def _receive(self, response: Any, at: int) -> None:
         """Write what comes from `at` on. A server that ignores ranges starts at 0: its bytes go
@@ -231,6 +280,8 @@ class _Span:
         if end is not None and at < end:
             raise _Broken(f"cut off at {at} of {end} bytes")
         if end is None:
+            with self.part.path.open("r+b") as file:
+                file.truncate(at)  # what was there may have been longer
             self.part.total_bytes = at
             self.part.write_note()
 

@@ -13,9 +13,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PATIENCE_SECONDS = 1.0
 LINE_SECONDS = 10.0
+
+
+_unfinished: list[Progress] = []
+
+
+@contextmanager
+def bars_end() -> Iterator[None]:
+    """At its end no bar is left on the terminal, nor its cursor hidden, whatever broke off."""
+    try:
+        yield
+    finally:
+        while _unfinished:
+            _unfinished.pop().stop()
 
 
 def bar(what: str, total: int) -> Callable[[], None]:
@@ -62,11 +79,13 @@ def _rich_bar(what: str, total: int) -> Callable[[int], None]:
         console=Console(stderr=True),
     )
     task = progress.add_task(what, total=total)
+    _unfinished.append(progress)
     progress.start()
 
     def show(count: int) -> None:
         progress.update(task, completed=count)
-        if count == total:
+        if count == total and progress in _unfinished:
+            _unfinished.remove(progress)
             progress.stop()
 
     return show

@@ -22,7 +22,8 @@ FLOORS: dict[str, int] = {
 }  # fmt: skip
 
 NEIGHBOURS = {
-    ("config", "strategies"), ("config", "errors"), ("flags", "config"), ("flags", "errors"),
+    ("errors", "progress"), ("config", "strategies"), ("config", "errors"), ("flags", "config"),
+    ("flags", "errors"),
     ("result", "config"), ("result", "errors"), ("result", "strategies"), ("layout", "errors"),
     ("data", "cache"), ("check", "data"), ("download", "fetch"), ("download", "archive"),
     ("archive", "fetch"), ("fetch", "archive"),

@@ -111,6 +111,39 @@ def test_an_encrypted_member_is_refused(place: Path) -> None:
     assert_nothing_left(place)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_method_that_unpacks_in_blocks_of_any_size_is_refused(place: Path, method: int) -> None:
+    """Such a member may lie about its size, and fill the memory before anybody can look."""
+    archive = write(place, zipped(FILES))
+    with zipfile.ZipFile(archive, "a", method) as opened:
+        opened.writestr("inaturalist_12K/train/Aves/bomb.jpg", bytes(1000))
+    with pytest.raises(Hostile, match=r"bomb.jpg' is packed by method \d+; 0 .* are read"):
+        unpack(archive, place / "data", "test")
+    assert_nothing_left(place)
+
+
+def test_a_damaged_name_is_noticed_where_no_count_is_expected(place: Path) -> None:
+    content = zipped(FILES)
+    directory = content.index(b"PK\x01\x02")
+    content = content[:directory] + content[directory:].replace(
+        b"train/Aves/000", b"trbin/Aves/000"
+    )
+    with pytest.raises(Damaged, match="trbin/Aves/000"):
+        unpack(write(place, content), place / "data", "test")
+    assert_nothing_left(place)
+
+
+def test_damaged_members_that_stand_together_are_fetched_in_one_span(place: Path) -> None:
+    content = bytearray(zipped(FILES))
+    first, after = (
+        content.index(n) - 30 for n in (b"inaturalist_12K/train/Fungi/000", b"inaturalist_12K/val/")
+    )
+    content[first:after] = bytes(after - first)
+    with pytest.raises(Damaged) as caught:
+        unpack(write(place, bytes(content)), place / "data", "test")
+    assert caught.value.spans == [(first, after), (content.index(b"PK\x01\x02"), len(content))]
+
+
 def test_a_bomb_is_refused_by_its_ratio(place: Path) -> None:
     archive = write(place, with_member("inaturalist_12K/train/Aves/bomb.jpg", b""))
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as opened:
@@ -217,7 +250,10 @@ def test_a_class_called_train_does_not_confuse_the_layout() -> None:
     assert find_root(["d/train/train/1.jpg", "d/val/train/1.jpg"]) == "d/"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"other": 1})])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", json.dumps({"other": 1}), json.dumps({"files": [], "source": "", "pictures": {}})],
+)
 def test_a_foreign_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DataError):

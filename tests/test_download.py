@@ -24,6 +24,7 @@ from finetune.fetch import Part, Patience, fetch
 
 from .conftest import ROOT
 from .file_server import FileServer, serve
+from .loopback import Handler, listening
 from .picture_trees import tree, zipped
 
 QUICK = Patience((0.01, 0.01, 0.01), stall_seconds=0.3)
@@ -233,13 +234,106 @@ def test_damage_in_the_archives_directory_is_mended(
     assert held(target) == FILES
 
 
-def test_a_page_instead_of_an_archive_is_refused_with_its_first_bytes(target: Path) -> None:
-    with (
-        serve(b"<html>please log in</html>") as server,
-        pytest.raises(DataError, match="no zip archive; it starts with b'<html>please"),
-    ):
+@pytest.mark.parametrize(
+    ("place", "bits"),
+    [(8, 1), (10, 4), (24, 0xFF), (27, 0xFF), (41, 0x20), (46, 0xFF), (63, 0xFF)],
+    ids=["encrypted", "method", "size", "bomb", "link", "name", "split"],
+)
+def test_damage_that_looks_like_malice_or_another_data_set_is_mended(
+    server: FileServer, target: Path, place: int, bits: int
+) -> None:
+    whole = server.content
+    damaged = bytearray(whole)
+    damaged[whole.index(b"PK\x01\x02") + place] ^= bits
+    server.content = bytes(damaged)
+    sent_whole = server.body
+
+    def body(start: int, end: int) -> bytes:
+        sent = sent_whole(start, end)
+        server.content = whole
+        return sent
+
+    server.body = body  # type: ignore[method-assign]
+    get(server, target)
+    assert held(target) == FILES
+    assert server.num_sent < 1.5 * len(whole)
+
+
+def test_a_hostile_archive_is_removed_from_the_disk(target: Path) -> None:
+    with serve(zipped(FILES | {"../../outside.jpg": b"x"})) as server:
+        with pytest.raises(DataError, match="leads out of its folder; it was removed"):
+            get(server, target)
+        assert len(server.requests) == 2, "damage could have looked like this, so it is asked again"
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("page", [b"<html>please log in</html>", b""])
+def test_a_page_instead_of_an_archive_is_refused_and_does_not_stay_in_the_way(
+    server: FileServer, target: Path, page: bytes
+) -> None:
+    archive, server.content = server.content, page
+    words = "no zip archive; it starts with b'<html>please" if page else "sent an empty file"
+    with pytest.raises(DataError, match=words):
         get(server, target)
-    assert not target.exists()
+    assert list(target.parent.iterdir()) == []
+    server.content = archive
+    get(server, target)
+    assert held(target) == FILES
+
+
+def test_a_page_in_the_middle_of_a_download_costs_nothing_of_what_came(
+    server: FileServer, target: Path
+) -> None:
+    server.cuts = [4000, 0, 0, 0]
+    with pytest.raises(DataError, match="kept"):
+        get(server, target)
+    archive, server.content = server.content, b"<html>please log in</html>"
+    server.ranges, server.etag, server.chunked = False, None, True
+    with pytest.raises(DataError, match=r"something else.* 4000 bytes are kept"):
+        get(server, target)
+    server.content, server.ranges, server.etag, server.chunked = archive, True, '"one"', False
+    get(server, target)
+    assert held(target) == FILES
+    assert server.requests[-1] == "bytes=4000-"
+
+
+def test_a_part_longer_than_the_servers_file_is_named(server: FileServer, target: Path) -> None:
+    target.parent.mkdir()
+    part = target.parent / "data.zip.part"
+    part.write_bytes(bytes(len(server.content) + 1))
+    with pytest.raises(DataError, match=rf"{part} holds.*another file; remove it"):
+        get(server, target)
+
+
+def test_a_file_replaced_between_download_and_mending_is_fetched_whole(
+    server: FileServer, target: Path
+) -> None:
+    stored(server)
+    server.damage = {middle_of(server, "train/Fungi/001.jpg"): 2}
+    with pytest.raises(DataError, match="is kept"):
+        get(server, target)
+    # The same length, so that only the ETag tells.
+    server.content = server.content.replace(b"inaturalist_12K/", b"inaturalist-12K/")
+    server.etag = '"two"'
+    get(server, target)
+    assert held(target) == FILES
+
+
+@pytest.mark.parametrize("length", ["-5", "many", ""])
+def test_a_length_that_is_no_number_counts_as_none(target: Path, length: str) -> None:
+    content = zipped(FILES)
+
+    class Odd(Handler):
+        def do_GET(self) -> None:
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            self.wfile.write(content)
+
+    with listening(Odd) as address:
+        fetch_data(target, f"{address}/data.zip", EXPECTED, QUICK)
+    assert held(target) == FILES
 
 
 @pytest.mark.parametrize(
@@ -253,9 +347,12 @@ def test_a_page_instead_of_an_archive_is_refused_with_its_first_bytes(target: Pa
 def test_another_data_set_under_the_official_url_is_refused(
     files: dict[str, bytes], words: str, target: Path
 ) -> None:
-    with serve(zipped(files)) as server, pytest.raises(DataError, match=words):
+    part = target.parent / "data.zip.part"
+    with serve(zipped(files)) as server, pytest.raises(DataError, match=words) as caught:
         get(server, target)
+    assert f"{part} is kept: remove it" in str(caught.value)
     assert not target.exists()
+    assert part.read_bytes() == server.content
 
 
 def test_the_second_time_nothing_is_asked_of_the_server(server: FileServer, target: Path) -> None:
@@ -283,6 +380,37 @@ def test_a_users_own_files_are_never_overwritten(server: FileServer, target: Pat
     assert server.requests == []
 
 
+def test_an_archive_of_the_same_name_does_not_pass_for_the_official_one(
+    server: FileServer, target: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "data.zip"
+    archive.write_bytes(zipped(tree(train=1)))
+    room.unpack_archive(target, archive)
+    with pytest.raises(DataError, match="6 pictures, and has 2; pass another --data_dir"):
+        get(server, target)
+
+
+def test_a_file_a_loop_and_a_disk_of_its_own_are_no_place_for_data(
+    server: FileServer, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    for place, words in (("thesis.txt", "no folder"), ("loop", "no folder"), ("/", "of its own")):
+        with pytest.raises(DataError, match=words):
+            get(server, tmp_path / place)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert server.requests == []
+
+
+def test_a_link_to_another_disk_is_followed(server: FileServer, target: Path) -> None:
+    elsewhere = target.parent / "elsewhere/data"
+    target.parent.mkdir()
+    target.symlink_to(elsewhere)
+    get(server, target)
+    assert held(elsewhere) == FILES
+    assert target.is_symlink()
+
+
 def test_data_unpacked_by_hand_is_taken_as_it_is_when_its_counts_are_right(
     server: FileServer, target: Path
 ) -> None:
@@ -304,12 +432,31 @@ def test_too_little_room_is_said_before_anything_is_fetched(
     monkeypatch.setattr(room.shutil, "disk_usage", nearly_full)  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="free"):
         get(server, target)
-    assert (target.parent / "data.zip.part").stat().st_size == 0
+    assert list(target.parent.iterdir()) == []
+    assert server.num_sent < 1 << 17, "more than a first block was asked for"
 
 
-def test_a_url_that_is_no_web_address_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must start with https://"):
-        Part("file:///etc/passwd", tmp_path / "part")
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "ftp://host/x.zip", "x.zip", "", "http://", "http:///x.zip"),
+        *("http://[host/x.zip", "http://host:port/x.zip", "http://my host/x.zip", "http://u:p@h/x"),
+    ],
+)
+def test_a_url_that_is_no_web_address_is_refused_at_once(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="url: got"):
+        fetch_data(tmp_path / "data", url, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["my data.zip", "donn\u00e9es.zip", "my%20data.zip", "data.zip?a=b c"]
+)
+def test_a_url_as_people_paste_it_works(server: FileServer, target: Path, name: str) -> None:
+    server.cuts = [400]
+    fetch_data(target, server.url.replace("data.zip", name), EXPECTED, QUICK)
+    assert held(target) == FILES
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 
 def test_two_processes_do_not_fetch_the_same_data(server: FileServer, target: Path) -> None:
@@ -317,6 +464,14 @@ def test_two_processes_do_not_fetch_the_same_data(server: FileServer, target: Pa
         get(server, target)
     get(server, target)
     assert held(target) == FILES
+
+
+def test_two_folders_side_by_side_do_not_share_a_part(server: FileServer, target: Path) -> None:
+    """Both would write to the same NAME.zip.part."""
+    words = "data.zip.part is being made by another process"
+    with room._alone(target.parent / "data.zip.part"), pytest.raises(DataError, match=words):
+        get(server, target)
+    assert server.requests == []
 
 
 def test_growing_patience_waits_longer_each_time(
