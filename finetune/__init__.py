@@ -23,7 +23,7 @@ __all__ = ["RunConfig", "RunResult", "load_best", "train_and_finetune"]
 _ROOMS = {
     "RunConfig": "config",
     "RunResult": "result",
-    "load_best": "predict",
+    "load_best": "model",
     "train_and_finetune": "train",
 }
 

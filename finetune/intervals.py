@@ -230,14 +230,21 @@ class Corrected:
     high: float
 
 
-def selection_corrected(correct_RN: Correct, num_resamples: int = 500, seed: int = 0) -> Corrected:
-    """The best run's accuracy, chosen on resampled pictures and scored on those left out.
+def selection_corrected(
+    correct_RN: Correct,
+    groups: Sequence[str] | None = None,
+    num_resamples: int = 500,
+    seed: int = 0,
+) -> Corrected:
+    """The winner's accuracy, chosen on resampled pictures and scored on those left out.
 
-    BBC-CV: Tsamardinos, Greasidou & Borboudakis 2018, https://doi.org/10.1007/s10994-018-5714-4.
+    The winner is the best run; where runs have groups, the best run of the group with the best
+    mean. BBC-CV: Tsamardinos, Greasidou & Borboudakis 2018,
+    https://doi.org/10.1007/s10994-018-5714-4.
     """
     chance = np.random.default_rng(seed)
     right_NR = correct_RN.T.astype(np.float32)
-    num_pictures = len(right_NR)
+    num_pictures, num_runs = right_NR.shape
     if num_pictures < 2:
         only = float(right_NR.max())
         return Corrected(only, 0.0, 1.0)
@@ -246,7 +253,7 @@ def selection_corrected(correct_RN: Correct, num_resamples: int = 500, seed: int
     counts_BN = np.bincount(drawn.ravel(), minlength=num_resamples * num_pictures)
     counts_BN = counts_BN.reshape(num_resamples, num_pictures)
     left_out_BN = (counts_BN == 0).astype(np.float32)
-    chosen_B = (counts_BN.astype(np.float32) @ right_NR).argmax(axis=1)
+    chosen_B = _winner(counts_BN.astype(np.float32) @ right_NR, groups or [""] * num_runs)
     hits_BR = left_out_BN @ right_NR
     left_out_B = left_out_BN.sum(axis=1)
     usable = left_out_B > 0
@@ -254,3 +261,11 @@ def selection_corrected(correct_RN: Correct, num_resamples: int = 500, seed: int
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(scores, (tail, 1 - tail))
     return Corrected(float(scores.mean()), float(low), float(high))
+
+
+def _winner(hits_BR: Any, groups: Sequence[str]) -> Any:
+    """Of each resample, the best run of the group with the best mean, (B,)."""
+    names, group_R = np.unique(np.asarray(groups), return_inverse=True)
+    members_GR = group_R == np.arange(len(names))[:, None]
+    means_BG = hits_BR @ (members_GR / members_GR.sum(axis=1, keepdims=True)).T
+    return np.where(members_GR[means_BG.argmax(axis=1)], hits_BR, -1).argmax(axis=1)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def _read(place: Path) -> Outcome:
             return _finished(run_dir)
         config = read_mapping(run_dir.config_path)
         rows = tuple(read_metrics(run_dir.metrics_path))
-    except (FinetuneError, OSError, ValueError, KeyError) as error:
+    except (FinetuneError, OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         return Outcome(place, {}, (), "unreadable", str(error))
     failure = read_failure(run_dir.failure_path)
     if failure is None:
@@ -99,7 +100,7 @@ def _finished(run_dir: RunDir) -> Outcome:
     result = RunResult.load(run_dir.path)
     correct = labels = None
     if run_dir.predictions_path.exists():
-        with np.load(run_dir.predictions_path) as predictions:
+        with run_dir.predictions_path.open("rb") as file, np.load(file) as predictions:
             labels = predictions["labels"]
             correct = predictions["logits"].argmax(axis=1) == labels
     return Outcome(

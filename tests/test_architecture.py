@@ -16,7 +16,7 @@ FLOORS: dict[str, int] = {
     "check": 1,
     "activations": 2, "module": 2, "record": 2, "tracking": 2,
     "train": 3,
-    "outcomes": 4, "sweep": 4, "intervals": 4, "compare": 4, "report": 4,
+    "outcomes": 4, "sweep": 4, "intervals": 4, "standings": 4, "compare": 4, "report": 4,
     "predict": 4, "evaluate": 4, "export": 4,
     "gpus": 5, "demo": 5, "__main__": 6, "__init__": 6,
 }  # fmt: skip
@@ -29,13 +29,15 @@ NEIGHBOURS = {
     ("archive", "fetch"), ("fetch", "archive"),
     ("module", "activations"), ("record", "module"),
     ("outcomes", "intervals"), ("compare", "outcomes"), ("compare", "intervals"),
+    ("standings", "outcomes"), ("standings", "intervals"), ("compare", "standings"),
+    ("report", "standings"), ("sweep", "standings"),
     ("report", "compare"), ("report", "outcomes"), ("report", "sweep"), ("sweep", "outcomes"),
     ("evaluate", "predict"), ("export", "predict"),
 }  # fmt: skip
 
 LIGHT = (
     "errors", "strategies", "config", "flags", "result", "progress", "layout", "archive", "fetch",
-    "download", "sources", "cache", "compare", "report", "sweep",
+    "download", "sources", "cache", "standings", "compare", "report", "sweep",
 )  # fmt: skip
 """Rooms that import no torch when they are imported."""
 

@@ -73,6 +73,93 @@ def test_a_sweep_beside_its_confirmation_is_judged_by_the_fresh_seeds_alone(tmp_
     } == {"partial", "gradual", "freeze"}
 
 
+def test_a_setting_with_seeds_of_its_own_is_not_fresh_if_its_accuracies_chose_it(
+    tmp_path: Path,
+) -> None:
+    """Each setting has three seeds that no other has, and the best was taken by their mean."""
+    for strategy in ("partial", "freeze"):
+        for i, rate in enumerate((0.01, 0.1)):
+            for seed in range(3 * i, 3 * i + 3):
+                write_run(
+                    tmp_path,
+                    f"{strategy}{rate}-{seed}",
+                    strategy=strategy,
+                    seed=seed,
+                    learning_rate=rate,
+                )
+    assert not compared(tmp_path).about_strategies
+
+
+def test_a_run_of_a_sweep_is_not_fresh_though_each_of_its_trials_had_another_seed(
+    tmp_path: Path,
+) -> None:
+    for strategy in ("partial", "freeze"):
+        for seed, rate in enumerate((0.001, 0.01, 0.1)):
+            accuracy = 0.9 if rate == 0.01 else 0.8
+            run_id = f"{strategy}{seed}"
+            write_run(tmp_path, run_id, accuracy, strategy=strategy, seed=seed, learning_rate=rate, group="search")  # noqa: E501  # fmt: skip
+    write_confirmed(tmp_path, {"partial": 0.85, "freeze": 0.7}, num_seeds=3, group="confirm-1")
+    comparison = compared(tmp_path)
+    assert comparison.about_strategies
+    assert [len(one.chosen) for one in comparison.standings] == [3, 3]
+
+
+def test_between_two_confirmed_settings_the_search_decides_and_not_the_fresh_seeds(
+    tmp_path: Path,
+) -> None:
+    for rate, found in ((0.01, 0.85), (0.1, 0.8)):
+        write_run(tmp_path, f"search{rate}", found, learning_rate=rate, strategy="partial")
+        for seed in (1, 2, 3) if rate == 0.01 else (4, 5, 6, 7):
+            fresh = 0.8 if rate == 0.01 else 0.9
+            write_run(tmp_path, f"fresh{rate}-{seed}", fresh, learning_rate=rate, strategy="partial", seed=seed)  # noqa: E501  # fmt: skip
+    write_confirmed(tmp_path, {"freeze": 0.7})
+    leader = compared(tmp_path).standings[0]
+    assert leader.fresh
+    assert {one.config["learning_rate"] for one in leader.chosen} == {0.01}
+
+
+def test_a_better_setting_found_after_the_confirmation_is_named(tmp_path: Path) -> None:
+    write_confirmed(tmp_path, {"partial": 0.8, "freeze": 0.7})
+    write_run(tmp_path, "old", 0.8, strategy="partial", learning_rate=0.01)
+    write_run(tmp_path, "new", 0.95, strategy="partial", learning_rate=0.05, seed=42)
+    marks = compared(tmp_path).standings[0].marks
+    assert "another setting did better in the search, and has no fresh seeds" in marks
+
+
+def test_fresh_seeds_that_diverged_are_named(tmp_path: Path) -> None:
+    write_confirmed(tmp_path, {"partial": 0.8, "freeze": 0.7})
+    reason = "diverged in epoch 0 at learning_rate 0.01: train_loss is nan"
+    for seed in (1005, 1006):
+        write_failure(tmp_path, f"d{seed}", "failed", reason, strategy="partial", learning_rate=0.01, seed=seed, weights="imagenet", val_fraction=0.2)  # noqa: E501  # fmt: skip
+    partial, freeze = compared(tmp_path).standings
+    assert partial.marks == ("2 more of its setting diverged, and count in no mean",)
+    assert freeze.marks == ()
+
+
+def test_one_strategys_fresh_seeds_are_not_ranked_against_the_others_best_runs(
+    tmp_path: Path,
+) -> None:
+    write_sweep(tmp_path)
+    write_confirmed(tmp_path / "more", {"partial": 0.75})
+    comparison = compared(tmp_path)
+    assert not comparison.about_strategies
+    assert comparison.winner is not None
+    assert comparison.winner.run_id == "par132y"
+    assert comparison.headline.startswith("The best model found is partial")
+
+
+def test_a_confirmed_winner_is_corrected_for_the_choice_among_fresh_runs(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep")
+    write_confirmed(tmp_path / "confirm", {"partial": 0.8, "freeze": 0.7})
+    comparison = compared(tmp_path)
+    assert comparison.num_candidates == 10
+    assert comparison.corrected is not None
+    assert comparison.winner is not None
+    assert comparison.winner.result is not None
+    assert comparison.winner.result.seed >= 1000
+    assert comparison.corrected.accuracy < comparison.winner.result.best_val_acc
+
+
 def test_the_best_of_many_is_shown_beside_its_corrected_accuracy(tmp_path: Path) -> None:
     for i in range(30):
         write_run(tmp_path, f"run{i}", 0.70, learning_rate=0.001 * (i + 1), num_val=200)
@@ -99,7 +186,7 @@ def test_a_strategy_is_marked_for_what_it_may_not_have_been_given(tmp_path: Path
     partial, scratch = compared(tmp_path).standings
     assert partial.marks == ("its best learning rate, 0.1, is the largest that was tried",)
     assert scratch.marks == ("still improving at its last epoch", "training accuracy stayed at 80%")
-    assert partial.behind == scratch.behind == "worse within 10 epochs"
+    assert partial.within == scratch.within == " within 10 epochs"
 
 
 def test_a_diverged_neighbour_makes_an_edge_no_edge(tmp_path: Path) -> None:
@@ -110,6 +197,15 @@ def test_a_diverged_neighbour_makes_an_edge_no_edge(tmp_path: Path) -> None:
     (partial,) = compared(tmp_path).standings
     assert partial.marks == ()
     assert partial.num_diverged == 1
+
+
+def test_a_rate_whose_run_broke_off_was_not_tried(tmp_path: Path) -> None:
+    for rate, accuracy in ((0.001, 0.6), (0.01, 0.7)):
+        write_run(tmp_path, f"p{rate}", accuracy, strategy="partial", learning_rate=rate)
+    reason = "out of memory; lower batch_size"
+    write_failure(tmp_path, "p0.1", "failed", reason, strategy="partial", learning_rate=0.1)
+    (partial,) = compared(tmp_path).standings
+    assert partial.marks == ("its best learning rate, 0.01, is the largest that was tried",)
 
 
 def test_a_marked_strategy_is_only_called_worse_within_its_epochs(tmp_path: Path) -> None:
@@ -163,5 +259,9 @@ def test_a_damaged_run_is_an_outcome_of_its_own(tmp_path: Path) -> None:
     write_run(tmp_path, "good")
     bad = write_run(tmp_path, "bad")
     (bad / "result.json").write_text("{")
+    cut = write_run(tmp_path, "cut") / "predictions.npz"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    (write_run(tmp_path, "empty") / "predictions.npz").write_bytes(b"")
     states = {one.run_id: one.state for one in read_outcomes(tmp_path)}
-    assert states == {"good": "finished", "bad": "unreadable"}
+    damaged = dict.fromkeys(("bad", "cut", "empty"), "unreadable")
+    assert states == {"good": "finished", **damaged}

@@ -3,14 +3,16 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetune.__main__ import main
 from finetune.errors import RunDirError
 from finetune.outcomes import read_outcomes
-from finetune.report import figures
+from finetune.report import figures, search
 from finetune.sweep.importances import importances
 from tests.chromium import Browser
 from tests.synthetic import write_confirmed, write_failure, write_run, write_sweep
@@ -134,6 +136,32 @@ def test_unfreezing_is_shown_where_it_happened(tmp_path: Path) -> None:
     write_run(tmp_path, "g", strategy="gradual")
     (run,) = read_outcomes(tmp_path)
     assert figures._unfreezings(run) == {1: ["layer4"], 2: ["layer3"], 3: ["layer2"]}
+
+
+def test_a_setting_repeated_with_more_seeds_weighs_no_more_in_the_marginal_means(
+    tmp_path: Path,
+) -> None:
+    write_run(tmp_path, "other", 0.6, learning_rate=0.01, batch_size=64)
+    for seed in range(5):
+        write_run(tmp_path, f"again{seed}", 0.8, learning_rate=0.01, seed=seed)
+    figure = search.marginal_means(read_outcomes(tmp_path), "learning_rate", [0.01])
+    assert figure["data"][0]["y"] == pytest.approx([70])
+
+
+def test_the_numbers_of_a_continuous_search_do_not_stand_on_one_another(tmp_path: Path) -> None:
+    for i in range(30):
+        write_run(tmp_path, f"r{i}", learning_rate=0.0001 * 1.25**i)
+    figure = search.parallel_coordinates(read_outcomes(tmp_path))
+    heights = sorted(note["y"] for note in figure["layout"]["annotations"] if note["x"] == 1)
+    assert len(heights) == 5
+    assert min(b - a for a, b in pairwise(heights)) > 0.1
+
+
+def test_classes_whose_long_names_begin_and_end_alike_stay_apart() -> None:
+    names = [f"a long name that {middle} another one has too" for middle in "abc"]
+    (heat,) = figures.confusion(np.eye(3, dtype=int), names)["data"]
+    (bars,) = figures.per_class(np.eye(3, dtype=int), names)["data"]
+    assert len(set(heat["x"])) == len(set(heat["y"])) == len(set(bars["y"])) == 3
 
 
 def test_importances_are_for_searches_that_were_no_grid(tmp_path: Path) -> None:

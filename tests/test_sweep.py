@@ -22,8 +22,10 @@ from finetune.errors import ConfigError, FinetuneError
 from finetune.result import RunResult, read_failure, read_metrics
 from finetune.sweep import run_sweep
 from finetune.sweep.confirm import confirm, confirmation
+from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import open_storage
 from finetune.sweep.workers import visible_devices
+from tests.synthetic import write_run
 
 ROOT = Path(__file__).parent.parent
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
@@ -316,6 +318,27 @@ def test_confirm_repeats_each_strategy_s_best_with_fresh_seeds_equally_often(
     assert found == {(s, best[s], seed): 1 for s in best for seed in (4, 5)}
     assert confirmation(runs, 3).num_cells == 6
     assert confirmation(runs, 3).name == confirmation(runs, 2).name
+
+
+def test_a_second_confirmation_takes_seeds_that_no_other_run_had(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs, "a", 0.8, learning_rate=0.01, seed=3)
+    first = confirmation(runs, 2)
+    assert seeds(first) == [4, 5]
+    for seed in seeds(first):
+        write_run(runs / "confirm", f"fresh{seed}", learning_rate=0.01, seed=seed, group=first.name)
+    write_run(runs, "worse", 0.5, learning_rate=0.1, seed=9)
+    assert confirmation(runs, 3).name == first.name
+    assert seeds(confirmation(runs, 3)) == [4, 5, 6]
+    write_run(runs, "better", 0.9, learning_rate=0.03, seed=3)
+    second = confirmation(runs, 2)
+    assert second.name != first.name
+    assert seeds(second) == [10, 11]
+
+
+def seeds(sweep: Sweep) -> list[object]:
+    assert sweep.listed
+    return [cell["seed"] for cell in sweep.listed]
 
 
 def test_confirm_without_runs_is_one_message(tmp_path: Path) -> None:

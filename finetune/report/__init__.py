@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.compare import Comparison, compare, percent, points
+from finetune.compare import Comparison, compare, p_value, percent, points
 from finetune.errors import RunDirError
 from finetune.outcomes import Outcome, read_outcomes
 from finetune.result import write_atomically
+from finetune.standings import accuracy_of
 
 PAGE, TABLE = "report.html", "runs.csv"
 
@@ -41,7 +42,9 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
     comparison = compare(outcomes)
     print(summary(comparison))
     out = out or runs_dir
-    content = page(outcomes, comparison, source, importances(outcomes))
+    foreign = {id(one) for one in comparison.others if one.result is not None}
+    shares = importances([one for one in outcomes if id(one) not in foreign])
+    content = page(outcomes, comparison, source, shares)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / TABLE, runs_csv(outcomes).encode())
@@ -80,20 +83,29 @@ def summary(comparison: Comparison) -> str:
         lines += ["", *textwrap.wrap(comparison.advice, 96)]
     if comparison.standings:
         lines += ["", *_strategy_lines(comparison)]
+    if comparison.winner and comparison.corrected and comparison.num_candidates > 1:
+        accuracy, corrected = accuracy_of(comparison.winner), comparison.corrected.accuracy
+        lines += [
+            "",
+            f"the winner: {comparison.winner.run_dir} at {percent(accuracy)}, {percent(corrected)} "
+            f"once corrected for being the best of {comparison.num_candidates}",
+        ]
     if comparison.differences:
         width = max(len(f"{d.first} - {d.second}") for d in comparison.differences)
         of = "strategies" if comparison.about_strategies else "these models"
         lines += ["", f"differences of {of}, in points of accuracy (95 % interval)"]
         lines += [
             f"  {f'{d.first} - {d.second}':{width}} {points(d.estimate):>6} "
-            f"({points(d.low):>5} to {points(d.high):>5})  p {d.p_holm:.3f}  "
+            f"({points(d.low):>5} to {points(d.high):>5})  p {p_value(d.p_holm):>7}  "
             f"{'told from luck' if d.told_from_luck else 'may be luck'}"
             for d in comparison.differences
         ]
     lines += ["", *(f"warning: {line}" for line in comparison.warnings)]
     failed = [one for one in comparison.others if one.result is None]
     if failed:
-        lines.append(f"{len(failed)} runs did not end well; the first, {failed[0].run_id}: {failed[0].reason}")  # noqa: E501  # fmt: skip
+        runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+        first = f"{failed[0].run_id}: {failed[0].reason}"
+        lines.append(f"{runs} did not end well; the first, {first}")
     return "\n".join(lines).rstrip()
 
 

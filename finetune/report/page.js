@@ -20,13 +20,18 @@ function themed(layout) {
                     zerolinecolor: colour("--soft"), automargin: true, ...(made[key] || {}) };
     }
   }
-  for (const shape of made.shapes || []) shape.line = { color: colour("--soft"), ...shape.line };
+  for (const note of made.annotations || []) if (note.bgcolor) note.bgcolor = colour("--card");
   return made;
+}
+
+function coloured(data) {
+  const ink = getComputedStyle(document.body).color;
+  return data.map((trace) => ({ ...trace, textfont: { color: ink }, insidetextfont: { color: ink } }));
 }
 
 function draw() {
   for (const [id, figure] of Object.entries(figures)) {
-    Plotly.react(id, structuredClone(figure.data), themed(figure.layout),
+    Plotly.react(id, coloured(structuredClone(figure.data)), themed(figure.layout),
                  { displayModeBar: false, responsive: true });
   }
 }

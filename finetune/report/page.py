@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import resources
 
-from finetune.compare import Comparison, Standing, percent, points
+from finetune.compare import CONFIRM, Comparison, p_value, percent, points
 from finetune.errors import MissingPackage
 from finetune.outcomes import Outcome
-from finetune.report import figures
+from finetune.report import figures, search
 from finetune.report.figures import Figure
 from finetune.report.winner import winner_section
+from finetune.standings import Standing
 
 esc: Callable[[object], str] = lambda value: html.escape(str(value))  # noqa: E731
 
@@ -151,7 +152,8 @@ def _section(title: str, about: str, *content: str) -> str:
 def _opening(outcomes: Sequence[Outcome], comparison: Comparison, place: str) -> str:
     parts = [f"<h1>{esc(comparison.headline)}</h1>"]
     if comparison.advice:
-        parts.append(f"<p>{esc(comparison.advice)}</p>")
+        advice = esc(comparison.advice).replace(CONFIRM, f"<code>{CONFIRM}</code>")
+        parts.append(f"<p>{advice}</p>")
     strategies = len({one.strategy for one in outcomes})
     parts.append(
         f'<p class="soft">{len(outcomes)} runs of {strategies} '
@@ -162,8 +164,9 @@ def _opening(outcomes: Sequence[Outcome], comparison: Comparison, place: str) ->
     winner = comparison.winner
     if winner and winner.result:
         result = winner.result
-        tiles = [(percent(result.best_val_acc), f"best run, on {result.num_val} pictures")]
-        if comparison.corrected:
+        best = "best fresh run" if comparison.about_strategies else "best run"
+        tiles = [(percent(result.best_val_acc), f"{best}, on {result.num_val} pictures")]
+        if comparison.corrected and comparison.num_candidates > 1:
             found = comparison.corrected
             tiles.append(
                 (
@@ -200,12 +203,20 @@ def _strategies(comparison: Comparison) -> str:
         *("learning rate", "batch", "augmentation", "best epoch", "minutes", "trained weights"),
     )
     rows = [_strategy_row(one) for one in comparison.standings]
-    shown = [i for i in range(len(heads)) if i < 2 or len({_text(row[i]) for row in rows}) > 1]
-    alike = [f"{heads[i]} {_text(rows[0][i])}" for i in range(2, len(heads)) if i not in shown]
-    if alike := [words for words in alike if not words.endswith("–")]:
-        about += f" The same for all: {', '.join(alike)}."
-    columns = table([heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
-    return _section("Strategies", about, columns)
+    alike, columns = _told_apart(heads, rows, always=("strategy", "accuracy", "runs"))
+    return _section("Strategies", f"{about} {alike}", table(*columns))
+
+
+def _told_apart(
+    heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], always: Sequence[str]
+) -> tuple[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]]:
+    """What is the same in all rows, in words, and the columns that are left."""
+    values = {head: {_text(row[i]) for row in rows} for i, head in enumerate(heads)}
+    shown = [i for i, head in enumerate(heads) if head in always or len(values[head]) > 1]
+    alike = [f"{head} {min(values[head])}" for i, head in enumerate(heads) if i not in shown]
+    alike = [words for words in alike if not words.endswith("–")]
+    told = f"The same for all: {', '.join(alike)}." if alike else ""
+    return told, ([heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def _text(cell: str | Cell) -> str:
@@ -259,43 +270,40 @@ def _differences(comparison: Comparison, drawn: Drawn) -> str:
             "95 % intervals over other pictures, for these trained models alone: another seed "
             "could turn them. p corrected for the number of pairs (Holm)."
         )
-    heads = ["pair", "points", "from", "to", "p (Holm)", "verdict"]
+    heads = ["pair", "verdict", "points", "from", "to", "p (Holm)"]
     rows: list[list[str | Cell]] = []
     for one in comparison.differences:
         verdict = '<span class="yes">told from luck</span>' if one.told_from_luck else "may be luck"
         row: list[str | Cell] = [
             f"{esc(one.first)} − {esc(one.second)}",
+            verdict,
             number(one.estimate, points(one.estimate)),
             number(one.low, points(one.low)),
             number(one.high, points(one.high)),
-            number(one.p_holm, _p(one.p_holm)),
+            number(one.p_holm, p_value(one.p_holm)),
         ]
         if one.p_mcnemar is not None:
-            row.append(number(one.p_mcnemar, _p(one.p_mcnemar)))
-        rows.append([*row, verdict])
-    if rows and comparison.differences[0].p_mcnemar is not None:
-        heads.insert(5, "McNemar p")
+            row.append(number(one.p_mcnemar, p_value(one.p_mcnemar)))
+        rows.append(row)
+    if not comparison.about_strategies:
+        heads.append("McNemar p")
     drawing = drawn.place("intervals", figures.intervals(comparison))
     return _section(title, about, drawing, table(heads, rows))
 
 
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _search(finished: Sequence[Outcome], shares: Mapping[str, float], drawn: Drawn) -> str:
-    varying = figures.varying(finished)
+    varying = search.varying(finished)
     if not varying:
         return ""
     parts = [
         '<p class="soft">Every line is a run: its strategy and settings, and the accuracy it '
         "reached on the right.</p>",
-        drawn.place("parallel", figures.parallel_coordinates(finished), wide=True),
+        drawn.place("parallel", search.parallel_coordinates(finished), wide=True),
         "<h3>Marginal means</h3>",
         '<p class="soft">Mean accuracy at each value, over whatever else varied.</p>',
         '<div class="columns">',
         *(
-            drawn.place(f"marginal-{name}", figures.marginal_means(finished, name, values))
+            drawn.place(f"marginal-{name}", search.marginal_means(finished, name, values))
             for name, values in varying.items()
         ),
         "</div>",
@@ -303,9 +311,9 @@ def _search(finished: Sequence[Outcome], shares: Mapping[str, float], drawn: Dra
     if shares:
         parts += [
             "<h3>Importances</h3>",
-            '<p class="soft">How much of the accuracy each parameter decides, by Optuna. The '
-            "search was no grid, so marginal means mix parameters up.</p>",
-            drawn.place("importances", figures.importances(shares)),
+            '<p class="soft">How much of the accuracy each parameter decides, by Optuna. '
+            "Not every combination was tried, so marginal means mix parameters up.</p>",
+            drawn.place("importances", search.importances(shares)),
         ]
     return _section("The search", "", *parts)
 
@@ -337,7 +345,8 @@ def _runs(finished: Sequence[Outcome]) -> str:
                 number(result.images_per_second, f"{result.images_per_second:.0f}"),
             ]
         )
-    return _section("All runs that ended well", "", table(heads, rows, tall=True))
+    alike, columns = _told_apart(heads, rows, always=("run", "strategy", "accuracy"))
+    return _section("All runs that ended well", alike, table(*columns, tall=True))
 
 
 def _not_finished(comparison: Comparison) -> str:

@@ -45,8 +45,8 @@ def winner_section(
     parts = [
         f"<h2>The winner: {esc(winner.name)}</h2>",
         f'<p class="soft">Run <code>{esc(winner.run_dir)}</code>, its best epoch '
-        f"({result.best_epoch}), over its {len(labels)} validation pictures. "
-        f"{_settings(result, esc)}</p>",
+        f"({result.best_epoch}), over its {len(labels)} validation pictures: "
+        f"{_settings(result, esc)}.</p>",
         _tests(winner.run_dir, esc, table, number),
         '<div class="columns"><div><h3>Confusion</h3>',
         drawn.place("confusion", figures.confusion(counts, names)),
@@ -60,7 +60,8 @@ def winner_section(
 
 def _settings(result: RunResult, esc: Callable[[object], str]) -> str:
     kept = ("strategy", "learning_rate", "batch_size", "data_aug", "epochs", "unfreeze_from", "lr_decay", "lr_schedule", "weight_decay", "label_smoothing", "image_size", "seed")  # noqa: E501  # fmt: skip
-    shown = [f"{name} {result.config[name]}" for name in kept if result.config.get(name)]
+    values = {name: result.config.get(name) for name in kept}
+    shown = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v]
     return esc(", ".join(shown))
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -50,17 +52,17 @@ def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
     """The sweep that repeats the best settings of a folder of runs."""
     if num_seeds < 1:
         raise ConfigError(f"seeds: got {num_seeds}; a whole number from 1 on is needed")
-    results = _results(runs_dir)
-    best = _best_settings(results)
+    best = _best_settings(_results(runs_dir))
     text = json.dumps(best, sort_keys=True)
-    first_seed = max(result.seed for result in results) + 1
+    name = f"confirm-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
+    first_seed = _first_seed(runs_dir, name)
     cells = [
         {**setting, "seed": (first_seed + i) % 2**32}
         for i in range(num_seeds)
         for setting in best.values()
     ]
     return Sweep(
-        name=f"confirm-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}",
+        name=name,
         method="grid",
         dimensions=(),
         fixed={"out": str(runs_dir / "confirm")},
@@ -69,13 +71,24 @@ def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
     )
 
 
-def _results(runs_dir: Path) -> list[RunResult]:
+def _first_seed(runs_dir: Path, name: str) -> int:
+    """Where this confirmation began, if it did; else behind every seed that was used, by other
+    confirmations too: a seed that two settings share is fresh for neither."""
+    results = _load(runs_dir.rglob("result.json"))
+    mine = [result.seed for result in results if result.config.get("group") == name]
+    return min(mine) if mine else max(result.seed for result in results) + 1
+
+
+def _load(paths: Iterable[Path]) -> list[RunResult]:
     results = []
-    for path in sorted(runs_dir.glob("*/result.json")):
-        try:
+    for path in sorted(paths):
+        with suppress(RunDirError):
             results.append(RunResult.load(path.parent))
-        except RunDirError:
-            continue
+    return results
+
+
+def _results(runs_dir: Path) -> list[RunResult]:
+    results = _load(runs_dir.glob("*/result.json"))
     if not results:
         raise ConfigError(
             f"{runs_dir} holds no finished runs; pass the folder that a sweep's --out named"
@@ -102,7 +115,7 @@ def _best_settings(results: list[RunResult]) -> dict[str, dict[str, Any]]:
     best: dict[str, dict[str, Any]] = {}
     for (strategy, text), _ in sorted(tried.items(), key=lambda item: (-mean(item[1]), item[0])):
         best.setdefault(strategy, json.loads(text))
-    return best
+    return dict(sorted(best.items()))
 
 
 def spread_table(outcomes: list[Outcome]) -> Table:

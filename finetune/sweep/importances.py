@@ -1,7 +1,8 @@
 """How much each searched parameter matters, where the search was not a grid.
 
 Turns outcomes into shares by Optuna's PED-ANOVA (Watanabe, Bansal & Hutter 2023,
-https://arxiv.org/abs/2304.10255). A grid needs none: its marginal means say it.
+https://arxiv.org/abs/2304.10255), a setting counted once however many seeds it had. A grid needs
+none: its marginal means say it.
 
     >>> importances(outcomes)  # doctest: +SKIP
 """
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.outcomes import Outcome
+from finetune.standings import by_setting, mean_accuracy
 
-FEWEST_RUNS = 10
+FEWEST_SETTINGS = 10
 _PARAMETERS = (
     *("strategy", "learning_rate", "batch_size", "data_aug", "weight_decay", "label_smoothing"),
     *("momentum", "lr_schedule", "image_size", "epochs"),
@@ -24,13 +26,13 @@ _PARAMETERS = (
 
 def importances(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Share of each parameter, the largest first; nothing for a grid, few runs, or no Optuna."""
-    finished = [one for one in outcomes if one.result is not None]
+    finished = by_setting([one for one in outcomes if one.result is not None])
     tried = [one for one in outcomes if one.config]  # a diverged run is a point of its grid too
     values = {name: {one.config.get(name) for one in tried} for name in _PARAMETERS}
     searched = {name: found for name, found in values.items() if len(found) > 1}
     settings = {tuple(one.config.get(name) for name in searched) for one in tried}
     is_grid = len(settings) == math.prod(map(len, searched.values()))
-    if len(finished) < FEWEST_RUNS or not searched or is_grid:
+    if len(finished) < FEWEST_SETTINGS or not searched or is_grid:
         return {}
     try:
         import optuna
@@ -40,20 +42,19 @@ def importances(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def _shares(
-    optuna: Any, finished: Sequence[Outcome], searched: dict[str, set[Any]]
+    optuna: Any, finished: Sequence[Sequence[Outcome]], searched: dict[str, set[Any]]
 ) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = {name: _distribution(optuna, found) for name, found in searched.items()}
     study = optuna.create_study(direction="maximize")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for one in finished:
-            assert one.result is not None
+        for runs in finished:
             study.add_trial(
                 optuna.trial.create_trial(
-                    params={name: one.config.get(name) for name in searched},
+                    params={name: runs[0].config.get(name) for name in searched},
                     distributions=distributions,
-                    value=one.result.best_val_acc,
+                    value=mean_accuracy(runs),
                 )
             )
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
