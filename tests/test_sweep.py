@@ -18,10 +18,11 @@ import pytest
 import yaml
 from rich.console import Console
 
+from finetune.__main__ import main
 from finetune.errors import ConfigError, FinetuneError
 from finetune.result import RunResult, read_failure, read_metrics
 from finetune.sweep import run_sweep
-from finetune.sweep.confirm import confirm, confirmation
+from finetune.sweep.confirmation import confirm, confirmation
 from finetune.sweep.storage import open_storage
 from finetune.sweep.workers import visible_devices
 
@@ -320,4 +321,4 @@ def test_confirm_repeats_each_strategy_s_best_with_fresh_seeds_equally_often(
 
 def test_confirm_without_runs_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no finished runs"):
-        confirm(tmp_path)
+        main(["confirm", str(tmp_path)])

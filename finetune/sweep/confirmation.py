@@ -19,7 +19,7 @@ from typing import Any
 from rich.table import Table
 
 from finetune.config import RunConfig
-from finetune.errors import ConfigError, RunDirError
+from finetune.errors import ConfigError, RunDirError, message
 from finetune.result import RunResult
 from finetune.sweep.drive import conclude, run_sweep
 from finetune.sweep.spec import Sweep
@@ -74,8 +74,8 @@ def _results(runs_dir: Path) -> list[RunResult]:
     for path in sorted(runs_dir.glob("*/result.json")):
         try:
             results.append(RunResult.load(path.parent))
-        except RunDirError:
-            continue
+        except RunDirError as error:
+            print(f"left out: {message(error)}", flush=True)
     if not results:
         raise ConfigError(
             f"{runs_dir} holds no finished runs; pass the folder that a sweep's --out named"
