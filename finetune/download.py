@@ -210,7 +210,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().resolve()
+    return Path(os.path.realpath(path.expanduser()))  # Path.resolve raises at a loop of links
 
 
 # the weights
