@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -318,10 +317,10 @@ class _Keeper:
         for chunk in chunks:
             computed = self._compute(split, chunk, 0)
         compute_ms = (time.perf_counter() - start) * 1e3 / (size * len(chunks))
-        with tempfile.TemporaryDirectory(dir=self._cache.directory, prefix=".timing") as place:
-            path = Path(place) / "rows.npy"
-            np.save(path, np.concatenate([computed] * len(chunks)))
-            rows = np.load(path, mmap_mode="r")
+        written = np.concatenate([computed] * len(chunks))
+        with tempfile.TemporaryFile(dir=self._cache.directory) as file:  # nothing that could stay
+            written.tofile(file)
+            rows = np.memmap(file, written.dtype, "r", shape=written.shape)
             start = time.perf_counter()
             for i in range(len(chunks)):
                 rows.take(np.arange(size) + i * size, axis=0)

@@ -8,6 +8,7 @@ validation pictures were right. Knows nothing about what they mean together.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.config import read_mapping
 from finetune.errors import FinetuneError, RunDirError
 from finetune.intervals import Correct
 from finetune.result import Row, RunDir, RunResult, read_failure, read_metrics
+from finetune.seal import hash_of
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ def _read(place: Path) -> Outcome:
     try:
         if run_dir.finished:
             return _finished(run_dir)
-        config = read_mapping(run_dir.config_path)
+        config = run_dir.read_config().to_fields()
         rows = tuple(read_metrics(run_dir.metrics_path))
-    except (FinetuneError, OSError, ValueError, KeyError) as error:
+    except (FinetuneError, OSError) as error:
         return Outcome(place, {}, (), "unreadable", str(error))
     failure = read_failure(run_dir.failure_path)
     if failure is None:
@@ -97,15 +98,22 @@ def _read(place: Path) -> Outcome:
 
 def _finished(run_dir: RunDir) -> Outcome:
     result = RunResult.load(run_dir.path)
+    rows = tuple(read_metrics(run_dir.metrics_path))
+    if result.metrics_fingerprint not in ("", hash_of(run_dir.metrics_path.read_bytes())):
+        raise RunDirError(f"{run_dir.metrics_path} was changed since the run wrote it")
     correct = labels = None
     if run_dir.predictions_path.exists():
-        with np.load(run_dir.predictions_path) as predictions:
-            labels = predictions["labels"]
-            correct = predictions["logits"].argmax(axis=1) == labels
+        logits, labels, _ = run_dir.read_predictions()
+        correct = logits.argmax(axis=1) == labels
+        if not math.isclose(correct.mean(), result.best_val_acc, abs_tol=1e-6):
+            raise RunDirError(
+                f"{run_dir.predictions_path} is another run's: {correct.mean():.4f} of its "
+                f"predictions are right, and result.json says {result.best_val_acc:.4f}"
+            )
     return Outcome(
         run_dir.path,
         result.config,
-        tuple(read_metrics(run_dir.metrics_path)),
+        rows,
         "finished",
         result=result,
         correct=correct,

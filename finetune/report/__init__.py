@@ -18,7 +18,7 @@ from typing import Any
 from finetune.compare import Comparison, compare, percent, points
 from finetune.errors import RunDirError
 from finetune.outcomes import Outcome, read_outcomes
-from finetune.result import write_atomically
+from finetune.seal import write_atomically
 
 PAGE, TABLE = "report.html", "runs.csv"
 
