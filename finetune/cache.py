@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when the same description would give other bytes."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -146,8 +146,10 @@ class Cache:
             return None
         except (OSError, ValueError):
             manifest = None
+        if not isinstance(manifest, dict):
+            manifest = None
         data_path = place / "data.npy"
-        if manifest is None or _hash(data_path) != manifest.get("xxh3"):
+        if manifest is None or manifest != _manifest(data_path, manifest.get("notes")):
             self._say(f"cache: {place} is damaged; it is removed and built again")
             lock.hold()
             self._remove(place)
@@ -184,7 +186,7 @@ class Cache:
             notes = dict(build(array))
             array.flush()
             del array
-            manifest = {"xxh3": _hash(aside / "data.npy"), "notes": notes}
+            manifest = _manifest(aside / "data.npy", notes)
             (aside / "manifest.json").write_text(json.dumps(manifest))
             aside.rename(self.directory / name)
         finally:
@@ -200,6 +202,7 @@ class Cache:
         room = _Lock(self.directory / "locks" / "room")
         room.hold()
         try:
+            self._remove_left_behind()
             free = self.limit_bytes - num_kept_bytes(self.directory)
             if num_bytes <= self.limit_bytes:
                 for place in sorted(self.directory.glob("[!.]*/manifest.json"), key=_last_used):
@@ -209,6 +212,15 @@ class Cache:
             yield min(free, shutil.disk_usage(self.directory).free)
         finally:
             room.close()
+
+    def _remove_left_behind(self) -> None:
+        """What processes that were killed have half built or half removed; its lock is free."""
+        for aside in self.directory.glob(".*-*.tmp"):
+            name = aside.name[1:].split(".")[0]
+            lock = _Lock(self.directory / "locks" / name)
+            if lock.try_to_hold():
+                shutil.rmtree(aside, ignore_errors=True)
+            lock.close()
 
     def _evict(self, place: Path) -> int:
         """Remove an entry unless a process uses it; the bytes won."""
@@ -227,6 +239,11 @@ class Cache:
         aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         place.rename(aside)
         shutil.rmtree(aside)
+
+
+def _manifest(data_path: Path, notes: object) -> dict[str, Any]:
+    """What a whole entry's manifest says."""
+    return {"xxh3": _hash(data_path), "notes": notes, "notes_digest": digest(notes)}
 
 
 def num_kept_bytes(directory: Path) -> int:

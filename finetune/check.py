@@ -20,8 +20,15 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.data import decode_many
-from finetune.errors import DataError
-from finetune.layout import SPLITS, class_dirs, files_of_class, find_data_dir, is_picture_name
+from finetune.errors import DataError, one_line
+from finetune.layout import (
+    PICTURE_FORMATS,
+    SPLITS,
+    class_dirs,
+    files_of_class,
+    find_data_dir,
+    is_picture_name,
+)
 from finetune.progress import bar
 
 IMBALANCE = 3.0
@@ -120,7 +127,7 @@ def examine(
 
 def _describe(data_dir: Path, name: str, pixels: bytes) -> Picture:
     path = data_dir / name
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
         width, height, mode = image.width, image.height, image.mode
     with path.open("rb") as file:
         bytes_hash = hashlib.file_digest(file, "blake2b").hexdigest()
@@ -186,16 +193,11 @@ def find_repeated(pictures: list[Picture]) -> list[dict[str, object]]:
     return repeated
 
 
-def _shown(name: str) -> str:
-    """A file's name on one line, whatever is in it."""
-    return name if name.isprintable() else ascii(name)
-
-
 def _lines(findings: Findings) -> list[str]:
     """The findings for a terminal."""
-    lines = [_shown(findings.data_dir)]
+    lines = [one_line(findings.data_dir)]
     for split, counts in findings.counts.items():
-        listed = ", ".join(f"{_shown(name)} {number}" for name, number in counts.items())
+        listed = ", ".join(f"{one_line(name)} {number}" for name, number in counts.items())
         lines.append(f"{split}/: {sum(counts.values())} pictures; {listed}")
     for side, (low, middle, high) in findings.sizes.items():
         lines.append(f"{side}: {low} to {high}, median {middle} pixels")
@@ -206,13 +208,13 @@ def _lines(findings: Findings) -> list[str]:
                 f"note: {split}/ is imbalanced, its largest class is {ratio:g} times its smallest; "
                 "accuracy favours the large ones"
             )
-    lines += _some("note: no run reads", [_shown(name) for name in findings.ignored])
+    lines += _some("note: no run reads", [one_line(name) for name in findings.ignored])
     leaks = [r for r in findings.repeated if r["in_several_splits"]]
     others = [r for r in findings.repeated if not r["in_several_splits"]]
     for what, held in (("in several splits", leaks), ("under several classes", others)):
         lines += _some(f"note: the same picture {what}:", [_joined(r["files"]) for r in held])
-    lines += _some("fault:", [_shown(fault) for fault in findings.faults])
-    lines += _some("fault:", [_shown(reason) for reason in findings.unreadable.values()])
+    lines += _some("fault:", [one_line(fault) for fault in findings.faults])
+    lines += _some("fault:", [one_line(reason) for reason in findings.unreadable.values()])
     if findings.unreadable:
         lines.append("repair or remove the unreadable ones, or train with --skip_unreadable")
     lines.append("a run would stop here" if findings.breaks_a_run else "nothing would stop a run")
@@ -221,7 +223,7 @@ def _lines(findings: Findings) -> list[str]:
 
 def _joined(names: object) -> str:
     assert isinstance(names, list)
-    return " = ".join(map(_shown, names))
+    return " = ".join(map(one_line, names))
 
 
 def _some(start: str, items: list[str]) -> list[str]:

@@ -274,6 +274,8 @@ class RunConfig(BaseModel):
         return "-".join(words)
 
 
+_MAX_BYTES, _MAX_VALUES = 1_000_000, 20_000
+
 PLACES = frozenset({"config", "resume"})
 """Flags and keyword arguments that say where a config comes from; a config doesn't hold them."""
 
@@ -284,12 +286,42 @@ def unknown_field(name: str) -> str:
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
 
 
+def load_yaml(path: Path) -> Any:
+    """What a YAML file says, plain values alone.
+
+    Raises `ConfigError`, also for one that aliases or merges blow up: neither building nor walking
+    that would ever end.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+        loader = yaml.SafeLoader(text.decode("utf-8"))
+        node = loader.get_single_node()
+        _check_size(node)
+        return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ConfigError(f"{path} can't be read: it is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from None
+
+
+def _check_size(node: object) -> None:
+    count, left = 0, [node]
+    while left:
+        node = left.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise ValueError(f"it holds more than {_MAX_VALUES} values; are aliases nested?")
+        if isinstance(node, yaml.CollectionNode):
+            for part in node.value:
+                left += part if isinstance(part, tuple) else [part]
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file's mapping of fields. Raises `ConfigError`."""
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: {path} can't be read: {error}") from None
+    fields = load_yaml(path)
     if not isinstance(fields, dict):
         raise ConfigError(f"config: {path} holds no mapping of fields, such as 'epochs: 10'")
     return {str(name): value for name, value in fields.items()}
@@ -332,4 +364,12 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return message
     message = message.replace("Input should be", "must be")
     allowed = model.model_fields[name].description
-    return f"{name}: got {error['input']!r}; {message[0].lower()}{message[1:]} ({allowed})"
+    return f"{name}: got {_shown(error['input'])}; {message[0].lower()}{message[1:]} ({allowed})"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no whole number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -36,8 +36,14 @@ from torchvision.transforms import v2
 
 from finetune.cache import Cache, digest
 from finetune.config import RunConfig
-from finetune.errors import DataError
-from finetune.layout import IMAGE_SUFFIXES, class_dirs, find_data_dir, pictures_of_class
+from finetune.errors import DataError, one_line
+from finetune.layout import (
+    IMAGE_SUFFIXES,
+    PICTURE_FORMATS,
+    class_dirs,
+    find_data_dir,
+    pictures_of_class,
+)
 
 AUTO_VAL_FRACTION = 0.2
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where Pillow calls it a bomb
@@ -291,7 +297,7 @@ def _decode(path: Path, image_size: int) -> Tensor:
     except Exception as error:  # decoders raise whatever they like; here each means the same
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = _DECODER_PLACE.sub("", reason).replace(f" {str(path)!r}", "")
-        raise DataError(f"{path} can't be read as a picture: {reason[:200]}") from None
+        raise DataError(f"{one_line(path)} can't be read as a picture: {reason[:200]}") from None
 
 
 _DECODER_PLACE = re.compile(r"^decode_jpeg, \S+, ")
@@ -311,7 +317,7 @@ def _quiet() -> Iterator[None]:
 def _read_rgb(path: Path) -> Tensor:
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
         raise ValueError("it is no regular file")
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
@@ -391,6 +397,9 @@ def no_progress(what: str, total: int) -> Callable[[], None]:
     return lambda: None
 
 
+_ADVICE = "repair or remove it, or pass --skip_unreadable"
+
+
 class Images:
     """The decoded pictures of a split, by their indices."""
 
@@ -407,7 +416,7 @@ class Images:
 
         def keep(i: int, image: Tensor | DataError) -> None:
             if isinstance(image, DataError):
-                raise image
+                raise DataError(f"{image}; {_ADVICE}")
             images[i] = image
 
         decode_many([self.pictures.path(i) for i in indices], self.image_size, keep)
@@ -437,9 +446,7 @@ def open_images(
     affected = [name for name in pictures.names if name in unreadable]
     if affected and not skip_unreadable:
         more = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
-        raise DataError(
-            f"{unreadable[affected[0]]}{more}; repair or remove it, or pass --skip_unreadable"
-        )
+        raise DataError(f"{unreadable[affected[0]]}{more}; {_ADVICE}")
     if affected:
         lost = set(affected)
         pictures = pictures.subset(

@@ -17,6 +17,7 @@ Turns a mistake into one message and an exit code. Knows nothing about what rais
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import signal
 import sys
@@ -114,6 +115,16 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def one_line(name: object) -> str:
+    """A name from outside as a terminal may show it: line breaks, control characters and bytes
+    that are no text stand there as escapes."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 PREEMPTION_SIGNAL = signal.SIGUSR1
 """What schedulers send before they take the machine (Slurm: --signal=USR1@120)."""
 
@@ -145,17 +156,24 @@ def stoppable() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def message(error: BaseException) -> str:
+    """What an error says, its own line breaks kept, as a terminal may show it."""
+    return "\n".join(map(one_line, str(error).split("\n")))
+
+
 def run_door(door: Callable[[], int | None]) -> NoReturn:
     """Call a command's main function and end the process as its outcome says.
 
     A `FinetuneError` prints its message alone, without a traceback. `Stopped` ends the process by
     the same signal, so that a shell shows 130 or 143 and W&B's agent sees no failure.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stoppable(), bars_end():
             sys.exit(door() or 0)
     except FinetuneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output is gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,13 +19,12 @@ import numpy as np
 
 from finetune.cache import digest
 from finetune.data import Pictures, find_pictures, find_splits, no_progress
-from finetune.errors import DataError, RunDirError
+from finetune.errors import DataError, one_line
 from finetune.model import fingerprint
 from finetune.predict import Winner, open_winner, predict_logits
 from finetune.progress import bar
-from finetune.result import RunDir, write_atomically
+from finetune.result import RunDir
 
-RECORD = "evaluation.json"
 SHOWN_CLASSES = 12
 """A terminal shows the whole confusion of up to so many classes, else its largest entries."""
 
@@ -47,12 +46,12 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
         "pictures_fingerprint": digest(pictures.sizes),
         "model_fingerprint": fingerprint(winner.model.state_dict()),
     }
-    records = read_records(run_dir)
+    records = run.read_evaluations()
     known = next((r for r in records if about.items() <= r.items()), None)
     if known is None:
         skip = bool(run.config_path.exists() and run.read_config().skip_unreadable)
         known = about | measure(winner, pictures, skip)
-        _write_records(run_dir, [*records, known])
+        run.write_evaluations([*records, known])
     elif not as_json:
         print(f"recorded {known['recorded_at']}; the pictures are not looked at again")
     print(json.dumps(known, ensure_ascii=False, indent=2) if as_json else describe(known))
@@ -138,41 +137,20 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def read_records(run_dir: Path) -> list[Evaluation]:
-    """The evaluations that a run directory holds, the oldest first. Raises `RunDirError`."""
-    path = run_dir / RECORD
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return list(content["evaluations"])
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(f"{path} can't be read: {error}; remove it to evaluate anew") from None
-
-
-def _write_records(run_dir: Path, records: list[Evaluation]) -> None:
-    text = json.dumps({"evaluations": records}, ensure_ascii=False, indent=2)
-    path = run_dir / RECORD
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise RunDirError(f"{path} can't be written: {error.strerror or error}") from None
-
-
 def describe(evaluation: Evaluation) -> str:
     """An evaluation as a terminal shows it."""
     low, high = evaluation["accuracy_interval"]
     lines = [
         f"accuracy {evaluation['accuracy']:.4f} on {evaluation['num_pictures']} pictures of "
-        f"{evaluation['folder']} (95 % interval {low:.4f} to {high:.4f})"
+        f"{one_line(evaluation['folder'])} (95 % interval {low:.4f} to {high:.4f})"
     ]
     if evaluation["unreadable"]:
         lines.append(f"without {len(evaluation['unreadable'])} unreadable pictures")
-    names = evaluation["class_names"]
+    names = [one_line(name) for name in evaluation["class_names"]]
     width = max(5, *map(len, names))
     lines += ["", f"{'class':{width}} pictures accuracy precision     f1"]
     lines += [
-        f"{one['class']:{width}} {one['num_pictures']:8} {_share(one['accuracy']):>8} "
+        f"{one_line(one['class']):{width}} {one['num_pictures']:8} {_share(one['accuracy']):>8} "
         f"{_share(one['precision']):>9} {_share(one['f1']):>6}"
         for one in evaluation["per_class"]
     ]

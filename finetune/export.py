@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from finetune.errors import MissingPackage, RunDirError, WeightsError
+from finetune.files import remove_left_behind
 from finetune.model import (
     MEAN,
     STD,
@@ -46,19 +47,23 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
     """
     write, suffix = FORMATS[format_name]
     path = out or run_dir / f"model{suffix}"
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     model = load_best(run_dir).cpu()
     about = _about(run_dir)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        answer = write(model, about, path)
+        remove_left_behind(path)
+        difference = _difference(model, about["image_size"], write(model, about, aside))
+        if not difference <= TOLERANCE:
+            raise WeightsError(
+                f"{path}: its logits would differ from the model's by {difference:g}, more than "
+                f"{TOLERANCE:g}"
+            )
+        aside.replace(path)
     except OSError as error:
         raise RunDirError(f"{path} can't be written: {error.strerror or error}") from None
-    difference = _difference(model, about["image_size"], answer)
-    if not difference <= TOLERANCE:
-        path.unlink()
-        raise WeightsError(
-            f"{path}: its logits differ from the model's by {difference:g}, more than {TOLERANCE:g}"
-        )
+    finally:
+        aside.unlink(missing_ok=True)
     print(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB; its logits are the model's "
         f"(at most {difference:.1g} apart)"
@@ -159,15 +164,10 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> Answer:
     program = _traced(_FromPixels(model.to(memory_format=torch.contiguous_format)).eval(), size)
     described = program.model_proto
     for key, value in about.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) else json.dumps(value)
         described.metadata_props.add(key=key, value=text)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        onnx.save(described, beside)
-        session = onnxruntime.InferenceSession(str(beside), providers=["CPUExecutionProvider"])
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    onnx.save(described, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def answer(images_BHWC: Tensor) -> np.ndarray[Any, Any]:
         (logits,) = session.run(["logits"], {"pictures": images_BHWC.numpy()})

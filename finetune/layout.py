@@ -19,6 +19,10 @@ IMAGE_SUFFIXES = frozenset(
 )
 """torchvision's ImageFolder reads these; other files are ignored."""
 
+PICTURE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
+"""What a picture's content may be, as Pillow names it. For others Pillow has more dangerous
+readers: an EPS would be handed to Ghostscript, whatever the file is called."""
+
 SPLITS = ("train", "val", "test")
 
 

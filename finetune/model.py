@@ -220,6 +220,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type for member in archive.infolist()):
+                    raise WeightsError(f"{path} is compressed, which torch's files never are")
                 if damaged := archive.testzip():
                     raise WeightsError(f"{path} is damaged (in {damaged})")
         elif path.read_bytes()[:2] != b"\x80\x02":  # torch's format before 1.6 is a bare pickle
@@ -228,9 +230,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except WeightsError:
         raise
     except Exception as error:
-        raise WeightsError(
-            f"{path} can't be loaded as weights: {str(error).splitlines()[0]}"
-        ) from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise WeightsError(f"{path} can't be loaded as weights: {reason}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
@@ -262,7 +263,11 @@ def load_best(run_dir: Path | str) -> ResNet:
     content = read_checkpoint_of(run_dir)
     with torch.device("meta"):  # its random weights would be drawn for nothing
         model = resnet18(num_classes=len(content["class_names"]))
-    model.load_state_dict(content["state_dict"], assign=True)
+    try:
+        model.load_state_dict(content["state_dict"], assign=True)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"{run_dir}/best.ckpt doesn't fit ResNet18: {reason}") from None
     model = model.to(memory_format=torch.channels_last)
     model.result = RunResult.load(run_dir) if (run_dir / "result.json").exists() else None
     model.class_names = content["class_names"]
@@ -278,4 +283,8 @@ def read_checkpoint_of(run_dir: Path) -> dict[str, Any]:
     content = read_checkpoint(path)
     if missing := {"state_dict", "class_names", "image_size"} - content.keys():
         raise WeightsError(f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}")
+    names, size = content["class_names"], content["image_size"]
+    named = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not named or not isinstance(size, int) or not 32 <= size <= 1024:
+        raise WeightsError(f"{path} is no checkpoint of a run: class_names or image_size is wrong")
     return content

@@ -13,11 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from finetune.config import read_mapping
 from finetune.errors import FinetuneError, RunDirError
 from finetune.intervals import Correct
 from finetune.result import Row, RunDir, RunResult, read_failure, read_metrics
@@ -85,9 +83,9 @@ def _read(place: Path) -> Outcome:
     try:
         if run_dir.finished:
             return _finished(run_dir)
-        config = read_mapping(run_dir.config_path)
+        config = run_dir.read_config().to_fields()
         rows = tuple(read_metrics(run_dir.metrics_path))
-    except (FinetuneError, OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (FinetuneError, OSError) as error:
         return Outcome(place, {}, (), "unreadable", str(error))
     failure = read_failure(run_dir.failure_path)
     if failure is None:
@@ -98,15 +96,15 @@ def _read(place: Path) -> Outcome:
 
 def _finished(run_dir: RunDir) -> Outcome:
     result = RunResult.load(run_dir.path)
+    rows = tuple(read_metrics(run_dir.metrics_path))
     correct = labels = None
     if run_dir.predictions_path.exists():
-        with run_dir.predictions_path.open("rb") as file, np.load(file) as predictions:
-            labels = predictions["labels"]
-            correct = predictions["logits"].argmax(axis=1) == labels
+        logits, labels, _ = run_dir.read_predictions()
+        correct = logits.argmax(axis=1) == labels
     return Outcome(
         run_dir.path,
         result.config,
-        tuple(read_metrics(run_dir.metrics_path)),
+        rows,
         "finished",
         result=result,
         correct=correct,

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet
 
-from finetune.config import RunConfig, read_mapping
+from finetune.config import RunConfig
 from finetune.data import Progress, batch_bounds, decode, no_progress, num_cores
-from finetune.errors import DataError
+from finetune.errors import DataError, one_line
 from finetune.layout import IMAGE_SUFFIXES
 from finetune.model import forward, load_best, normalise
 from finetune.progress import bar
@@ -66,11 +66,11 @@ class Winner:
 def open_winner(run_dir: Path) -> Winner:
     """The best epoch's model on the run's own kind of device where there is one, else on the CPU.
 
-    Raises `WeightsError`.
+    Raises `WeightsError` and `RunDirError`.
     """
     model = load_best(run_dir)
-    path = RunDir(run_dir).config_path
-    fields = read_mapping(path) if path.exists() else {}
+    run = RunDir(run_dir)
+    fields = run.read_config().to_fields() if run.config_path.exists() else {}
     kind = fields.get("accelerator")
     device = torch.device(kind if kind in _DEVICES and _DEVICES[kind]() else "cpu")
     dtype = _DTYPES.get(str(fields.get("precision")))
@@ -177,7 +177,7 @@ def predict(run_dir: Path, given: Sequence[Path], top: int = 3, as_json: bool = 
         _print_table(answers)
     bad = [answer for answer in answers if "error" in answer]
     for answer in bad:
-        print(f"error: {answer['error']}", file=sys.stderr)
+        print(f"error: {one_line(answer['error'])}", file=sys.stderr)
     if bad:
         print(f"{len(bad)} of {len(answers)} could not be predicted", file=sys.stderr)
     return 1 if bad else 0
@@ -196,11 +196,13 @@ def _answer(
 
 
 def _print_table(answers: Sequence[dict[str, Any]]) -> None:
-    good = [answer for answer in answers if "error" not in answer]
-    path_width = max((len(answer["path"]) for answer in good), default=0)
-    class_width = max((len(one["class"]) for answer in good for one in answer["top"]), default=0)
-    for answer in good:
-        ranked = [
-            f"{one['class']:{class_width}} {one['probability']:7.2%}" for one in answer["top"]
-        ]
-        print(f"{answer['path']:{path_width}}  {'   '.join(ranked)}".rstrip())
+    shown = [
+        (one_line(a["path"]), [(one_line(one["class"]), one["probability"]) for one in a["top"]])
+        for a in answers
+        if "error" not in a
+    ]
+    path_width = max((len(path) for path, _ in shown), default=0)
+    class_width = max((len(name) for _, top in shown for name, _ in top), default=0)
+    for path, top in shown:
+        ranked = [f"{name:{class_width}} {probability:7.2%}" for name, probability in top]
+        print(f"{path:{path_width}}  {'   '.join(ranked)}".rstrip())

@@ -72,7 +72,7 @@ def _rich_bar(what: str, total: int) -> Callable[[int], None]:
     )
 
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -111,7 +111,7 @@ def byte_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -21,10 +21,11 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from finetune.config import RunConfig
 from finetune.data import Pictures
-from finetune.errors import Diverged
+from finetune.errors import Diverged, WeightsError
+from finetune.files import write_atomically
 from finetune.model import MEAN, STD, read_checkpoint, write_checkpoint
 from finetune.module import FineTuning
-from finetune.result import Row, RunDir, best_epoch, write_atomically
+from finetune.result import Row, RunDir, best_epoch
 from finetune.strategies import epochs_since_best
 
 OnEpoch = Callable[[Row], None]
@@ -130,9 +131,14 @@ class Recorder(pl.Callback):
         )
 
 
-def recorded_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `Recorder` left in a last.ckpt."""
-    state: dict[str, Any] = checkpoint["callbacks"][Recorder.__qualname__]
+def recorded_state(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a `Recorder` left in a last.ckpt. Raises `WeightsError`."""
+    try:
+        state: dict[str, Any] = checkpoint["callbacks"][Recorder.__qualname__]
+        if [row["epoch"] for row in state["rows"]] != list(range(checkpoint["epoch"] + 1)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(f"{path} is no run's last.ckpt") from None
     return state
 
 

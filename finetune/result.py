@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +20,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.config import RunConfig, read_mapping
-from finetune.errors import RunDirError
+from finetune.errors import ConfigError, RunDirError
+from finetune.files import write_atomically
 from finetune.strategies import PARTS
 
 METRICS = (
@@ -37,6 +37,9 @@ METRICS = (
 )
 """The keys that W&B, metrics.csv and the report have once an epoch."""
 
+Array = Any
+"""NumPy's; this room imports it where predictions are read."""
+
 Row = dict[str, float]
 """One epoch's metrics."""
 
@@ -44,7 +47,7 @@ Row = dict[str, float]
 class RunResult(BaseModel):
     """What a run that ended well is remembered by. Accuracies are fractions."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     run_id: str
     strategy: str
@@ -80,8 +83,15 @@ class RunResult(BaseModel):
             return cls.model_validate_json((run_dir / "result.json").read_bytes())
         except FileNotFoundError:
             raise RunDirError(f"{run_dir} has no result.json: {_unfinished(run_dir)}") from None
-        except (OSError, ValidationError) as error:
-            raise RunDirError(f"{run_dir}/result.json can't be read: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except OSError as error:
+            reason = str(error)
+        raise RunDirError(f"{run_dir}/result.json can't be read: {reason}")
+
+    def to_json(self) -> bytes:
+        return _json(self.model_dump(mode="json"))
 
 
 def best_epoch(rows: Sequence[Row]) -> int:
@@ -89,17 +99,10 @@ def best_epoch(rows: Sequence[Row]) -> int:
     return max(range(len(rows)), key=lambda epoch: rows[epoch]["val_acc"])
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: beside its place, synced, then renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+_EVALUATION = frozenset(
+    {"folder", "pictures_fingerprint", "model_fingerprint", "accuracy", "accuracy_interval"}
+    | {"num_pictures", "per_class", "class_names", "confusion", "unreadable", "recorded_at"}
+)
 
 
 class RunDir:
@@ -115,6 +118,7 @@ class RunDir:
         self.predictions_path = path / "predictions.npz"
         self.result_path = path / "result.json"
         self.failure_path = path / "failure.json"
+        self.evaluation_path = path / "evaluation.json"
         self._lock = FileLock(path / ".lock", timeout=wait_seconds)
 
     @property
@@ -125,7 +129,11 @@ class RunDir:
         """The config that the run was started with. Raises `RunDirError`."""
         if not self.config_path.exists():
             raise RunDirError(f"{self.path} is no run directory: it has no config.yaml")
-        return RunConfig.from_fields(read_mapping(self.config_path))
+        try:
+            fields = read_mapping(self.config_path)
+            return RunConfig.from_fields(fields)
+        except ConfigError as error:
+            raise RunDirError(f"{self.config_path} is damaged: {error}") from None
 
     def claim(self, config: RunConfig) -> None:
         """Hold the directory for this process until `release`, made or taken up again.
@@ -182,27 +190,84 @@ class RunDir:
 
     def write_result(self, result: RunResult) -> None:
         """Written last: its existence means that the run ended well."""
-        write_atomically(self.result_path, result.model_dump_json(indent=2).encode())
+        write_atomically(self.result_path, result.to_json())
         self.failure_path.unlink(missing_ok=True)
 
     def write_failure(self, state: str, reason: str, epoch: int | None) -> None:
         failure = {"state": state, "reason": reason, "epoch": epoch}
         write_atomically(self.failure_path, json.dumps(failure, indent=2).encode())
 
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """What `evaluate` has recorded, the oldest first. Raises `RunDirError`."""
+        try:
+            records = json.loads(self.evaluation_path.read_bytes())["evaluations"]
+            for record in records:
+                if missing := _EVALUATION - record.keys():
+                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunDirError(
+                f"{self.evaluation_path} can't be read: {error}; remove it to evaluate anew"
+            ) from None
+        return list(records)
+
+    def write_evaluations(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Raises `RunDirError`."""
+        try:
+            write_atomically(self.evaluation_path, _json({"evaluations": records}))
+        except OSError as error:
+            raise RunDirError(
+                f"{self.evaluation_path} can't be written: {error.strerror or error}"
+            ) from None
+
+    def read_predictions(self) -> tuple[Array, Array, Array]:
+        """The best epoch's logits, (N, K), labels and paths, (N,). Raises `RunDirError`."""
+        import numpy as np
+
+        try:
+            # np.load would leave a damaged file open
+            with self.predictions_path.open("rb") as file, np.load(file) as predictions:
+                logits, labels, paths = (predictions[k] for k in ("logits", "labels", "paths"))
+            if not (
+                (logits.ndim, logits.dtype.kind, labels.dtype.kind) == (2, "f", "i")
+                and labels.shape == paths.shape == logits.shape[:1]
+                and np.isfinite(logits).all()
+                and 0 <= labels.min(initial=0) <= labels.max(initial=0) < logits.shape[1]
+            ):
+                raise ValueError("its arrays don't fit together")
+        except Exception as error:  # zip, zlib and NumPy raise whatever they like
+            reason = str(error) or type(error).__name__
+            raise RunDirError(f"{self.predictions_path} is damaged: {reason}") from None
+        return logits, labels, paths
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    """What no encoding has, such as a name of odd bytes, stands there as JSON's own escape."""
+    return json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")
+
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.csv, an epoch each; no file, no rows."""
+    """The rows of a metrics.csv, an epoch each; no file, no rows. Raises `RunDirError`."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    try:
+        text = path.read_bytes().decode("ascii")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = [{key: float(value) for key, value in row.items()} for row in reader]
+        whole = text.endswith("\r\n") and tuple(reader.fieldnames or ()) == METRICS
+        if not whole or [row["epoch"] for row in rows] != list(range(len(rows))):
+            raise ValueError("not every epoch has its row")
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise RunDirError(f"{path} is damaged: {error}") from None
+    return rows
 
 
 def read_failure(path: Path) -> Mapping[str, Any] | None:
     """A failure.json, or None where there is none that can be read."""
     try:
         failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return failure if isinstance(failure, dict) else None
 

@@ -123,11 +123,9 @@ class Tracker:
         """The best epoch's summary, confusion, per-class accuracy, mistakes, and the artifact."""
         if self._run is None:
             return
-        import numpy as np
         import wandb
 
-        with np.load(run_dir.predictions_path) as predictions:
-            logits, labels, paths = (predictions[k] for k in ("logits", "labels", "paths"))
+        logits, labels, paths = run_dir.read_predictions()
         predicted = logits.argmax(axis=1)
         names = result.class_names
         per_class = [
@@ -167,7 +165,7 @@ class Tracker:
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
         if result is not None:
-            (folder / "result.json").write_text(result.model_dump_json(indent=2), encoding="utf-8")
+            (folder / "result.json").write_bytes(result.to_json())
         self._run.save(f"{folder}/*", base_path=folder.parent, policy="now")
 
     def _log_best(self, run_dir: RunDir, metadata: dict[str, Any]) -> None:

@@ -36,11 +36,13 @@ from finetune.data import Splits, find_splits, open_images
 from finetune.errors import (
     ConfigError,
     FinetuneError,
+    RunDirError,
     WeightsError,
     ending,
+    one_line,
     stoppable,
 )
-from finetune.model import build, load_best, load_source, read_checkpoint
+from finetune.model import build, load_best, load_source, read_checkpoint, read_checkpoint_of
 from finetune.module import FineTuning
 from finetune.progress import bar
 from finetune.record import Checkpoints, OnEpoch, Recorder, recorded_state
@@ -104,7 +106,7 @@ def _run_id() -> str:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    print(one_line(line), flush=True)
 
 
 def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> RunResult:
@@ -206,13 +208,22 @@ class _Attempt:
         path = self.run_dir.last_path
         if not path.exists():
             return None
-        checkpoint = read_checkpoint(path)
+        try:
+            checkpoint = read_checkpoint(path)
+            recorder.load_state_dict(recorded_state(checkpoint, path))
+            # It may never be written again.
+            read_checkpoint_of(self.run_dir.path)
+            self.run_dir.read_predictions()
+        except (WeightsError, RunDirError) as error:
+            raise WeightsError(
+                f"{error}. Remove {path} to start the run from its beginning"
+            ) from None
         if checkpoint.get("weights_fingerprint") != source:
             raise WeightsError(
                 f"{path} belongs to weights {checkpoint.get('weights_fingerprint')}; "
                 f"{self.config.weights} are {source}. Resume with the weights that it started from"
             )
-        recorder.load_state_dict(recorded_state(checkpoint))
+        self.run_dir.write_metrics(recorder.rows)
         say(f"going on after epoch {len(recorder.rows) - 1}")
         return path
 

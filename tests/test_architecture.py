@@ -11,7 +11,7 @@ from .conftest import ROOT
 
 FLOORS: dict[str, int] = {
     "errors": 0, "strategies": 0, "config": 0, "flags": 0, "result": 0, "progress": 0,
-    "layout": 0,
+    "layout": 0, "files": 0,
     "cache": 1, "sources": 1, "data": 1, "model": 1, "archive": 1, "fetch": 1, "download": 1,
     "check": 1,
     "activations": 2, "module": 2, "record": 2, "tracking": 2,
@@ -24,7 +24,8 @@ FLOORS: dict[str, int] = {
 NEIGHBOURS = {
     ("errors", "progress"), ("config", "strategies"), ("config", "errors"), ("flags", "config"),
     ("flags", "errors"),
-    ("result", "config"), ("result", "errors"), ("result", "strategies"), ("layout", "errors"),
+    ("result", "config"), ("result", "errors"), ("result", "strategies"), ("result", "files"),
+    ("layout", "errors"),
     ("data", "cache"), ("check", "data"), ("download", "fetch"), ("download", "archive"),
     ("archive", "fetch"), ("fetch", "archive"),
     ("module", "activations"), ("record", "module"),
@@ -36,8 +37,8 @@ NEIGHBOURS = {
 }  # fmt: skip
 
 LIGHT = (
-    "errors", "strategies", "config", "flags", "result", "progress", "layout", "archive", "fetch",
-    "download", "sources", "cache", "standings", "compare", "report", "sweep",
+    "errors", "strategies", "config", "flags", "files", "result", "progress", "layout", "archive",
+    "fetch", "download", "sources", "cache", "standings", "compare", "report", "sweep",
 )  # fmt: skip
 """Rooms that import no torch when they are imported."""
 

@@ -18,10 +18,11 @@ import pytest
 import yaml
 from rich.console import Console
 
+from finetune.__main__ import main
 from finetune.errors import ConfigError, FinetuneError
 from finetune.result import RunResult, read_failure, read_metrics
 from finetune.sweep import run_sweep
-from finetune.sweep.confirm import confirm, confirmation
+from finetune.sweep.confirmation import confirm, confirmation
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import open_storage
 from finetune.sweep.workers import visible_devices
@@ -343,4 +344,4 @@ def seeds(sweep: Sweep) -> list[object]:
 
 def test_confirm_without_runs_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no finished runs"):
-        confirm(tmp_path)
+        main(["confirm", str(tmp_path)])

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,10 +185,10 @@ class Keeper:
         for chunk in chunks:
             computed = self._compute(split, chunk, 0)
         compute_ms = (time.perf_counter() - start) * 1e3 / (size * len(chunks))
-        with tempfile.TemporaryDirectory(dir=self.cache.directory, prefix=".timing") as place:
-            path = Path(place) / "rows.npy"
-            np.save(path, np.concatenate([self._as_kept(computed)] * len(chunks)))
-            rows = np.load(path, mmap_mode="r")
+        written = np.concatenate([self._as_kept(computed)] * len(chunks))
+        with tempfile.TemporaryFile(dir=self.cache.directory) as file:  # nothing that could stay
+            written.tofile(file)
+            rows = np.memmap(file, written.dtype, "r", shape=written.shape)
             start = time.perf_counter()
             for i in range(len(chunks)):
                 rows.take(np.arange(size) + i * size, axis=0)

@@ -17,8 +17,8 @@ from typing import Any
 
 from finetune.compare import Comparison, compare, p_value, percent, points
 from finetune.errors import RunDirError
+from finetune.files import write_atomically
 from finetune.outcomes import Outcome, read_outcomes
-from finetune.result import write_atomically
 from finetune.standings import accuracy_of
 
 PAGE, TABLE = "report.html", "runs.csv"

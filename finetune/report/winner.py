@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from finetune.compare import Comparison, percent
+from finetune.errors import RunDirError
+from finetune.layout import PICTURE_FORMATS
 from finetune.report import figures
 from finetune.result import RunDir, RunResult
 
@@ -34,11 +35,10 @@ def winner_section(
 ) -> str:
     """The section, or nothing where the winner left no predictions."""
     winner = comparison.winner
-    if winner is None or winner.result is None:
+    if winner is None or winner.result is None or winner.correct is None:
         return ""
     result = winner.result
-    with np.load(RunDir(winner.run_dir).predictions_path) as predictions:
-        logits, labels, paths = (predictions[key] for key in ("logits", "labels", "paths"))
+    logits, labels, paths = RunDir(winner.run_dir).read_predictions()
     names = result.class_names
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
@@ -73,17 +73,19 @@ def _tests(
 ) -> str:
     """What `evaluate` recorded in the run directory, if anything."""
     try:
-        content = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
-        rows = [
-            [
-                esc(one["folder"]),
-                number(one["accuracy"], percent(one["accuracy"])),
-                number(one["num_pictures"]),
-                esc(one["recorded_at"]),
-            ]
-            for one in content["evaluations"]
+        records = RunDir(run_dir).read_evaluations()
+    except RunDirError as error:
+        return f'<div class="note warn"><p>{esc(error)}</p></div>'
+    rows = [
+        [
+            esc(one["folder"]),
+            number(one["accuracy"], percent(one["accuracy"])),
+            number(one["num_pictures"]),
+            esc(one["recorded_at"]),
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+        for one in records
+    ]
+    if not rows:
         return ""
     return "<h3>Evaluated on</h3>" + table(("folder", "accuracy", "pictures", "recorded"), rows)
 
@@ -117,7 +119,7 @@ def _thumbnail(path: Path, esc: Callable[[object], str]) -> str:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
             image.draft("RGB", (_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
             small = image.convert("RGB")
         enlarge = max(small.size) < _THUMBNAIL_PIXELS

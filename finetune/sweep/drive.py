@@ -19,11 +19,12 @@ from typing import Any
 
 from rich.console import Console
 
-from finetune.errors import ConfigError, FinetuneError, stoppable
+from finetune.errors import ConfigError, FinetuneError, RunDirError, stoppable
 from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, read_metrics
 from finetune.sweep.board import MAX_DEATHS, Board, Claim
 from finetune.sweep.dimensions import Value
 from finetune.sweep.spec import Sweep, read_sweep
+from finetune.sweep.storage import sqlite_url
 from finetune.sweep.view import Outcome, View, final_table, open_console
 from finetune.sweep.workers import Crew, End, Epoch, Event, Job, Worker, visible_devices
 
@@ -61,7 +62,7 @@ def run_sweep(
     spec = spec.amended(name, fields or {}, {} if out is None else {"out": str(out)})
     num_trials = spec.num_trials(max_runs)
     _make(spec.out_dir)
-    where = storage or f"sqlite:///{spec.out_dir / spec.slug}.db"
+    where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: got {workers}; a whole number from 1 on is needed")
     num_workers = workers or max(1, len(visible_devices()))
@@ -172,7 +173,7 @@ class _Drive:
             self._end(claim, end, None)
             return
         # A trial that goes on with its directory has logged these before.
-        for row in read_metrics(run_dir / "metrics.csv"):
+        for row in _logged_before(run_dir):
             self.board.report(claim, *self._logged(row), judge=False)
         worker = self.crew.start(Job(config, run_dir, self.spec.ladder is not None))
         self._claims[worker] = claim
@@ -204,7 +205,7 @@ class _Drive:
                 self._nothing_until = 0.0
                 return
             end = End("failed", f"{end.reason}; it happened {MAX_DEATHS} times")
-        rows = read_metrics(self.spec.out_dir / claim.run_id / "metrics.csv")
+        rows = _logged_before(self.spec.out_dir / claim.run_id)
         value = self._logged(rows[-1])[1] if rows and end.state != "failed" else None
         outcome = self._outcome(claim, end.state, value, end.reason, seconds)
         self.board.finish(claim, end.state, value, _record(outcome))
@@ -235,7 +236,7 @@ class _Drive:
             result = RunResult.load(run_dir)
             record |= {"best_val_acc": result.best_val_acc, "best_epoch": result.best_epoch}
             record["seconds"] = seconds or result.train_seconds + result.cache_seconds
-        elif rows := read_metrics(run_dir / "metrics.csv"):
+        elif rows := _logged_before(run_dir):
             best = best_epoch(rows)
             record |= {"best_val_acc": rows[best]["val_acc"], "best_epoch": best}
         return _describe(self.spec, claim.run_id, claim.values, state, value, record)
@@ -280,9 +281,21 @@ def _describe(
     )
 
 
+def _logged_before(run_dir: Path) -> list[Row]:
+    """A run directory's rows; none where they are damaged: its last.ckpt has them too."""
+    try:
+        return read_metrics(run_dir / "metrics.csv")
+    except RunDirError:
+        return []
+
+
 def _left_behind(run_dir: Path) -> End | None:
     """How a run ended whose end nobody could record."""
     if RunDir(run_dir).finished:
+        try:
+            RunResult.load(run_dir)
+        except RunDirError as error:
+            return End("failed", f"{error}; remove {run_dir} to have it run again")
         return End("finished")
     failure = read_failure(run_dir / "failure.json")
     if failure and failure.get("state") == "pruned":

@@ -19,9 +19,10 @@ from typing import Any
 
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal._file import get_lock_file
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from finetune.errors import ConfigError, FinetuneError, MissingPackage
@@ -49,13 +50,15 @@ def open_storage(
         return _open_journal(Path(where.removeprefix(_JOURNAL)))
     try:
         url = make_url(where)
-        shown = url.render_as_string(hide_password=True)
+        shown = _without_secrets(url)
         arguments = {"timeout": 60} if url.get_backend_name() == "sqlite" else {}
     except (ArgumentError, ValueError):
         raise ConfigError(
             "storage: it is no URL; pass sqlite:///FILE.db, postgresql://USER@HOST/DATABASE, "
             "another of SQLAlchemy's URLs, or journal:PATH"
         ) from None
+    if "@" in (url.host or ""):  # messages would tell what follows it, as a host
+        raise ConfigError("storage: an @ in a user's name or password must be written as %40")
     for attempt in range(_TRIES):
         try:
             with experimental():
@@ -89,6 +92,16 @@ def open_storage(
     raise AssertionError("unreachable")
 
 
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file, whatever its path is made of."""
+    return URL.create("sqlite", database=str(path)).render_as_string()
+
+
+def _without_secrets(url: URL) -> str:
+    """A URL as it may be told; a password can stand behind the question mark too."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
 def _write_ahead(storage: RDBStorage) -> None:
     """Let SQLite commit without waiting for the disk, which takes 16 ms a time on a busy one.
 
@@ -107,9 +120,19 @@ def _write_ahead(storage: RDBStorage) -> None:
 def _open_journal(path: Path) -> BaseStorage:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _mend_journal(path)
         return JournalStorage(JournalFileBackend(str(path)))
     except OSError as error:
         raise FinetuneError(f"storage: journal {path} can't be used: {error.strerror}") from None
+
+
+def _mend_journal(path: Path) -> None:
+    """Cut off a last line that was only half written: the next one would be appended to it."""
+    if not path.exists() or path.read_bytes()[-1:] in (b"\n", b""):
+        return
+    with get_lock_file(JournalFileSymlinkLock(str(path))):
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 @contextmanager

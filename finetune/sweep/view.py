@@ -53,7 +53,7 @@ class _Running:
 
 def open_console() -> Console:
     """The terminal; where there is none, lines wide enough that nothing is folded."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # names may hold brackets
     if not console.is_terminal:
         console.width = 200
     return console

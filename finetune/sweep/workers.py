@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from finetune.config import RunConfig
-from finetune.errors import FinetuneError, Pruned, Stopped, stoppable
+from finetune.errors import FinetuneError, Pruned, Stopped, message, stoppable
 from finetune.result import Row, RunDir
 
 OUTPUT_NAME = "output.log"
@@ -202,13 +202,14 @@ def _start_fork_server() -> None:
 
 @contextmanager
 def _nothing_of_the_caller() -> Iterator[None]:
-    """Children would import the caller's script, and run it again where it has no guard."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
+    """Children would import the caller's script, and run it again where it has no guard; and W&B
+    records their arguments, among which a storage's password may be."""
+    main, arguments = sys.modules["__main__"], sys.argv
+    sys.modules["__main__"], sys.argv = ModuleType("__main__"), arguments[:1]
     try:
         yield
     finally:
-        sys.modules["__main__"] = main
+        sys.modules["__main__"], sys.argv = main, arguments
 
 
 @contextmanager
@@ -269,7 +270,7 @@ def _carry_out(connection: Connection, job: Job, num_workers: int) -> End:
     except Pruned as pruned:
         return End("pruned", str(pruned))
     except FinetuneError as error:
-        print(f"error: {error}", flush=True)
+        print(f"error: {message(error)}", flush=True)
         return End("failed", str(error))
     except Exception as error:
         traceback.print_exc()

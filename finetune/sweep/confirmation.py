@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from finetune.config import RunConfig
-from finetune.errors import ConfigError, RunDirError
+from finetune.errors import ConfigError, RunDirError, message
 from finetune.result import RunResult
 from finetune.sweep.drive import conclude, run_sweep
 from finetune.sweep.spec import Sweep
@@ -82,8 +81,10 @@ def _first_seed(runs_dir: Path, name: str) -> int:
 def _load(paths: Iterable[Path]) -> list[RunResult]:
     results = []
     for path in sorted(paths):
-        with suppress(RunDirError):
+        try:
             results.append(RunResult.load(path.parent))
+        except RunDirError as error:
+            print(f"left out: {message(error)}", flush=True)
     return results
 
 
