@@ -293,7 +293,11 @@ class _Keeper:
         """
         if self._boundary == "fc":
             return True
-        compute_ms, read_ms = self._time_a_picture()
+        try:
+            compute_ms, read_ms = self._time_a_picture()
+        except OSError as error:
+            self._feed._say(f"cache: no room to time it ({error}); going on without")
+            return False
         self._feed.timings[f"{self._boundary}/recompute_ms"] = compute_ms
         self._feed.timings[f"{self._boundary}/read_ms"] = read_ms
         num_read = epochs * sum(len(split.pictures) for split in self._splits)

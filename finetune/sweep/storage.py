@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -48,8 +48,7 @@ def open_storage(
     if where.startswith(_JOURNAL):
         return _open_journal(Path(where.removeprefix(_JOURNAL)))
     try:
-        url = make_url(where)
-        shown = url.render_as_string(hide_password=True)
+        url, shown = make_url(where), _shown(where)
         arguments = {"timeout": 60} if url.get_backend_name() == "sqlite" else {}
     except (ArgumentError, ValueError):
         raise ConfigError(
@@ -83,10 +82,34 @@ def open_storage(
         except DBAPIError as error:
             # Two processes that make the tables at the same moment: the second finds them.
             if attempt == _TRIES - 1:
-                reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
-                raise FinetuneError(f"storage: {shown} can't be used: {reason}") from None
+                raise FinetuneError(f"storage: {shown} can't be used: {_reason(error)}") from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Within it, a storage that can't be read or written any more is one message.
+
+    What its trials had reached stays; raises `FinetuneError`.
+    """
+    try:
+        yield
+    except (StorageInternalError, DBAPIError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        raise FinetuneError(
+            f"storage: {_shown(where)} can't be used any more: {_reason(cause)} (start the sweep "
+            "again once that is put right, and it goes on)"
+        ) from None
+
+
+def _shown(where: str) -> str:
+    return make_url(where).render_as_string(hide_password=True)
+
+
+def _reason(error: BaseException | None) -> str:
+    orig = getattr(error, "orig", None)
+    return str(orig or error).strip().splitlines()[0]
 
 
 def _write_ahead(storage: RDBStorage) -> None:
@@ -107,9 +130,24 @@ def _write_ahead(storage: RDBStorage) -> None:
 def _open_journal(path: Path) -> BaseStorage:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        _mend(path)
         return JournalStorage(JournalFileBackend(str(path)))
     except OSError as error:
         raise FinetuneError(f"storage: journal {path} can't be used: {error.strerror}") from None
+
+
+def _mend(journal: Path) -> None:
+    """Cut off a last line that a full disk cut short; one more line would make all unreadable."""
+    lock = JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    try:
+        content = journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(journal, whole)
+    finally:
+        lock.release()
 
 
 @contextmanager
