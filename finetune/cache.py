@@ -95,9 +95,13 @@ class Cache:
             return self._opened[name]
         if not (self.directory / name).exists():
             return None
-        lock = _Lock(self.directory / "locks" / name)
-        lock.share()
-        entry = self._read(name, lock)
+        try:
+            lock = _Lock(self.directory / "locks" / name)
+            lock.share()
+            entry = self._read(name, lock)
+        except OSError as error:
+            self._refuse(error)
+            return None
         if entry is None:
             lock.close()
         return entry
@@ -131,8 +135,11 @@ class Cache:
                     lock.close()
                     return None
         except OSError as error:
-            self._say(f"cache: {self.directory} can't be used ({error}); going on without it")
+            self._refuse(error)
             return None
+
+    def _refuse(self, error: OSError) -> None:
+        self._say(f"cache: {self.directory} can't be used ({error}); going on without it")
 
     def _name(self, kind: str, description: Mapping[str, Any]) -> str:
         return f"{kind}-{digest({'format': FORMAT, **description})}"
@@ -144,7 +151,7 @@ class Cache:
             manifest = json.loads((place / "manifest.json").read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except ValueError:
             manifest = None
         if not isinstance(manifest, dict):
             manifest = None

@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 
 from finetune.cache import Cache, digest
 from finetune.config import RunConfig
-from finetune.errors import DataError, one_line
+from finetune.errors import DataError, is_out_of_memory, one_line, shortage
 from finetune.layout import (
     IMAGE_SUFFIXES,
     PICTURE_FORMATS,
@@ -295,6 +295,8 @@ def _decode(path: Path, image_size: int) -> Tensor:
         resized: Tensor = v2.functional.resize(image_CHW, size, antialias=True)
         return resized.permute(1, 2, 0).contiguous()
     except Exception as error:  # decoders raise whatever they like; here each means the same
+        if is_out_of_memory(error) or shortage(error):  # which is not the picture's fault
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = _DECODER_PLACE.sub("", reason).replace(f" {str(path)!r}", "")
         raise DataError(f"{one_line(path)} can't be read as a picture: {reason[:200]}") from None

@@ -9,6 +9,7 @@ Turns a mistake into one message and an exit code. Knows nothing about what rais
     ├── WeightsError         1: weight files and checkpoints
     ├── RunDirError          1: a run directory that can't be used
     ├── Diverged             1: the loss is no longer a number
+    ├── Shortage             1: the machine has run out of disk, file handles or the like
     └── Pruned               the sweep that a run belongs to has seen enough of it
     Stopped                  ends by its signal; a BaseException, so that nothing swallows it
 
@@ -17,6 +18,7 @@ Turns a mistake into one message and an exit code. Knows nothing about what rais
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
 import signal
@@ -25,6 +27,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import FrameType
 from typing import NoReturn
 
@@ -64,6 +67,10 @@ class RunDirError(FinetuneError):
 
 class Diverged(FinetuneError):
     """The loss is not a finite number any more."""
+
+
+class Shortage(FinetuneError):
+    """The machine has run out of something. What was done stays, and can be gone on with."""
 
 
 class Pruned(FinetuneError):
@@ -107,6 +114,49 @@ def ending(error: BaseException) -> Ending:
         case _:
             reason = "".join(traceback.format_exception_only(error)).strip()
             return Ending("failed", reason, FinetuneError.exit_code)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within the disk's quota",
+    errno.EROFS: "pass a place that can be written",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow more open files on this machine",
+}
+
+
+def shortage(error: BaseException) -> Shortage | None:
+    """What the machine has run out of, where an error says so; None for any other error.
+
+    Libraries wrap the system's errors in their own: in their causes, or in their words alone.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        for code, remedy in _REMEDIES.items():
+            if os.strerror(code) in str(found):
+                if isinstance(error, FinetuneError):
+                    return Shortage(str(error))
+                path = getattr(found, "filename", None)
+                place = f"{path} can't be used: " if path else ""
+                return Shortage(f"{place}{os.strerror(code)}; {remedy}")
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def require_handles(count: int) -> None:
+    """Raise `OSError` unless so many more files can be opened: libraries may hang without."""
+    pipes: list[tuple[int, int]] = []
+    try:
+        while 2 * len(pipes) < count:
+            pipes.append(os.pipe())
+    finally:
+        for descriptor in chain.from_iterable(pipes):
+            os.close(descriptor)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU, where torch's allocator raises a RuntimeError."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -171,13 +221,21 @@ def run_door(door: Callable[[], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stoppable(), bars_end():
-            sys.exit(door() or 0)
+            code = door() or 0
+            sys.stdout.flush()
+            sys.exit(code)
     except FinetuneError as error:
         print(f"error: {message(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output is gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(1)
+    except Exception as error:
+        if (short := shortage(error)) is None:
+            raise
+        print(f"error: {short}", file=sys.stderr)
+        _discard_output()  # it may be what the disk has no room for
+        sys.exit(short.exit_code)
     except Stopped as stop:
         print(str(stop), file=sys.stderr)
         sys.stdout.flush()
@@ -185,3 +243,11 @@ def run_door(door: Callable[[], int | None]) -> NoReturn:
         signal.signal(stop.signum, signal.SIG_DFL)
         os.kill(os.getpid(), stop.signum)
         raise
+
+
+def _discard_output() -> None:
+    """Nothing more can be written there; Python's own last flush would change the exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: beside its place, synced, then renamed."""
+    """Write a whole file or nothing: beside its place, synced, then renamed.
+
+    Raises `OSError` with the path in it.
+    """
     remove_left_behind(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,6 +25,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:  # a write's own doesn't say where
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from finetune.errors import DataError
 
@@ -76,8 +77,15 @@ def class_dirs(split_dir: Path) -> list[Path]:
 
 
 def files_of_class(class_dir: Path) -> Iterator[str]:
-    """Names, relative to the class, of its files; hidden ones and links to folders are left out."""
-    for place, dirs, files in os.walk(class_dir):
+    """Names, relative to the class, of its files; hidden ones and links to folders are left out.
+
+    Raises `DataError` for a folder that can't be read: its pictures must not be missed silently.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename} can't be read: {error.strerror}") from None
+
+    for place, dirs, files in os.walk(class_dir, onerror=refuse):
         dirs[:] = [d for d in dirs if not d.startswith(".")]
         for name in files:
             if not name.startswith("."):

@@ -23,7 +23,7 @@ import xxhash
 from torch import Tensor, nn
 from torchvision.models import ResNet, ResNet18_Weights, resnet18
 
-from finetune.errors import RunDirError, WeightsError
+from finetune.errors import WeightsError
 from finetune.result import RunResult
 from finetune.strategies import PARTS
 
@@ -238,14 +238,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
-    """torch.save beside the target, then a rename: a whole file or none."""
+    """torch.save beside the target, then a rename: a whole file or none.
+
+    Raises `OSError` with the path in it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(content, beside)
+        # A file of ours is closed at once: torch's own keeps its place on a full disk for long.
+        with beside.open("wb") as file:
+            torch.save(content, file)
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        reason = str(error).splitlines()[0]
-        raise RunDirError(f"out: {path} can't be written: {reason}") from None
+    except (OSError, RuntimeError) as error:  # torch raises its own while it handles a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -21,7 +21,14 @@ from urllib.parse import urlparse
 import yaml
 
 from finetune.config import RunConfig, differences
-from finetune.errors import ConfigError, Ending, FinetuneError, Stopped, ending
+from finetune.errors import (
+    ConfigError,
+    Ending,
+    FinetuneError,
+    Stopped,
+    ending,
+    require_handles,
+)
 from finetune.result import Row, RunDir, RunResult
 
 if TYPE_CHECKING:
@@ -36,6 +43,8 @@ MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 FOLDER = "finetune"
 RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")
 """What a run sends along, in this folder of its W&B files, for a report on the whole sweep."""
+
+_NUM_HANDLES = 16  # twice what W&B's client opens; without, its threads die and it waits for them
 
 INIT_SECONDS = 60.0
 """How long a server is waited for at the start."""
@@ -189,10 +198,12 @@ class Tracker:
         self._run.summary.update({"state": end.state, "reason": end.reason})
         if end.state == "preempted":
             self._run.mark_preempting()
-        if run_dir is not None and run_dir.best_path.exists():
-            self._send_files(run_dir)
-            self._log_best(run_dir, {"state": end.state})
-        self.close(end.exit_code)
+        try:
+            if run_dir is not None and run_dir.best_path.exists():
+                self._send_files(run_dir)
+                self._log_best(run_dir, {"state": end.state})
+        finally:
+            self.close(end.exit_code)
 
     def close(self, exit_code: int = 0) -> None:
         """Send everything and end the W&B run; a code above 0 marks it as failed."""
@@ -206,6 +217,7 @@ def _init(chosen: str, **described: Any) -> Any:
     import wandb
 
     offline = chosen in ("offline", "dryrun")
+    require_handles(_NUM_HANDLES)
     try:
         run = wandb.init(
             **described,

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,9 +38,12 @@ from finetune.errors import (
     ConfigError,
     FinetuneError,
     RunDirError,
+    Shortage,
     WeightsError,
     ending,
+    is_out_of_memory,
     one_line,
+    shortage,
     stoppable,
 )
 from finetune.model import build, load_best, load_source, read_checkpoint, read_checkpoint_of
@@ -61,7 +65,10 @@ def train_and_finetune(**fields: Any) -> ResNet:
     its run directory together with the checkpoints. Raises `FinetuneError`.
     """
     config, run_dir = settle(fields)
-    run(config, run_dir)
+    try:
+        run(config, run_dir)
+    except Shortage as error:
+        raise Shortage(f"{error}, then go on by --resume {run_dir.path}") from None
     return load_best(run_dir.path)
 
 
@@ -122,7 +129,7 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> 
         try:
             return attempt.carry_out()
         except BaseException as error:
-            explained = _explained(error, config)
+            explained = _explained(error, config, run_dir)
             attempt.fail(explained)
             if explained is not error:
                 raise explained from None
@@ -303,18 +310,22 @@ class _Attempt:
         """Leave the reason in failure.json and, as far as it can be told, in W&B."""
         end = ending(error)
         epoch = len(self.recorder.rows) if self.recorder is not None else None
-        self.run_dir.write_failure(end.state, end.reason, epoch)
+        with suppress(OSError):  # a full disk may be the very reason
+            self.run_dir.write_failure(end.state, end.reason, epoch)
         if self.tracker is not None:
-            self.tracker.fail(end, self.run_dir)
+            with suppress(OSError):
+                self.tracker.fail(end, self.run_dir)
 
 
-def _explained(error: BaseException, config: RunConfig) -> BaseException:
-    """Running out of memory, in words that name the field to change; any other error as it is.
-
-    On a GPU torch has an exception for it; its allocator for the CPU raises a RuntimeError.
-    """
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if not on_cpu and not isinstance(error, torch.OutOfMemoryError | MemoryError):
+def _explained(error: BaseException, config: RunConfig, run_dir: RunDir) -> BaseException:
+    """Running out of something, in words that say what to change; any other error as it is."""
+    if not isinstance(error, Exception):
+        return error
+    if not is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+        if short := shortage(error):
+            return short
+        if isinstance(error, OSError) and Path(error.filename or "").is_relative_to(run_dir.path):
+            return RunDirError(f"out: {error.filename} can't be used: {error.strerror}")
         return error
     return FinetuneError(
         f"out of memory at batch_size {config.batch_size} and image_size "

@@ -160,7 +160,11 @@ class Keeper:
         """
         if self.boundary == "fc":
             return True
-        compute_ms, read_ms = self._time_a_picture()
+        try:
+            compute_ms, read_ms = self._time_a_picture()
+        except OSError as error:
+            self.say(f"cache: no room to time it ({error}); going on without")
+            return False
         self.timings[f"{self.boundary}/recompute_ms"] = compute_ms
         self.timings[f"{self.boundary}/read_ms"] = read_ms
         num_read = epochs * sum(len(split.pictures) for split in self.splits)

@@ -12,19 +12,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from finetune.errors import ConfigError, FinetuneError, RunDirError, stoppable
+from finetune.errors import ConfigError, FinetuneError, RunDirError, Shortage, stoppable
 from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, read_metrics
 from finetune.sweep.board import MAX_DEATHS, Board, Claim
 from finetune.sweep.dimensions import Value
 from finetune.sweep.spec import Sweep, read_sweep
-from finetune.sweep.storage import sqlite_url
+from finetune.sweep.storage import sqlite_url, told
 from finetune.sweep.view import Outcome, View, final_table, open_console
 from finetune.sweep.workers import Crew, End, Epoch, Event, Job, Worker, visible_devices
 
@@ -66,7 +66,7 @@ def run_sweep(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: got {workers}; a whole number from 1 on is needed")
     num_workers = workers or max(1, len(visible_devices()))
-    with stoppable():
+    with stoppable(), told(where):
         view = View(num_trials, spec.metric.name, spec.metric.goal, console)
         crew = Crew(num_workers)
         with closing(Board.open(spec, where, num_trials, view.say)) as board:
@@ -199,6 +199,12 @@ class _Drive:
 
     def _end(self, claim: Claim, end: End, seconds: float | None) -> None:
         """Record how a trial ended, or let it wait again if it was cut off."""
+        if end.state == "starved":
+            self.board.give_back(claim)
+            raise Shortage(
+                f"{claim.run_id}: {end.reason} (the sweep has ended; start it again once that is "
+                "put right, and it goes on)"
+            )
         if end.state in ("died", "stopped"):
             if self.board.give_back(claim, died=True):
                 self.view.ended(self._outcome(claim, "cut off", None, end.reason, seconds))
@@ -225,7 +231,9 @@ class _Drive:
         for worker in self.crew.stop():
             claim = self._claims.pop(worker, None)
             if claim is not None:
-                self.board.give_back(claim)
+                # The storage may be what ended it; who goes on sees that this process is gone.
+                with suppress(Exception):
+                    self.board.give_back(claim)
 
     def _outcome(
         self, claim: Claim, state: str, value: float | None, reason: str, seconds: float | None

@@ -17,10 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.storages.journal._file import get_lock_file
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
@@ -49,8 +48,7 @@ def open_storage(
     if where.startswith(_JOURNAL):
         return _open_journal(Path(where.removeprefix(_JOURNAL)))
     try:
-        url = make_url(where)
-        shown = _without_secrets(url)
+        url, shown = make_url(where), _shown(where)
         arguments = {"timeout": 60} if url.get_backend_name() == "sqlite" else {}
     except (ArgumentError, ValueError):
         raise ConfigError(
@@ -86,8 +84,7 @@ def open_storage(
         except DBAPIError as error:
             # Two processes that make the tables at the same moment: the second finds them.
             if attempt == _TRIES - 1:
-                reason = str(error.orig).strip().splitlines()[0] if error.orig else str(error)
-                raise FinetuneError(f"storage: {shown} can't be used: {reason}") from None
+                raise FinetuneError(f"storage: {shown} can't be used: {_reason(error)}") from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
@@ -97,9 +94,30 @@ def sqlite_url(path: Path) -> str:
     return URL.create("sqlite", database=str(path)).render_as_string()
 
 
-def _without_secrets(url: URL) -> str:
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Within it, a storage that can't be read or written any more is one message.
+
+    What its trials had reached stays; raises `FinetuneError`.
+    """
+    try:
+        yield
+    except (StorageInternalError, DBAPIError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        raise FinetuneError(
+            f"storage: {_shown(where)} can't be used any more: {_reason(cause)} (start the sweep "
+            "again once that is put right, and it goes on)"
+        ) from None
+
+
+def _shown(where: str) -> str:
     """A URL as it may be told; a password can stand behind the question mark too."""
-    return url.set(query={}).render_as_string(hide_password=True)
+    return make_url(where).set(query={}).render_as_string(hide_password=True)
+
+
+def _reason(error: BaseException | None) -> str:
+    orig = getattr(error, "orig", None)
+    return str(orig or error).strip().splitlines()[0]
 
 
 def _write_ahead(storage: RDBStorage) -> None:
@@ -120,19 +138,24 @@ def _write_ahead(storage: RDBStorage) -> None:
 def _open_journal(path: Path) -> BaseStorage:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _mend_journal(path)
+        path.touch()
+        _mend(path)
         return JournalStorage(JournalFileBackend(str(path)))
     except OSError as error:
         raise FinetuneError(f"storage: journal {path} can't be used: {error.strerror}") from None
 
 
-def _mend_journal(path: Path) -> None:
-    """Cut off a last line that was only half written: the next one would be appended to it."""
-    if not path.exists() or path.read_bytes()[-1:] in (b"\n", b""):
-        return
-    with get_lock_file(JournalFileSymlinkLock(str(path))):
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+def _mend(journal: Path) -> None:
+    """Cut off a last line that a full disk cut short; one more line would make all unreadable."""
+    lock = JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    try:
+        content = journal.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(journal, whole)
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -30,7 +30,16 @@ from types import ModuleType
 from typing import Any
 
 from finetune.config import RunConfig
-from finetune.errors import FinetuneError, Pruned, Stopped, message, stoppable
+from finetune.errors import (
+    FinetuneError,
+    Pruned,
+    Stopped,
+    ending,
+    message,
+    require_handles,
+    shortage,
+    stoppable,
+)
 from finetune.result import Row, RunDir
 
 OUTPUT_NAME = "output.log"
@@ -40,6 +49,7 @@ STOP_SECONDS = 40.0
 """What a worker is granted, once asked to stop, to write and send everything."""
 
 _WANDB_MODULES = ("wandb", "wandb.plot", "wandb.sdk.launch")  # init imports the last one late
+_NUM_HANDLES = 12  # more than a start takes; one that is cut short ends the fork server
 _LOCK_SECONDS = 60.0  # how long a run directory is waited for: its last holder may be ending
 
 
@@ -62,7 +72,8 @@ class Epoch:
 
 @dataclass(frozen=True)
 class End:
-    """A worker's run has ended: finished, pruned, failed, stopped, or died with its process."""
+    """A worker's run has ended: finished, pruned, failed, stopped, starved (the machine has run out
+    of something, which is not the run's fault), or died with its process."""
 
     state: str
     reason: str = ""
@@ -106,6 +117,7 @@ class Crew:
         return list(self._workers.values())
 
     def start(self, job: Job) -> Worker:
+        require_handles(_NUM_HANDLES)
         slot = next(i for i in range(self.num_workers) if i not in self._workers)
         environment = dict(os.environ)
         if self._devices:
@@ -241,13 +253,15 @@ def work(connection: Connection, job: Job, environment: dict[str, str], num_work
     os.setpgid(0, 0)  # Ctrl-C is the parent's: it asks its workers to stop
     os.environ.clear()
     os.environ.update(environment)
-    job.run_dir.mkdir(parents=True, exist_ok=True)
-    _redirect_output(job.run_dir / OUTPUT_NAME)
     with stoppable():
         try:
+            job.run_dir.mkdir(parents=True, exist_ok=True)
+            _redirect_output(job.run_dir / OUTPUT_NAME)
             end = _carry_out(connection, job, num_workers)
         except Stopped as stop:
             end = End("stopped", str(stop))
+        except Exception as error:
+            end = _failure(error)
     _tell(connection, end)
 
 
@@ -269,13 +283,18 @@ def _carry_out(connection: Connection, job: Job, num_workers: int) -> End:
         run(job.config, RunDir(job.run_dir, wait_seconds=_LOCK_SECONDS), on_epoch)
     except Pruned as pruned:
         return End("pruned", str(pruned))
-    except FinetuneError as error:
-        print(f"error: {message(error)}", flush=True)
-        return End("failed", str(error))
-    except Exception as error:
-        traceback.print_exc()
-        return End("failed", "".join(traceback.format_exception_only(error)).strip())
     return End("finished")
+
+
+def _failure(error: Exception) -> End:
+    """How an error ends a run, after a word in its output where there is room for it."""
+    short = shortage(error)
+    with suppress(OSError):
+        if short or isinstance(error, FinetuneError):
+            print(f"error: {message(short or error)}", flush=True)
+        else:
+            traceback.print_exception(error)
+    return End("starved", str(short)) if short else End("failed", ending(error).reason)
 
 
 def _tell(connection: Connection, event: Event) -> None:
