@@ -187,7 +187,8 @@ def _check_room(into: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing_parent(into)).free
     if free < num_bytes:
         raise DataError(
-            f"{into}: unpacking needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB"
+            f"{into}: unpacking needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB; "
+            "make room and run the same command again"
         )
 
 
@@ -263,19 +264,21 @@ def _refusal(infos: list[zipfile.ZipInfo], packed_bytes: int, limits: Limits) ->
 
 def _refusal_of_member(info: zipfile.ZipInfo) -> str | None:
     name = info.orig_filename
-    if name.startswith("/") or "\\" in name or ":" in name.split("/")[0] or "\0" in name:
-        return "is no relative path"
-    if ".." in name.split("/"):
-        return "leads out of its folder"
+    parts = name.removesuffix("/").split("/")
     kind = stat.S_IFMT(info.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        return "is a link or a special file"
-    if info.flag_bits & 0x1:
-        return "is encrypted"
-    # zipfile unpacks the others in blocks of any size: some 1,000 bytes of bzip2 are a gigabyte.
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"is packed by method {info.compress_type}; 0 (stored) and 8 (deflated) are read"
-    return None
+    # zipfile unpacks other methods in blocks of any size: 1,000 bytes of bzip2 may be a gigabyte.
+    method, known = info.compress_type, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    reasons = {
+        "is no relative path": name.startswith("/") or "\\" in name or ":" in parts[0],
+        "leads out of its folder": ".." in parts,
+        "has empty, too long or odd parts": bool({"", "."} & {*parts})
+        or "\0" in name
+        or max(map(len, parts)) > 255,
+        "is a link or a special file": kind not in (0, stat.S_IFREG, stat.S_IFDIR),
+        "is encrypted": bool(info.flag_bits & 0x1),
+        f"is packed by method {method}; 0 (stored) and 8 (deflated) are read": method not in known,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def find_root(names: Iterable[str]) -> str:

@@ -86,7 +86,7 @@ def fetch_data(
     What was fetched waits in NAME.zip.part beside `data_dir` until it is unpacked.
     """
     data_dir = _place(data_dir)
-    part = Part(url, data_dir.with_name(f"{name_of(url) or 'data.zip'}.part"))
+    part = Part(url, data_dir.parent / f"{name_of(url) or 'data.zip'}.part")
     with _alone(data_dir):
         if _is_there(data_dir, url, expected):
             return
@@ -137,7 +137,14 @@ def _unpack_mending(
 
 def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:
     """Whether the data is in place already. Raises `DataError` where something else is."""
-    if not data_dir.exists() or not any(data_dir.iterdir()):
+    if not data_dir.exists():
+        return False
+    if not any(data_dir.iterdir()):
+        if data_dir.is_mount():  # nothing can be moved into its place
+            raise DataError(
+                f"data_dir: {data_dir} is a disk of its own; pass a folder in it: "
+                f"{data_dir / 'inaturalist_12K'}"
+            )
         return False
     manifest = read_manifest(data_dir)
     if manifest is None:
@@ -208,7 +215,7 @@ def _check_room(data_dir: Path, missing_bytes: int, part: Part) -> None:
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Raises `DataError` while another process makes the same folder or file."""
-    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
+    lock = FileLock(target.parent / f".{target.name}.lock", timeout=0)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -232,9 +239,6 @@ def _place(data_dir: Path) -> Path:
         return place
     if not stat.S_ISDIR(stands.st_mode):
         raise DataError(f"data_dir: {data_dir} is no folder; pass a new or an empty one")
-    if place.is_mount():  # the archive would go beside it, to another disk
-        inside = data_dir / "inaturalist_12K"
-        raise DataError(f"data_dir: {data_dir} is a disk of its own; pass a folder in it: {inside}")
     return place
 
 

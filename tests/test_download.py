@@ -390,12 +390,15 @@ def test_an_archive_of_the_same_name_does_not_pass_for_the_official_one(
         get(server, target)
 
 
-def test_a_file_a_loop_and_a_disk_of_its_own_are_no_place_for_data(
-    server: FileServer, tmp_path: Path
+def test_a_file_a_loop_and_an_empty_disk_of_its_own_are_no_place_for_data(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "loop").symlink_to("loop")
-    for place, words in (("thesis.txt", "no folder"), ("loop", "no folder"), ("/", "of its own")):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda place: place == tmp_path / "disk")
+    refused = {"thesis.txt": "no folder", "loop": "no folder", "disk": "disk/inaturalist_12K"}
+    for place, words in refused.items():
         with pytest.raises(DataError, match=words):
             get(server, tmp_path / place)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
