@@ -137,9 +137,13 @@ def _unpack_mending(
 
 def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:
     """Whether the data is in place already. Raises `DataError` where something else is."""
-    if not data_dir.exists():
+    try:
+        is_empty = not any(data_dir.iterdir())
+    except FileNotFoundError:
         return False
-    if not any(data_dir.iterdir()):
+    except OSError as error:
+        raise DataError(f"data_dir: {data_dir} can't be read: {error.strerror}") from None
+    if is_empty:
         if data_dir.is_mount():  # nothing can be moved into its place
             raise DataError(
                 f"data_dir: {data_dir} is a disk of its own; pass a folder in it: "

@@ -33,6 +33,17 @@ def find_data_dir(data_dir: Path) -> Path:
 
     Raises `DataError` when there is none, or more than one.
     """
+    try:
+        return _find_data_dir(data_dir)
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"{error.filename} can't be read: {error.strerror}")
+
+
+def _find_data_dir(data_dir: Path) -> Path:
     if not data_dir.is_dir():
         what = "is no folder" if data_dir.exists() else "does not exist"
         raise DataError(
@@ -68,12 +79,19 @@ def class_dirs(split_dir: Path) -> list[Path]:
             key=lambda p: p.name,
         )
     except OSError as error:
-        raise DataError(f"{split_dir} can't be read: {error.strerror}") from None
+        raise _unreadable(error) from None
 
 
 def files_of_class(class_dir: Path) -> Iterator[str]:
-    """Names, relative to the class, of its files; hidden ones and links to folders are left out."""
-    for place, dirs, files in os.walk(class_dir):
+    """Names, relative to the class, of its files; hidden ones and links to folders are left out.
+
+    Raises `DataError` for a folder that can't be read: its pictures would be missing in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error)
+
+    for place, dirs, files in os.walk(class_dir, onerror=refuse):
         dirs[:] = [d for d in dirs if not d.startswith(".")]
         for name in files:
             if not name.startswith("."):
