@@ -17,21 +17,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from finetune.archive import (
-    Damaged,
-    Expected,
-    Foreign,
-    Refused,
-    changed_files,
-    count_pictures,
-    existing_parent,
-    read_manifest,
-    sha256,
-    unpack,
-)
+from finetune.archive import changed_files, existing_parent, read_manifest, sha256, unpack
 from finetune.errors import ConfigError, DataError, WeightsError
 from finetune.fetch import PATIENCE, Part, Patience, fetch, fetch_again, name_of
 from finetune.layout import SPLITS, class_dirs, find_data_dir, pictures_of_class
+from finetune.members import Damaged, Expected, Foreign, Refused, count_pictures
 from finetune.progress import bar
 
 INATURALIST_URL = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.archive import Damaged, Hostile, Limits, find_root, read_manifest, unpack
+from finetune.archive import read_manifest, unpack
 from finetune.errors import DataError
 from finetune.layout import find_data_dir
+from finetune.members import Damaged, Hostile, Limits, find_root
 
 from .picture_trees import tree, zipped
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from finetune import download as room
-from finetune.archive import Expected
 from finetune.download import checkpoints_dir, download, fetch_data, fetch_weights
 from finetune.errors import ConfigError, DataError, WeightsError
 from finetune.fetch import Part, Patience, fetch
+from finetune.members import Expected
 
 from .conftest import ROOT
 from .file_server import FileServer, serve
