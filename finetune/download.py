@@ -87,6 +87,7 @@ def fetch_data(
             except Refused as refused:
                 raise DataError(f"{refused}; {_dispose(part, refused)}") from None
             part.remove()
+            _say_what_is_there(data_dir)
 
 
 def _dispose(part: Part, refused: Refused) -> str:
@@ -122,7 +123,6 @@ def _unpack_mending(
         print(f"{refused}; fetching {num_bytes} bytes again", flush=True)
         fetch_again(part, refused.spans, patience)
         unpack(part.path, data_dir, part.url, expected, progress=bar)
-    _say_what_is_there(data_dir)
 
 
 def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:

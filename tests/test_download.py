@@ -355,6 +355,20 @@ def test_another_data_set_under_the_official_url_is_refused(
     assert part.read_bytes() == server.content
 
 
+def test_once_the_folder_is_there_its_part_is_gone(
+    server: FileServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would remove it later: the next call finds the folder whole."""
+
+    def stop(data_dir: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "_say_what_is_there", stop)
+    with pytest.raises(KeyboardInterrupt):
+        get(server, target)
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
 def test_the_second_time_nothing_is_asked_of_the_server(server: FileServer, target: Path) -> None:
     get(server, target)
     before = {p: p.stat().st_mtime_ns for p in target.rglob("*")}
