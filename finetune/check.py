@@ -13,13 +13,13 @@ import hashlib
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from finetune.data import decode_many
+from finetune.data import AUTO_VAL_FRACTION, decode_many, num_held_out
 from finetune.errors import DataError, one_line
 from finetune.layout import (
     PICTURE_FORMATS,
@@ -117,6 +117,7 @@ def examine(
     decode_many([data_dir / name for name in names], _SIDE, look)
     pictures = [read[name] for name in names if name in read]
     findings.unreadable = dict(sorted(findings.unreadable.items()))
+    findings.faults += _classes_without_readable(findings.counts, read)
     findings.repeated = find_repeated(pictures)
     findings.modes = dict(Counter(p.mode for p in pictures).most_common())
     for side in ("width", "height"):
@@ -156,7 +157,25 @@ def _list(data_dir: Path) -> tuple[Findings, list[str]]:
         elif min(counts.values()):
             findings.imbalance[split] = round(max(counts.values()) / min(counts.values()), 2)
     findings.faults += _class_differences(findings.counts)
+    fewest = min(number for number in range(9) if num_held_out(number, AUTO_VAL_FRACTION))
+    train = findings.counts["train"].values()
+    if "test" not in findings.counts and 0 < max(train, default=0) < fewest:
+        findings.faults.append(
+            f"train/ has fewer than {fewest} pictures in each class, so a fifth of it leaves none "
+            "to validate; add some, or train with --val_fraction 0"
+        )
     return findings, names
+
+
+def _classes_without_readable(counts: dict[str, dict[str, int]], read: Iterable[str]) -> list[str]:
+    """What stops a run with --skip_unreadable too."""
+    good = {tuple(name.split("/")[:2]) for name in read}
+    return [
+        f"{split}/{name} has no picture that can be read"
+        for split, held in counts.items()
+        for name, number in held.items()
+        if number and (split, name) not in good
+    ]
 
 
 def _class_differences(counts: dict[str, dict[str, int]]) -> list[str]:

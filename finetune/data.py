@@ -225,8 +225,13 @@ def split_stratified(pictures: Pictures, fraction: float) -> tuple[Indices, Indi
     for label in range(len(pictures.class_names)):
         members = np.flatnonzero(pictures.labels == label)
         ranked = members[np.argsort(_mixed(pictures.keys[members], 0x5B117), kind="stable")]
-        held_out[ranked[: min(round(len(members) * fraction), len(members) - 1)]] = True
+        held_out[ranked[: num_held_out(len(members), fraction)]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def num_held_out(num_pictures: int, fraction: float) -> int:
+    """How many of a class's pictures `split_stratified` holds out."""
+    return max(0, min(round(num_pictures * fraction), num_pictures - 1))
 
 
 # order and chance: functions of (seed, epoch, picture)

@@ -17,21 +17,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from finetune.archive import (
-    Damaged,
-    Expected,
-    Foreign,
-    Refused,
-    changed_files,
-    count_pictures,
-    existing_parent,
-    read_manifest,
-    sha256,
-    unpack,
-)
+from finetune.archive import changed_files, existing_parent, read_manifest, sha256, unpack
 from finetune.errors import ConfigError, DataError, WeightsError
 from finetune.fetch import PATIENCE, Part, Patience, fetch, fetch_again, name_of
 from finetune.layout import SPLITS, class_dirs, find_data_dir, pictures_of_class
+from finetune.members import Damaged, Expected, Foreign, Refused, count_pictures
 from finetune.progress import bar
 
 INATURALIST_URL = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
@@ -86,7 +76,7 @@ def fetch_data(
     What was fetched waits in NAME.zip.part beside `data_dir` until it is unpacked.
     """
     data_dir = _place(data_dir)
-    part = Part(url, data_dir.with_name(f"{name_of(url) or 'data.zip'}.part"))
+    part = Part(url, data_dir.parent / f"{name_of(url) or 'data.zip'}.part")
     with _alone(data_dir):
         if _is_there(data_dir, url, expected):
             return
@@ -97,6 +87,7 @@ def fetch_data(
             except Refused as refused:
                 raise DataError(f"{refused}; {_dispose(part, refused)}") from None
             part.remove()
+            _say_what_is_there(data_dir)
 
 
 def _dispose(part: Part, refused: Refused) -> str:
@@ -132,12 +123,22 @@ def _unpack_mending(
         print(f"{refused}; fetching {num_bytes} bytes again", flush=True)
         fetch_again(part, refused.spans, patience)
         unpack(part.path, data_dir, part.url, expected, progress=bar)
-    _say_what_is_there(data_dir)
 
 
 def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:
     """Whether the data is in place already. Raises `DataError` where something else is."""
-    if not data_dir.exists() or not any(data_dir.iterdir()):
+    try:
+        is_empty = not any(data_dir.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DataError(f"data_dir: {data_dir} can't be read: {error.strerror}") from None
+    if is_empty:
+        if data_dir.is_mount():  # nothing can be moved into its place
+            raise DataError(
+                f"data_dir: {data_dir} is a disk of its own; pass a folder in it: "
+                f"{data_dir / 'inaturalist_12K'}"
+            )
         return False
     manifest = read_manifest(data_dir)
     if manifest is None:
@@ -208,7 +209,7 @@ def _check_room(data_dir: Path, missing_bytes: int, part: Part) -> None:
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Raises `DataError` while another process makes the same folder or file."""
-    lock = FileLock(target.with_name(f".{target.name}.lock"), timeout=0)
+    lock = FileLock(target.parent / f".{target.name}.lock", timeout=0)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -232,9 +233,6 @@ def _place(data_dir: Path) -> Path:
         return place
     if not stat.S_ISDIR(stands.st_mode):
         raise DataError(f"data_dir: {data_dir} is no folder; pass a new or an empty one")
-    if place.is_mount():  # the archive would go beside it, to another disk
-        inside = data_dir / "inaturalist_12K"
-        raise DataError(f"data_dir: {data_dir} is a disk of its own; pass a folder in it: {inside}")
     return place
 
 

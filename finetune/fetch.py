@@ -151,12 +151,11 @@ def _fetch_span(
             except _Broken as broken:
                 failures = 1 if span.position > before else failures + 1
                 if failures > len(patience.waits_seconds):
-                    kept = f"{part.num_bytes} bytes are kept in {part.path}: " * bool(
-                        part.num_bytes
-                    )
+                    kept = f"; {part.num_bytes} bytes are kept in {part.path}"
                     raise DataError(
                         f"{part.url}: {broken}; {len(patience.waits_seconds)} further attempts got "
-                        f"nowhere. {kept}run the same command again to go on"
+                        f"nowhere{kept if part.num_bytes else ''}. Run the same command again to "
+                        "go on"
                     ) from None
                 wait = patience.waits_seconds[failures - 1]
                 print(f"{name}: {broken}; trying again in {wait:g} s", flush=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
 
 from finetune.errors import DataError
 
@@ -38,6 +37,17 @@ def find_data_dir(data_dir: Path) -> Path:
 
     Raises `DataError` when there is none, or more than one.
     """
+    try:
+        return _find_data_dir(data_dir)
+    except OSError as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"{error.filename} can't be read: {error.strerror}")
+
+
+def _find_data_dir(data_dir: Path) -> Path:
     if not data_dir.is_dir():
         what = "is no folder" if data_dir.exists() else "does not exist"
         raise DataError(
@@ -73,17 +83,17 @@ def class_dirs(split_dir: Path) -> list[Path]:
             key=lambda p: p.name,
         )
     except OSError as error:
-        raise DataError(f"{split_dir} can't be read: {error.strerror}") from None
+        raise _unreadable(error) from None
 
 
 def files_of_class(class_dir: Path) -> Iterator[str]:
     """Names, relative to the class, of its files; hidden ones and links to folders are left out.
 
-    Raises `DataError` for a folder that can't be read: its pictures must not be missed silently.
+    Raises `DataError` for a folder that can't be read: its pictures would be missing in silence.
     """
 
-    def refuse(error: OSError) -> NoReturn:
-        raise DataError(f"{error.filename} can't be read: {error.strerror}") from None
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error)
 
     for place, dirs, files in os.walk(class_dir, onerror=refuse):
         dirs[:] = [d for d in dirs if not d.startswith(".")]

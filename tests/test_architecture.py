@@ -12,8 +12,8 @@ from .conftest import ROOT
 FLOORS: dict[str, int] = {
     "errors": 0, "strategies": 0, "config": 0, "flags": 0, "result": 0, "progress": 0,
     "layout": 0, "files": 0,
-    "cache": 1, "sources": 1, "data": 1, "model": 1, "archive": 1, "fetch": 1, "download": 1,
-    "check": 1,
+    "cache": 1, "sources": 1, "data": 1, "model": 1, "archive": 1, "members": 1, "fetch": 1,
+    "download": 1, "check": 1,
     "activations": 2, "module": 2, "record": 2, "tracking": 2,
     "train": 3,
     "outcomes": 4, "sweep": 4, "intervals": 4, "standings": 4, "compare": 4, "report": 4,
@@ -27,7 +27,7 @@ NEIGHBOURS = {
     ("result", "config"), ("result", "errors"), ("result", "strategies"), ("result", "files"),
     ("layout", "errors"),
     ("data", "cache"), ("check", "data"), ("download", "fetch"), ("download", "archive"),
-    ("archive", "fetch"), ("fetch", "archive"),
+    ("download", "members"), ("archive", "members"),
     ("module", "activations"), ("record", "module"),
     ("outcomes", "intervals"), ("compare", "outcomes"), ("compare", "intervals"),
     ("standings", "outcomes"), ("standings", "intervals"), ("compare", "standings"),
@@ -38,7 +38,7 @@ NEIGHBOURS = {
 
 LIGHT = (
     "errors", "strategies", "config", "flags", "files", "result", "progress", "layout", "archive",
-    "fetch", "download", "sources", "cache", "standings", "compare", "report", "sweep",
+    "members", "fetch", "download", "sources", "cache", "standings", "compare", "report", "sweep",
 )  # fmt: skip
 """Rooms that import no torch when they are imported."""
 

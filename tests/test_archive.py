@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.archive import Damaged, Hostile, Limits, find_root, read_manifest, unpack
+from finetune.archive import read_manifest, unpack
 from finetune.errors import DataError
 from finetune.layout import find_data_dir
+from finetune.members import Damaged, Hostile, Limits, find_root
 
 from .picture_trees import tree, zipped
 
@@ -83,6 +84,10 @@ def test_what_stands_beside_the_splits_is_left_out(place: Path) -> None:
         ("inaturalist_12K/train/Linked", stat.S_IFLNK, "link"),
         ("inaturalist_12K/train/Aves/pipe.jpg", stat.S_IFIFO, "special"),
         ("inaturalist_12K/train/Aves/000.jpg/x.jpg", 0, "a file and a folder"),
+        ("", 0, "empty"),
+        ("inaturalist_12K//train/Aves/000.jpg", 0, "empty"),
+        ("inaturalist_12K/train/Aves/./000.jpg", 0, "odd parts"),
+        (f"inaturalist_12K/train/Aves/{'n' * 300}.jpg", 0, "too long"),
     ],
 )
 def test_a_member_that_would_leave_the_folder_is_refused_and_leaves_nothing(

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from finetune.check import check, examine
+from finetune.config import RunConfig
+from finetune.data import find_splits
 from finetune.errors import DataError
 
 from .conftest import ROOT
@@ -122,6 +124,24 @@ def test_folders_that_break_a_run_are_all_named(data_dir: Path) -> None:
     assert "train/Empty is a class without pictures" in faults
     assert "class 'Empty' is in train/ and not in val/" in faults
     assert "class 'Only' is in val/ and not in train/" in faults
+
+
+def test_too_few_pictures_to_validate_on_are_a_fault_as_they_are_in_a_run(tmp_path: Path) -> None:
+    write(tmp_path, tree(train=2))
+    (fault,) = examine(tmp_path).faults
+    assert "fewer than 3 pictures in each class" in fault
+    with pytest.raises(DataError, match="leaves none to validate"):
+        find_splits(RunConfig(data_dir=tmp_path))
+    write(tmp_path, {"train/Aves/more.jpg": jpeg(3000)})
+    assert examine(tmp_path).faults == []
+    assert len(find_splits(RunConfig(data_dir=tmp_path)).val) == 1
+
+
+def test_a_class_that_skip_unreadable_would_empty_is_a_fault(data_dir: Path) -> None:
+    write(data_dir, {f"val/Fungi/{number:03d}.jpg": b"" for number in range(2)})
+    found = examine(data_dir)
+    assert found.faults == ["val/Fungi has no picture that can be read"]
+    assert len(found.unreadable) == 2
 
 
 def test_a_test_folder_is_checked_like_the_others(data_dir: Path) -> None:

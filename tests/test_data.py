@@ -3,7 +3,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,39 @@ def test_folders_that_can_not_be_used_are_named(
 ) -> None:
     with pytest.raises(DataError, match=words):
         find_splits(config(place_files(tmp_path, counts)))
+
+
+@pytest.fixture
+def open_dir() -> Iterator[Path]:
+    """A folder that other users can enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything."""
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", [".", "train", "train/a", "train/a/deeper"])
+def test_a_folder_that_may_not_be_read_ends_a_run_by_name(open_dir: Path, closed: str) -> None:
+    place_files(open_dir, {"train/a": 1, "train/a/deeper": 1, "val/a": 1})
+    (open_dir / closed).chmod(0)
+    try:
+        with (
+            as_nobody(),
+            pytest.raises(DataError, match=f"{open_dir / closed}.* can't be read: Permission"),
+        ):
+            find_splits(config(open_dir))
+    finally:
+        (open_dir / closed).chmod(0o755)
 
 
 def test_stray_files_are_ignored(tmp_path: Path) -> None:

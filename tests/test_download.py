@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from finetune import download as room
-from finetune.archive import Expected
 from finetune.download import checkpoints_dir, download, fetch_data, fetch_weights
 from finetune.errors import ConfigError, DataError, WeightsError
 from finetune.fetch import Part, Patience, fetch
+from finetune.members import Expected
 
 from .conftest import ROOT
 from .file_server import FileServer, serve
@@ -355,6 +355,20 @@ def test_another_data_set_under_the_official_url_is_refused(
     assert part.read_bytes() == server.content
 
 
+def test_once_the_folder_is_there_its_part_is_gone(
+    server: FileServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would remove it later: the next call finds the folder whole."""
+
+    def stop(data_dir: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "_say_what_is_there", stop)
+    with pytest.raises(KeyboardInterrupt):
+        get(server, target)
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
 def test_the_second_time_nothing_is_asked_of_the_server(server: FileServer, target: Path) -> None:
     get(server, target)
     before = {p: p.stat().st_mtime_ns for p in target.rglob("*")}
@@ -390,12 +404,15 @@ def test_an_archive_of_the_same_name_does_not_pass_for_the_official_one(
         get(server, target)
 
 
-def test_a_file_a_loop_and_a_disk_of_its_own_are_no_place_for_data(
-    server: FileServer, tmp_path: Path
+def test_a_file_a_loop_and_an_empty_disk_of_its_own_are_no_place_for_data(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     (tmp_path / "loop").symlink_to("loop")
-    for place, words in (("thesis.txt", "no folder"), ("loop", "no folder"), ("/", "of its own")):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda place: place == tmp_path / "disk")
+    refused = {"thesis.txt": "no folder", "loop": "no folder", "disk": "disk/inaturalist_12K"}
+    for place, words in refused.items():
         with pytest.raises(DataError, match=words):
             get(server, tmp_path / place)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
