@@ -17,7 +17,7 @@ imports neither Optuna nor torch.
 | view.py | the live table, and the final one |
 | drive.py | a sweep, run to its end: `run_sweep` |
 | from_wandb.py | a W&B sweep's runs -> a folder of run directories |
-| confirm.py | each strategy's best setting again, with fresh seeds |
+| confirmation.py | each strategy's best setting again, with fresh seeds |
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import MissingPackage
 
 if TYPE_CHECKING:
-    from finetune.sweep.confirm import confirm
+    from finetune.sweep.confirmation import confirm
     from finetune.sweep.drive import run_sweep, sweep_command
     from finetune.sweep.spec import Sweep, read_sweep
     from finetune.sweep.view import Outcome, final_table
@@ -46,14 +46,14 @@ __all__ = [
 _ROOMS = {
     "run_sweep": "drive",
     "sweep_command": "drive",
-    "confirm": "confirm",
+    "confirm": "confirmation",
     "Sweep": "spec",
     "read_sweep": "spec",
     "Outcome": "view",
     "final_table": "view",
 }
 
-_ON_OPTUNA = frozenset({"drive", "confirm"})
+_ON_OPTUNA = frozenset({"drive", "confirmation"})
 
 
 def __getattr__(name: str) -> Any:
