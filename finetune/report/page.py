@@ -261,14 +261,14 @@ def _differences(comparison: Comparison, drawn: Drawn) -> str:
     if comparison.about_strategies:
         title = "Differences between strategies"
         about = (
-            "95 % intervals over other seeds and other pictures; p corrected for the number of "
-            "pairs (Holm). Below 0.05 a difference is told from luck."
+            "95 % intervals over other seeds and other pictures; p corrected for all pairs (Holm, "
+            "with Shaffer's counts). Below 0.05 a difference is told from luck."
         )
     else:
         title = "Differences between these models"
         about = (
             "95 % intervals over other pictures, for these trained models alone: another seed "
-            "could turn them. p corrected for the number of pairs (Holm)."
+            "could turn them. p corrected for all pairs (Holm, with Shaffer's counts)."
         )
     heads = ["pair", "verdict", "points", "from", "to", "p (Holm)"]
     rows: list[list[str | Cell]] = []
