@@ -4,8 +4,8 @@ Turns matrices of right and wrong into paired intervals, corrected p-values and 
 selection. Knows nothing about strategies, files or pages.
 
     >>> correct = np.random.default_rng(0).random((2, 5, 1000)) < 0.8
-    >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
+    >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03], num_groups=3)]
+    [0.03, 0.04, 0.03]
 
 Legend: R runs of one group, N pictures, B resamples; `correct_RN` says who got which picture right.
 """
@@ -84,7 +84,7 @@ def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
     differences, less the residual that both hold. Between-seed variances of few runs
     are poor, so they lend each other strength as far as they agree (Smyth 2004,
     https://doi.org/10.2202/1544-6115.1027); Student's quantile at Satterthwaite's degrees of
-    freedom pays for what is still uncertain. p-values are Holm-corrected over all pairs.
+    freedom pays for what is still uncertain. p-values are corrected over all pairs (`holm`).
     """
     assert all(len(correct_RN) >= MIN_SEEDS for correct_RN in groups.values())
     spreads = {name: _Spread.of(correct_RN) for name, correct_RN in groups.items()}
@@ -98,7 +98,7 @@ def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
         _group_difference(a, b, spreads, seeds, [place[a], place[b]])
         for a, b in combinations(spreads, 2)
     ]
-    return _with_holm(pairs)
+    return _with_holm(pairs, len(groups))
 
 
 def _group_difference(
@@ -193,11 +193,11 @@ def model_differences(models: Mapping[str, Correct]) -> list[Difference]:
         variance = float(paired_N.var(ddof=1)) / len(paired_N)
         pair = _judged(a, b, float(paired_N.mean()), variance, len(paired_N) - 1)
         pairs.append(replace(pair, p_mcnemar=mcnemar(models[a], models[b])))
-    return _with_holm(pairs)
+    return _with_holm(pairs, len(models))
 
 
-def _with_holm(pairs: Sequence[Difference]) -> list[Difference]:
-    corrected = holm([pair.p_value for pair in pairs])
+def _with_holm(pairs: Sequence[Difference], num_groups: int) -> list[Difference]:
+    corrected = holm([pair.p_value for pair in pairs], num_groups)
     return [replace(pair, p_holm=p) for pair, p in zip(pairs, corrected, strict=True)]
 
 
@@ -210,15 +210,32 @@ def mcnemar(first_N: Correct, second_N: Correct) -> float:
     return float(stats.binomtest(only_first, only_first + only_second).pvalue)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, Holm 1979 (https://www.jstor.org/stable/4615733)."""
+def holm(p_values: Sequence[float], num_groups: int) -> list[float]:
+    """p-values of all pairs of groups, corrected for their number.
+
+    Holm 1979 (https://www.jstor.org/stable/4615733), each step counting only as many pairs as can
+    still be equal (Shaffer 1986, https://doi.org/10.1080/01621459.1986.10478341): of four groups,
+    once two of them differ, at most three pairs are.
+    """
+    possible = _numbers_of_equal_pairs(num_groups)
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected = [0.0] * len(p_values)
     so_far = 0.0
     for rank, index in enumerate(order):
-        so_far = max(so_far, min(1.0, p_values[index] * (len(p_values) - rank)))
+        left = max(number for number in possible if number <= len(p_values) - rank)
+        so_far = max(so_far, min(1.0, p_values[index] * left))
         corrected[index] = so_far
     return corrected
+
+
+def _numbers_of_equal_pairs(num_groups: int) -> set[int]:
+    """How many pairs can be equal at once: groups fall into sets of equals, in any way."""
+    found = [{0}]
+    for size in range(1, num_groups + 1):
+        found.append(
+            {math.comb(n, 2) + rest for n in range(1, size + 1) for rest in found[size - n]}
+        )
+    return found[num_groups]
 
 
 @dataclass(frozen=True)

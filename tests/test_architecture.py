@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,14 @@ def test_nobody_else_compares_a_strategys_name() -> None:
             if isinstance(node, ast.Compare):
                 constants = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
                 assert not constants & names, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("package", ["finetune", "finetune.sweep"])
+def test_no_lazy_name_is_that_of_a_room(package: str) -> None:
+    """Importing the room would put it where the name is looked up."""
+    door = import_module(package)
+    places = {path.stem for path in Path(door.__path__[0]).glob("*")}
+    assert not places & set(door.__all__)
 
 
 def test_no_room_is_a_drawer() -> None:

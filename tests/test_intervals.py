@@ -79,7 +79,7 @@ def test_five_seeds_find_three_points_in_at_least_80_percent_and_cover_them_in_9
 
 
 def test_pictures_alone_would_raise_false_alarms_where_runs_spread() -> None:
-    """Why a verdict on strategies needs seeds: one run each, half a point of spread."""
+    """Why a verdict on strategies needs seeds: one run each, 0.9 points of spread."""
     chance = np.random.default_rng(3)
     alarms = 0
     for _ in range(NUM_SWEEPS):
@@ -121,10 +121,26 @@ def test_equal_variances_are_pooled_and_unequal_ones_kept_apart() -> None:
     assert unlike.shared.max() < 0.3
 
 
-def test_holm_never_lowers_a_p_value_and_keeps_their_order() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.6]) == [1.0, 1.0]
-    assert holm([]) == []
+def test_holm_counts_the_pairs_that_can_still_be_equal_and_keeps_their_order() -> None:
+    assert holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.04, 0.03])
+    assert holm([0.6, 0.5, 0.9], 3) == [1.0, 1.0, 1.0]
+    assert holm([0.02], 2) == [0.02]
+    assert holm([], 1) == []
+    equal = [0.001] * 6
+    assert holm(equal, 4) == pytest.approx([0.006] * 6)
+    falling = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]
+    counted = [corrected / p for corrected, p in zip(holm(falling, 4), falling, strict=True)]
+    assert counted == pytest.approx([6, 3, 3, 3, 2, 1])  # Shaffer 1986, for four groups
+
+
+def test_a_strategy_apart_leaves_the_equal_ones_without_false_alarms() -> None:
+    """Where Shaffer's step counts fewer pairs than Holm's."""
+    chance = np.random.default_rng(8)
+    alarms = 0
+    for _ in range(NUM_SWEEPS):
+        groups = simulated(chance, [0.9, 0.8, 0.8, 0.8], [5] * 4, 0.01)
+        alarms += any(pair.told_from_luck for pair in group_differences(groups)[3:])
+    assert alarms / NUM_SWEEPS <= above(0.05, NUM_SWEEPS)
 
 
 def test_mcnemar_counts_only_pictures_on_which_two_models_differ() -> None:

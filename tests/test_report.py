@@ -50,6 +50,16 @@ EMPTY_FIGURES = """[...document.querySelectorAll('.figure')].filter(place => {
 }).map(place => place.id)"""
 
 
+CLIPPED_TEXTS = """[...document.querySelectorAll('.figure text')].filter(text => {
+  const [mine, whole] = [text, text.closest('svg')].map(node => node.getBoundingClientRect());
+  return mine.width && (mine.left < whole.left - 1 || mine.right > whole.right + 1
+                        || mine.top < whole.top - 1 || mine.bottom > whole.bottom + 1);
+}).map(text => text.textContent)"""
+
+WIDE_TABLES = """[...document.querySelectorAll('.scroll')]
+  .filter(place => place.scrollWidth > place.clientWidth).map(place => place.innerText)"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize(("which", "num_figures"), [("sweep", 9), ("confirmed", 5)])
@@ -67,6 +77,8 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(
     browser.open(page, width, 900, scheme)
     assert browser.run("document.querySelectorAll('.figure').length") == num_figures
     assert browser.run(EMPTY_FIGURES) == []
+    assert browser.run(CLIPPED_TEXTS) == []
+    assert width < 600 or browser.run(WIDE_TABLES) == []
     assert browser.complaints == []
     outside = [url for url in browser.requests if not url.startswith(("file:", "data:", "blob:"))]
     assert outside == []

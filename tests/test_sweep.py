@@ -22,7 +22,7 @@ from finetune.__main__ import main
 from finetune.errors import ConfigError, FinetuneError
 from finetune.result import RunResult, read_failure, read_metrics
 from finetune.sweep import run_sweep
-from finetune.sweep.confirmation import confirm, confirmation
+from finetune.sweep.confirmation import confirmation
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import open_storage
 from finetune.sweep.workers import visible_devices
@@ -312,7 +312,7 @@ def test_confirm_repeats_each_strategy_s_best_with_fresh_seeds_equally_often(
     given = content(base, strategy=["freeze", "scratch"], learning_rate=[0.001, 0.1])
     outcomes = run_sweep(given, out=runs, fields={"seed": 3})
     best = {o.strategy: o.setting["learning_rate"] for o in reversed(outcomes)}
-    assert confirm(runs, 2) == 0
+    assert main(["confirm", str(runs), "--seeds", "2"]) == 0
     assert "standard deviation" in capsys.readouterr().out
     results = [RunResult.load(p.parent) for p in (runs / "confirm").glob("*/result.json")]
     found = Counter((r.strategy, r.config["learning_rate"], r.seed) for r in results)

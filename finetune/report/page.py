@@ -194,13 +194,15 @@ def dot(strategy: str) -> str:
 
 def _strategies(comparison: Comparison) -> str:
     about = (
-        "Accuracy is the mean over fresh seeds of the chosen setting."
+        "Accuracy is the mean over fresh seeds of the chosen setting, range their lowest to "
+        "highest; weights are those that train."
         if comparison.about_strategies
-        else "Accuracy is that of the best run alone: the more runs, the more it flatters."
+        else "Accuracy is that of the best run alone: the more runs, the more it flatters; weights "
+        "are those that train."
     )
     heads = (
-        *("strategy", "accuracy", "lowest to highest", "seeds", "runs", "diverged"),
-        *("learning rate", "batch", "augmentation", "best epoch", "minutes", "trained weights"),
+        *("strategy", "accuracy", "runs", "range", "seeds", "diverged"),
+        *("learning rate", "batch", "augmentation", "best epoch", "minutes", "weights"),
     )
     rows = [_strategy_row(one) for one in comparison.standings]
     alike, columns = _told_apart(heads, rows, always=("strategy", "accuracy", "runs"))
@@ -227,7 +229,7 @@ def _range(accuracies: list[float]) -> str:
     """The lowest and the highest of several seeds."""
     if len(accuracies) == 1:
         return "–"
-    return f"{percent(min(accuracies))} to {percent(max(accuracies))}"
+    return f"{points(min(accuracies))} to {percent(max(accuracies))}"
 
 
 def _strategy_row(standing: Standing) -> list[str | Cell]:
@@ -242,9 +244,9 @@ def _strategy_row(standing: Standing) -> list[str | Cell]:
     return [
         f"{dot(standing.strategy)}{marks}",
         number(standing.accuracy, percent(standing.accuracy)),
+        number(len(standing.outcomes)),
         number(min(accuracies), _range(accuracies)),
         number(len(results)),
-        number(len(standing.outcomes)),
         number(standing.num_diverged),
         number(config.get("learning_rate")),
         number(config.get("batch_size")),
@@ -261,14 +263,14 @@ def _differences(comparison: Comparison, drawn: Drawn) -> str:
     if comparison.about_strategies:
         title = "Differences between strategies"
         about = (
-            "95 % intervals over other seeds and other pictures; p corrected for the number of "
-            "pairs (Holm). Below 0.05 a difference is told from luck."
+            "95 % intervals over other seeds and other pictures; p corrected for all pairs (Holm, "
+            "with Shaffer's counts). Below 0.05 a difference is told from luck."
         )
     else:
         title = "Differences between these models"
         about = (
             "95 % intervals over other pictures, for these trained models alone: another seed "
-            "could turn them. p corrected for the number of pairs (Holm)."
+            "could turn them. p corrected for all pairs (Holm, with Shaffer's counts)."
         )
     heads = ["pair", "verdict", "points", "from", "to", "p (Holm)"]
     rows: list[list[str | Cell]] = []
