@@ -23,7 +23,8 @@ FLOORS: dict[str, int] = {
 
 NEIGHBOURS = {
     ("config", "strategies"), ("config", "errors"), ("flags", "config"), ("flags", "errors"),
-    ("result", "config"), ("result", "errors"), ("result", "strategies"), ("result", "seal"), ("layout", "errors"),
+    ("result", "config"), ("result", "errors"), ("result", "strategies"), ("result", "seal"),
+    ("layout", "errors"),
     ("data", "cache"), ("check", "data"), ("download", "fetch"), ("download", "archive"),
     ("archive", "fetch"), ("fetch", "archive"),
     ("module", "activations"), ("record", "module"),
@@ -33,8 +34,8 @@ NEIGHBOURS = {
 }  # fmt: skip
 
 LIGHT = (
-    "errors", "strategies", "config", "flags", "result", "seal", "progress", "layout", "archive", "fetch",
-    "download", "sources", "cache", "compare", "report", "sweep",
+    "errors", "strategies", "config", "flags", "result", "seal", "progress", "layout", "archive",
+    "fetch", "download", "sources", "cache", "compare", "report", "sweep",
 )  # fmt: skip
 """Rooms that import no torch when they are imported."""
 
