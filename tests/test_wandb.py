@@ -356,7 +356,9 @@ def test_the_stop_button_ends_a_run_in_good_order(place: Place, fields: dict[str
 def test_a_stop_before_the_first_epoch_is_told_too(
     place: Place, fields: dict[str, Any], after: str
 ) -> None:
-    sweep = place.server.add_sweep({"method": "grid", "parameters": {}, "program": "agent.py"}, PROJECT)
+    sweep = place.server.add_sweep(
+        {"method": "grid", "parameters": {}, "program": "agent.py"}, PROJECT
+    )
     (run,) = place.server.sweep_runs(sweep.name)
     by_agent = {"WANDB_SWEEP_ID": sweep.name, "WANDB_RUN_ID": run.name, "WANDB_PROJECT": PROJECT}
     if after == "W&B's start":
