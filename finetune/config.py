@@ -47,6 +47,8 @@ def _switch(on: str, off: str) -> BeforeValidator:
 def _not_a_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("must be a number of a usual size")
     return value
 
 
@@ -286,8 +288,8 @@ def unknown_field(name: str) -> str:
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
 
 
-def load_yaml(path: Path) -> Any:
-    """What a YAML file says, plain values alone.
+def load_yaml(path: Path, what: str) -> Any:
+    """What a YAML file says, which is meant to be `what`: plain values alone.
 
     Raises `ConfigError`, also for one that aliases or merges blow up: neither building nor walking
     that would ever end.
@@ -302,9 +304,9 @@ def load_yaml(path: Path) -> Any:
         _check_size(node)
         return None if node is None else loader.construct_document(node)
     except RecursionError:
-        raise ConfigError(f"{path} can't be read: it is nested too deeply") from None
+        raise ConfigError(f"{path} can't be read as {what}: it is nested too deeply") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from None
+        raise ConfigError(f"{path} can't be read as {what}: {error}") from None
 
 
 def _check_size(node: object) -> None:
@@ -321,7 +323,7 @@ def _check_size(node: object) -> None:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file's mapping of fields. Raises `ConfigError`."""
-    fields = load_yaml(path)
+    fields = load_yaml(path, "a config")
     if not isinstance(fields, dict):
         raise ConfigError(f"config: {path} holds no mapping of fields, such as 'epochs: 10'")
     return {str(name): value for name, value in fields.items()}

@@ -27,8 +27,10 @@ from finetune.errors import (
     FinetuneError,
     Stopped,
     ending,
+    one_line,
     require_handles,
 )
+from finetune.layout import PICTURE_FORMATS
 from finetune.result import Row, RunDir, RunResult
 
 if TYPE_CHECKING:
@@ -136,7 +138,7 @@ class Tracker:
 
         logits, labels, paths = run_dir.read_predictions()
         predicted = logits.argmax(axis=1)
-        names = result.class_names
+        names = [one_line(name) for name in result.class_names]
         per_class = [
             [name, float((predicted[labels == i] == i).mean())] for i, name in enumerate(names)
         ]
@@ -149,7 +151,7 @@ class Tracker:
                 "confident_mistakes": wandb.Table(
                     columns=["picture", "path", "truth", "predicted", "probability"],
                     data=[
-                        [wandb.Image(path), path, names[truth], names[guess], probability]
+                        [_picture(path), one_line(path), names[truth], names[guess], probability]
                         for path, truth, guess, probability in confident_mistakes(
                             logits, labels, paths
                         )
@@ -255,6 +257,17 @@ def _sweep_name(config: RunConfig, chosen: str) -> str | None:
         return sweep.config.get("name") or sweep_id
     except (wandb.errors.Error, ValueError):  # a name isn't worth a run
         return sweep_id
+
+
+def _picture(path: str) -> Any:
+    """A picture for W&B, which can't keep a file whose name is no text: then a copy of it."""
+    import wandb
+    from PIL import Image
+
+    if path.isprintable():
+        return wandb.Image(path)
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
+        return wandb.Image(image.convert("RGB"))
 
 
 @contextmanager

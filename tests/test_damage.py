@@ -57,19 +57,21 @@ CHECKED = ("predictions.npz", "best.ckpt", "last.ckpt")
 def whole(digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished and evaluated run."""
     place = tmp_path_factory.mktemp("whole")
-    model = finetune.train_and_finetune(
-        strategy="freeze",
-        epochs=3,
-        val_fraction=0.25,
-        batch_size=5,
-        learning_rate=0.01,
-        image_size=32,
-        data_dir=digits,
-        weights=weights,
-        out=place,
-        cache_dir=place / "cache",
-        accelerator="cpu",
-    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WANDB_MODE", "disabled")
+        model = finetune.train_and_finetune(
+            strategy="freeze",
+            epochs=3,
+            val_fraction=0.25,
+            batch_size=5,
+            learning_rate=0.01,
+            image_size=32,
+            data_dir=digits,
+            weights=weights,
+            out=place,
+            cache_dir=place / "cache",
+            accelerator="cpu",
+        )
     assert isinstance(model.result, RunResult)
     run_dir = place / model.result.run_id
     assert not main(["evaluate", str(run_dir)])
@@ -212,7 +214,9 @@ def resumed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What an undamaged run comes to with two more epochs."""
     copy = tmp_path_factory.mktemp("resumed") / whole.name
     shutil.copytree(whole, copy)
-    return go_on(RunDir(copy))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("WANDB_MODE", "disabled")
+        return go_on(RunDir(copy))
 
 
 def go_on(run: RunDir) -> dict[str, Any]:

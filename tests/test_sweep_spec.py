@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import yaml
 
 from finetune.__main__ import main
-from finetune.errors import ConfigError
+from finetune.config import RunConfig, read_mapping
+from finetune.errors import ConfigError, FinetuneError
+from finetune.result import RunDir
 from finetune.sweep import search
 from finetune.sweep.dimensions import DISTRIBUTIONS, Constant, Dimension, read_parameter
 from finetune.sweep.spec import Sweep, read_sweep
@@ -24,6 +27,10 @@ METRIC = {"name": "best_val_acc", "goal": "maximize"}
 def sweep(**changed: Any) -> Sweep:
     content = {"method": "grid", "metric": METRIC, "parameters": {"seed": {"values": [1, 2]}}}
     return read_sweep({k: v for k, v in (content | changed).items() if v is not None})
+
+
+def read_config_of_a_run(path: Path) -> dict[str, Any]:
+    return RunDir(path.parent).read_config().to_fields()
 
 
 def draws(entry: dict[str, Any], count: int = 4000) -> list[Any]:
@@ -166,6 +173,7 @@ def test_all_faults_are_named_at_once() -> None:
     assert str(refused.value).startswith("sweep: 3 faults:")
 
 
+@pytest.mark.parametrize("read", [read_sweep, read_mapping, read_config_of_a_run])
 @pytest.mark.parametrize(
     "text",
     [
@@ -176,16 +184,34 @@ def test_all_faults_are_named_at_once() -> None:
         ),
         "[" * 5000,
         "!!python/object/apply:os.system ['touch owned']",
+        "a: &a {k: 1}\n"
+        + "".join(
+            f"{b}: &{b} {{<<: [{','.join(['*' + a] * 9)}]}}\n"
+            for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "epochs: &a [*a]",
+        "!!python/name:os.system",
+        "epochs: !!int nonsense",
+        "epochs: 2001-99-99",
+        f"epochs: {'9' * 10_000}",
+        f"epochs: 0x{'f' * 10_000}",
+        "epochs: 1\n? [a, {b: c}]\n: 2",
+        f"a: {'x' * 2_000_000}",
         "- a list",
         "\x00",
+        "\ud800",
     ],
-    ids=["alias bomb", "deep", "object", "list", "binary"],
-)
-def test_a_hostile_or_broken_file_is_one_message(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError):
-        read_sweep(path)
+    ids=["alias bomb", "deep", "object", "merge bomb", "loop", "name", "tag", "date", "long number",
+         "long hex", "key", "long", "list", "binary", "no text"],
+)  # fmt: skip
+def test_a_hostile_or_broken_file_is_one_message(
+    text: str, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(FinetuneError) as refused:
+        RunConfig.from_fields(read(path))
+    assert len(str(refused.value)) < 2000
     assert not Path("owned").exists()
 
 

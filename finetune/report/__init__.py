@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.compare import Comparison, compare, p_value, percent, points
-from finetune.errors import RunDirError
+from finetune.errors import RunDirError, one_line
 from finetune.files import write_atomically
 from finetune.outcomes import Outcome, read_outcomes
 from finetune.standings import accuracy_of
@@ -47,12 +47,16 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
     content = page(outcomes, comparison, source, shares)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / TABLE, runs_csv(outcomes).encode())
-        write_atomically(out / PAGE, content.encode())
+        write_atomically(out / TABLE, _encoded(runs_csv(outcomes)))
+        write_atomically(out / PAGE, _encoded(content))
     except OSError as error:
         raise RunDirError(f"{out} can't be written: {error.strerror or error}") from None
     print(f"\n{out / PAGE} ({len(content) / 1e6:.1f} MB)\n{out / TABLE}")
     return 0
+
+
+def _encoded(content: str) -> bytes:
+    return content.encode("utf-8", "backslashreplace")  # names may hold bytes that are no text
 
 
 def runs_csv(outcomes: Sequence[Outcome]) -> str:
@@ -106,7 +110,7 @@ def summary(comparison: Comparison) -> str:
         runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
         first = f"{failed[0].run_id}: {failed[0].reason}"
         lines.append(f"{runs} did not end well; the first, {first}")
-    return "\n".join(lines).rstrip()
+    return "\n".join(map(one_line, lines)).rstrip()
 
 
 def _strategy_lines(comparison: Comparison) -> list[str]:

@@ -35,8 +35,8 @@ def colour_of(strategy: str) -> str:
 
 
 def text(value: object) -> str:
-    """For plotly's labels, which read some tags: shown as it stands."""
-    return html.escape(str(value), quote=False)
+    """For plotly's labels, which read some tags and fill in %{}: shown as it stands."""
+    return html.escape(str(value), quote=False).replace("%{", "%&#123;")
 
 
 def figure(data: list[dict[str, Any]], height: int, **layout: Any) -> Figure:

@@ -176,7 +176,7 @@ def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    content = load_yaml(path)
+    content = load_yaml(path, "a sweep file")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no sweep file: it holds no mapping with method, parameters")
     return content

@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from finetune.config import RunConfig
+from finetune.errors import one_line
 from finetune.result import Row
 from finetune.sweep.dimensions import Value
 
@@ -93,14 +94,14 @@ class View:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(one_line(line), markup=False, soft_wrap=True)
 
     def found(self, num_done: int) -> None:
         """So many trials were done before, or elsewhere."""
         self._num_before = max(self._num_before, num_done - self._num_done)
 
     def started(self, run_id: str, config: RunConfig) -> None:
-        self._running[run_id] = _Running(str(config.name), config.epochs)
+        self._running[run_id] = _Running(one_line(config.name), config.epochs)
 
     def epoch(self, run_id: str, row: Row) -> None:
         running = self._running[run_id]
@@ -144,7 +145,7 @@ class View:
         if left is not None:
             title += f", {_clock(left)} left"
         if self._best is not None and self._best.value is not None:
-            setting = describe(self._best)
+            setting = one_line(describe(self._best))
             title += f"; best {self._metric} {self._best.value:.4f}: {setting}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("running", "", "progress"):
@@ -200,7 +201,7 @@ def final_table(outcomes: Sequence[Outcome], metric: str = "best_val_acc") -> Ta
         numeric = heading in ("best_val_acc", "best epoch", "seconds", metric)
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for outcome in outcomes:
-        table.add_row(*(str(read(outcome)) for _, read in columns))
+        table.add_row(*(one_line(read(outcome)) for _, read in columns))
     return table
 
 
