@@ -257,6 +257,8 @@ def test_an_interrupted_trial_goes_on_from_its_last_epoch(
         output, _ = process.communicate(timeout=120)
         expected = signal.SIGKILL if how == "kill parent" else signal.Signals[how]
         assert process.returncode == -expected, output
+        told = "trials put back: 1; the same command goes on with them" in output
+        assert told == (how != "kill parent"), output
         await_end(workers)
         assert not (run_dir / "result.json").exists()
         failure = read_failure(run_dir / "failure.json")

@@ -3,7 +3,7 @@
 Turns the course of trials into a live table on a terminal, or into lines elsewhere, and outcomes
 into a final table. Knows nothing about storages or processes.
 
-    >>> with View(num_trials=48, num_workers=2) as view: ...  # doctest: +SKIP
+    >>> with View(48, "best_val_acc", "maximize") as view: ...  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -95,9 +95,11 @@ class View:
     def say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
 
-    def found(self, num_done: int) -> None:
-        """So many trials were done before, or elsewhere."""
+    def found(self, num_done: int, best: Outcome | None) -> None:
+        """So many trials are done, those before this process and elsewhere among them."""
         self._num_before = max(self._num_before, num_done - self._num_done)
+        if best is not None:
+            self._best = best
 
     def started(self, run_id: str, config: RunConfig) -> None:
         self._running[run_id] = _Running(str(config.name), config.epochs)
@@ -145,7 +147,7 @@ class View:
             title += f", {_clock(left)} left"
         if self._best is not None and self._best.value is not None:
             setting = describe(self._best)
-            title += f"; best {self._metric} {self._best.value:.4f}: {setting}"
+            title += f"; best so far: {setting}, {self._metric} {self._best.value:.4f}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for heading in ("running", "", "progress"):
             table.add_column(heading)
