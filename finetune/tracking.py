@@ -136,10 +136,18 @@ class Tracker:
         return [WandbLogger(experiment=self._run)]
 
     def catch_up(self, rows: Sequence[Row]) -> None:
-        """Log the epochs that W&B hasn't: an attempt that was killed may not have sent its last."""
-        if self._run is not None:
-            for row in rows[self._run.starting_step :]:
-                self._run.log(row)
+        """Log the epochs that W&B hasn't: an attempt that was killed may not have sent its last.
+
+        Offline nobody can be asked, but earlier attempts have left their folders, and `wandb sync`
+        puts one after the other.
+        """
+        if self._run is None:
+            return
+        ours = Path(self._run.dir).parent
+        earlier = any(folder != ours for folder in ours.parent.glob("*run-*-*"))
+        num_known = len(rows) if self._run.offline and earlier else self._run.starting_step
+        for row in rows[num_known:]:
+            self._run.log(row)
 
     def note(self, values: dict[str, Any]) -> None:
         """Facts of the run, in its config."""
@@ -333,7 +341,8 @@ def told_to_sweep() -> Iterator[None]:
         if by_agent and mode() == "online" and not Tracker.has_opened:
             # Where it can't be reached, what happened matters more.
             with suppress(FinetuneError), undivided():
-                Tracker(_init("online", STOP_SECONDS)).fail(ending(error))
+                granted = STOP_SECONDS / 2 if is_stopping() else INIT_SECONDS
+                Tracker(_init("online", granted)).fail(ending(error))
         raise
 
 

@@ -380,6 +380,25 @@ def test_a_killed_run_goes_on_and_its_history_is_whole(
     assert_history_is_whole(run, place.run_dir(run))
 
 
+def test_an_offline_run_that_was_interrupted_is_synced_whole(
+    place: Place, fields: dict[str, Any]
+) -> None:
+    long = as_flags(fields | {"epochs": 30, "patience": 0, "group": "apart"})
+    interrupted = place.start("agent.py", *long, WANDB_MODE="offline")
+    runs = place.path / "runs"
+    wait_until(lambda: any(len(read_metrics(p)) >= 3 for p in runs.glob("*/metrics.csv")))
+    interrupted.terminate()
+    assert interrupted.wait(STOP_SECONDS) == -signal.SIGTERM
+    (run_dir,) = runs.iterdir()
+    assert place.start("agent.py", f"--resume={run_dir}", WANDB_MODE="offline").wait(120) == 0
+    attempts = sorted(map(str, run_dir.glob("wandb/offline-run-*")))
+    assert len(attempts) == 2
+    assert place.start("-m", "wandb", "sync", *attempts).wait(120) == 0
+    run = the_run(place.server)
+    assert (run.state, run.group, run.summary["state"]) == ("finished", "apart", "finished")
+    assert_history_is_whole(run, run_dir)
+
+
 def test_the_stop_button_ends_a_run_in_good_order(place: Place, fields: dict[str, Any]) -> None:
     process = place.start("agent.py", *as_flags(fields | {"epochs": 500, "patience": 0}))
     wait_until(lambda: any(run.history for run in place.server.runs.values()))
