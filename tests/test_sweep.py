@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from finetune.result import RunResult, read_failure, read_metrics
 from finetune.sweep import run_sweep
 from finetune.sweep.confirm import confirm, confirmation
 from finetune.sweep.storage import open_storage
+from finetune.sweep.view import Outcome, View
 from finetune.sweep.workers import visible_devices
 
 ROOT = Path(__file__).parent.parent
@@ -226,6 +228,17 @@ def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Pat
         if record.WhichOneof("record_type") == "run":
             groups.add((record.run.run_group, record.run.run_id))
     assert groups == {("small", log.parents[2].name)}
+
+
+def test_the_live_table_knows_what_was_done_before() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    view = View(8, "best_val_acc", "maximize", console)
+    setting: dict[str, Any] = {"learning_rate": 0.01}
+    view.found(3, Outcome("x-000", Path("x-000"), "freeze", setting, "finished", 0.5333))
+    with view:
+        pass
+    title = "3 of 8 done; best so far: freeze learning_rate=0.01, best_val_acc 0.5333"
+    assert title in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # interrupted

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from finetune.config import RunConfig
 from finetune.result import Row
@@ -140,7 +141,7 @@ class View:
         pace = (time.monotonic() - self._started) / self._num_done
         return pace * (self._num_trials - self._done)
 
-    def _render(self) -> Table:
+    def _render(self) -> Group:
         left = self._seconds_left()
         title = f"{self._done} of {self._num_trials} done"
         if left is not None:
@@ -148,12 +149,13 @@ class View:
         if self._best is not None and self._best.value is not None:
             setting = describe(self._best)
             title += f"; best so far: {setting}, {self._metric} {self._best.value:.4f}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for heading in ("running", "", "progress"):
             table.add_column(heading)
         for run_id, running in self._running.items():
             table.add_row(run_id, running.name, _progress(running))
-        return table
+        # A table's own title would be folded at the table's width.
+        return Group(Text(title, style="italic"), table)
 
 
 def _progress(running: _Running) -> str:
