@@ -145,6 +145,9 @@ class _Stop:
 
     @contextmanager
     def held_off(self) -> Iterator[None]:
+        if self._waiting is not None:
+            yield
+            return
         came = self._waiting = []
         try:
             yield

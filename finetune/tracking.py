@@ -149,11 +149,6 @@ class Tracker:
         for row in rows[num_known:]:
             self._run.log(row)
 
-    def note(self, values: dict[str, Any]) -> None:
-        """Facts of the run, in its config."""
-        if self._run is not None:
-            self._run.config.update(values, allow_val_change=True)
-
     def conclude(self, result: RunResult, run_dir: RunDir) -> None:
         """The best epoch's summary, confusion, per-class accuracy, mistakes, and the artifact."""
         if self._run is None:

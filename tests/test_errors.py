@@ -43,7 +43,8 @@ def test_what_is_undivided_is_done_before_the_stop() -> None:
     done = []
     with pytest.raises(Stopped, match="SIGUSR1"), stoppable():
         with undivided():
-            signal.raise_signal(signal.SIGUSR1)
+            with undivided():
+                signal.raise_signal(signal.SIGUSR1)
             done.append("inside")
         done.append("after")
     assert done == ["inside"]

@@ -383,8 +383,8 @@ def test_a_killed_run_goes_on_and_its_history_is_whole(
 def test_an_offline_run_that_was_interrupted_is_synced_whole(
     place: Place, fields: dict[str, Any]
 ) -> None:
-    long = as_flags(fields | {"epochs": 30, "patience": 0, "group": "apart"})
-    interrupted = place.start("agent.py", *long, WANDB_MODE="offline")
+    flags = as_flags(fields | {"epochs": 12, "patience": 0, "group": "apart"})
+    interrupted = place.start("agent.py", *flags, WANDB_MODE="offline")
     runs = place.path / "runs"
     wait_until(lambda: any(len(read_metrics(p)) >= 3 for p in runs.glob("*/metrics.csv")))
     interrupted.terminate()
