@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from finetune.config import RunConfig
-from finetune.errors import run_door
+from finetune.errors import run_door, undivided
 from finetune.flags import given_fields
 from finetune.tracking import fields_of_run, told_to_sweep
 
@@ -19,7 +19,8 @@ def main() -> None:
         given = fields_of_run(given_fields(sys.argv[1:]))
         if not given.keys() & {"config", "resume"}:
             RunConfig.from_fields(given)
-        from finetune.train import train_and_finetune
+        with undivided():  # an exception in the middle of torch's own start aborts the process
+            from finetune.train import train_and_finetune
 
         train_and_finetune(**given)
 

@@ -23,13 +23,14 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from types import FrameType
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 from finetune.progress import bars_end
 
@@ -181,29 +182,80 @@ PREEMPTION_SIGNAL = signal.SIGUSR1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, PREEMPTION_SIGNAL)
 
 
+class _Stop:
+    """The handler of `STOP_SIGNALS`: the first to come raises `Stopped`, later ones do nothing.
+
+    It remembers that itself: a Trainer puts the handlers back that it has found, also on its way
+    out from a stop.
+    """
+
+    active: ClassVar[_Stop | None] = None
+
+    def __init__(self) -> None:
+        self._has_raised = False
+        self._waiting: list[int] | None = None
+
+    def __call__(self, signum: int, frame: FrameType | None = None) -> None:
+        if self._waiting is not None:
+            self._waiting.append(signum)
+        elif not self._has_raised:
+            self._has_raised = True
+            raise Stopped(signum)
+
+    @property
+    def has_come(self) -> bool:
+        return self._has_raised or bool(self._waiting)
+
+    @contextmanager
+    def held_off(self) -> Iterator[None]:
+        if self._waiting is not None:
+            yield
+            return
+        came = self._waiting = []
+        try:
+            yield
+        finally:
+            self._waiting = None
+            for signum in came:
+                self(signum)
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Within it, the first of `STOP_SIGNALS` raises `Stopped`; later ones wait for the clean-up.
 
-    Handlers are put back at the end. Outside the main thread, where Python has no handlers, it
-    does nothing.
+    Handlers are put back at the end. It does nothing within another `stoppable`, whose clean-up it
+    is a part of, and outside the main thread, where Python has no handlers.
     """
-
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    try:
-        before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
-    except ValueError:  # not the main thread
+    if _Stop.active or threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    _Stop.active = stop = _Stop()
     try:
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, stop)
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        _Stop.active = None
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Within it, a stop waits for the end: what belongs together is written together."""
+    stop = _Stop.active
+    if stop is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with stop.held_off():
+        yield
+
+
+def is_stopping() -> bool:
+    """Whether a stop has come: the process cleans up, or will once `undivided` has ended."""
+    return _Stop.active is not None and _Stop.active.has_come
 
 
 def message(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from finetune.errors import ConfigError
+from finetune.errors import PREEMPTION_SIGNAL, ConfigError, Stopped, undivided
 from finetune.sweep.workers import visible_devices
 
 
@@ -29,18 +29,25 @@ def gpus(sweep_id: str, count: int | None = None) -> int:
     if not sweep_id.strip("/"):
         raise ConfigError("SWEEP_ID: got none; pass what `wandb sweep` has printed")
     devices: list[str | None] = [*visible_devices()] or [None]
-    agents = {
-        f"gpu {device}" if device else "cpu": _start(sweep_id, count, device) for device in devices
-    }
-    readers = [
-        threading.Thread(target=_pass_on, args=(name, agent), daemon=True)
-        for name, agent in agents.items()
-    ]
+    agents: dict[str, subprocess.Popen[str]] = {}
     try:
+        with undivided():
+            for device in devices:
+                agents[f"gpu {device}" if device else "cpu"] = _start(sweep_id, count, device)
+        readers = [
+            threading.Thread(target=_pass_on, args=(name, agent), daemon=True)
+            for name, agent in agents.items()
+        ]
         for reader in readers:
             reader.start()
         for reader in readers:
             reader.join()
+    except Stopped as stop:
+        if stop.signum == PREEMPTION_SIGNAL:
+            # Of what a run gets the first counts: W&B queues it again. SIGTERM then ends the agent.
+            for agent in agents.values():
+                agent.send_signal(PREEMPTION_SIGNAL)
+        raise
     finally:
         for agent in agents.values():
             if agent.poll() is None:

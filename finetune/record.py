@@ -21,7 +21,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from finetune.config import RunConfig
 from finetune.data import Pictures
-from finetune.errors import Diverged, WeightsError
+from finetune.errors import Diverged, WeightsError, undivided
 from finetune.files import write_atomically
 from finetune.model import MEAN, STD, read_checkpoint, write_checkpoint
 from finetune.module import FineTuning
@@ -94,26 +94,33 @@ class Recorder(pl.Callback):
         assert isinstance(pl_module, FineTuning)
         row = pl_module.epoch_metrics()
         self._check_finite(row)
-        pictures = pl_module.feed.val_pictures
-        num_pictures = len(pl_module.feed.train_pictures) + len(pictures)
+        feed = pl_module.feed
+        num_pictures = len(feed.train_pictures) + len(feed.val_pictures)
         seconds = time.perf_counter() - self._epoch_started
         row["images_per_second"] = num_pictures / seconds
-        self.rows.append(row)
-        best = best_epoch(self.rows)
-        row["best_val_acc"] = self.rows[best]["val_acc"]
-        if best == row["epoch"]:
-            write_best(self._run_dir, pl_module, row)
-            write_predictions(self._run_dir, pl_module.val_logits().numpy(), pictures)
-        self._run_dir.write_metrics(self.rows)
-        for logger in trainer.loggers:
-            logger.log_metrics(row)
-        self._say(_line(row, self._config.epochs))
-        self.train_seconds += time.perf_counter() - self._epoch_started
-        trainer.save_checkpoint(self._run_dir.last_path)
+        with undivided():
+            self._keep(row, trainer, pl_module)
         if self._on_epoch is not None:
             self._on_epoch(row)
         if self.out_of_patience:
             trainer.should_stop = True
+
+    def _keep(self, row: Row, trainer: pl.Trainer, module: FineTuning) -> None:
+        """Write and log an epoch. W&B hears of it once last.ckpt has it: a resume that repeated an
+        epoch would log it a second time; one that W&B lacks is logged when the run is resumed."""
+        self.rows.append(row)
+        best = best_epoch(self.rows)
+        row["best_val_acc"] = self.rows[best]["val_acc"]
+        if best == row["epoch"]:
+            write_best(self._run_dir, module, row)
+            pictures = module.feed.val_pictures
+            write_predictions(self._run_dir, module.val_logits().numpy(), pictures)
+        self._run_dir.write_metrics(self.rows)
+        self.train_seconds += time.perf_counter() - self._epoch_started
+        trainer.save_checkpoint(self._run_dir.last_path)
+        for logger in trainer.loggers:
+            logger.log_metrics(row)
+        self._say(_line(row, self._config.epochs))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -12,8 +12,12 @@ from __future__ import annotations
 import netrc
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlparse
@@ -27,8 +31,10 @@ from finetune.errors import (
     FinetuneError,
     Stopped,
     ending,
+    is_stopping,
     one_line,
     require_handles,
+    undivided,
 )
 from finetune.layout import PICTURE_FORMATS
 from finetune.result import Row, RunDir, RunResult
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import WandbLogger
 
 NUM_MISTAKES = 50
+_LOOK_SECONDS = 0.1
 
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 """What W&B's client knows."""
@@ -50,6 +57,15 @@ _NUM_HANDLES = 16  # twice what W&B's client opens; without, its threads die and
 
 INIT_SECONDS = 60.0
 """How long a server is waited for at the start."""
+
+STOP_SECONDS = 25.0
+"""How long it is waited for after a stop: W&B's agent kills its run 30 s after SIGTERM."""
+
+PATIENCE_SECONDS = 600.0
+"""How long it is waited for at the end, for the first word."""
+
+NAME_SECONDS = 5
+"""How long one question for a sweep's name may take; W&B's client asks in two ways."""
 
 
 def mode(environ: dict[str, str] | None = None) -> str:
@@ -125,10 +141,18 @@ class Tracker:
         return [WandbLogger(experiment=self._run)]
 
     def catch_up(self, rows: Sequence[Row]) -> None:
-        """Log the epochs that W&B hasn't: an attempt that was killed may not have sent its last."""
-        if self._run is not None:
-            for row in rows[self._run.starting_step :]:
-                self._run.log(row)
+        """Log the epochs that W&B hasn't: an attempt that was killed may not have sent its last.
+
+        Offline nobody can be asked, but earlier attempts have left their folders, and `wandb sync`
+        puts one after the other.
+        """
+        if self._run is None:
+            return
+        ours = Path(self._run.dir).parent
+        earlier = any(folder != ours for folder in ours.parent.glob("*run-*-*"))
+        num_known = len(rows) if self._run.offline and earlier else self._run.starting_step
+        for row in rows[num_known:]:
+            self._run.log(row)
 
     def conclude(self, result: RunResult, run_dir: RunDir) -> None:
         """The best epoch's summary, confusion, per-class accuracy, mistakes, and the artifact."""
@@ -138,7 +162,11 @@ class Tracker:
 
         logits, labels, paths = run_dir.read_predictions()
         predicted = logits.argmax(axis=1)
+        summary = result.model_dump(
+            include={"best_val_acc", "best_val_loss", "best_epoch", "stopped_early"}
+        )
         names = [one_line(name) for name in result.class_names]
+        self._log_best(run_dir, summary | {"strategy": result.strategy, "class_names": names})
         per_class = [
             [name, float((predicted[labels == i] == i).mean())] for i, name in enumerate(names)
         ]
@@ -159,13 +187,9 @@ class Tracker:
                 ),
             }
         )
-        summary = result.model_dump(
-            include={"best_val_acc", "best_val_loss", "best_epoch", "stopped_early"}
-        )
         # An attempt that was cut off has left another state.
         self._run.summary.update(summary | {"state": "finished", "reason": ""})
         self._send_files(run_dir, result)
-        self._log_best(run_dir, summary | {"strategy": result.strategy, "class_names": names})
 
     def _send_files(self, run_dir: RunDir, result: RunResult | None = None) -> None:
         """`RUN_FILES` as they are now; the directory's own result.json comes after W&B's end."""
@@ -188,33 +212,77 @@ class Tracker:
         artifact.add_file(
             str(run_dir.best_path), name="best.ckpt", policy="immutable", skip_cache=True
         )
-        self._run.log_artifact(artifact, aliases=["best"])
+        _patiently(partial(self._run.log_artifact, artifact, aliases=["best"]))
 
     def fail(self, end: Ending, run_dir: RunDir | None = None) -> None:
         """End the W&B run with its state, the reason and the best model so far.
 
         A sweep's server queues a preempted run again.
         """
-        if self._run is None:
+        run = self._run
+        if run is None:
             return
-        self._run.summary.update({"state": end.state, "reason": end.reason})
-        if end.state == "preempted":
-            self._run.mark_preempting()
-        try:
-            if run_dir is not None and run_dir.best_path.exists():
-                self._send_files(run_dir)
-                self._log_best(run_dir, {"state": end.state})
-        finally:
-            self.close(end.exit_code)
 
-    def close(self, exit_code: int = 0) -> None:
-        """Send everything and end the W&B run; a code above 0 marks it as failed."""
+        def tell() -> None:
+            run.summary.update({"state": end.state, "reason": end.reason})
+            if end.state == "preempted":
+                run.mark_preempting()
+            try:
+                if run_dir is not None and run_dir.best_path.exists():
+                    self._send_files(run_dir)
+                    self._log_best(run_dir, {"state": end.state})
+            finally:
+                run.finish(exit_code=end.exit_code)
+
+        self._in_time(tell)
+
+    def close(self) -> None:
+        """Send everything and end the W&B run as finished."""
         if self._run is not None:
-            self._run.finish(exit_code=exit_code)
-            self._run = None
+            self._in_time(self._run.finish)
+
+    def _in_time(self, end_run: Callable[[], None]) -> None:
+        """End the W&B run. What is sent can't be unsaid, so a stop doesn't interrupt this, but
+        limits it: raises `FinetuneError` when `STOP_SECONDS` after one it isn't done."""
+        run = self._run
+        assert run is not None
+        done: Future[None] = Future()
+
+        def carry_out() -> None:
+            try:
+                end_run()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+
+        threading.Thread(target=carry_out, daemon=True).start()
+        granted = STOP_SECONDS
+        while granted > 0 and not wait([done], _LOOK_SECONDS).done:
+            granted -= _LOOK_SECONDS * is_stopping()
+        self._run = None
+        if not done.done():
+            place = Path(run.dir).parent
+            raise FinetuneError(f"W&B: no answer in time; `wandb sync {place}` sends the rest")
+        done.result()
 
 
-def _init(chosen: str, **described: Any) -> Any:
+def _patiently(log: Callable[[], object]) -> None:
+    """Log the first artifact. Before it W&B's client asks the server who is there, and takes 19 s
+    of silence for a wrong key, whereas it waits for its uploads as long as it takes."""
+    import wandb
+
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            log()
+            return
+        except wandb.errors.AuthenticationError:
+            if is_stopping() or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _init(chosen: str, seconds: float = INIT_SECONDS, **described: Any) -> Any:
     """The W&B run of this process, made or gone on with. Raises `FinetuneError`."""
     import wandb
 
@@ -230,13 +298,13 @@ def _init(chosen: str, **described: Any) -> Any:
                 disable_git=True,
                 save_code=False,
                 x_save_requirements=False,  # listing every package takes 0.1 s
-                init_timeout=INIT_SECONDS,
+                init_timeout=seconds,
             ),
         )
-    except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
+    except Exception as error:  # the server, its answer, or the client's own service
         raise FinetuneError(
             f"W&B: {error}. Set WANDB_MODE=offline to log into the run directory instead"
-        ) from None
+        ) from error
     except BaseException:  # stopped meanwhile: the server may know of the run already
         wandb.teardown(exit_code=1)
         raise
@@ -253,9 +321,9 @@ def _sweep_name(config: RunConfig, chosen: str) -> str | None:
 
     path = "/".join(filter(None, (config.entity, config.project, sweep_id)))
     try:
-        sweep: Any = wandb.Api().sweep(path)  # type: ignore[no-untyped-call]
+        sweep: Any = wandb.Api(timeout=NAME_SECONDS).sweep(path)  # type: ignore[no-untyped-call]
         return sweep.config.get("name") or sweep_id
-    except (wandb.errors.Error, ValueError):  # a name isn't worth a run
+    except Exception:  # whatever it is, a name isn't worth a run
         return sweep_id
 
 
@@ -281,8 +349,10 @@ def told_to_sweep() -> Iterator[None]:
     except (Exception, Stopped) as error:
         by_agent = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
         if by_agent and mode() == "online" and not Tracker.has_opened:
-            with suppress(FinetuneError):  # it can't be reached, and what happened matters more
-                Tracker(_init("online")).fail(ending(error))
+            # Where it can't be reached, what happened matters more.
+            with suppress(FinetuneError), undivided():
+                granted = STOP_SECONDS / 2 if is_stopping() else INIT_SECONDS
+                Tracker(_init("online", granted)).fail(ending(error))
         raise
 
 

@@ -45,6 +45,7 @@ from finetune.errors import (
     one_line,
     shortage,
     stoppable,
+    undivided,
 )
 from finetune.model import build, load_best, load_source, read_checkpoint, read_checkpoint_of
 from finetune.module import FineTuning
@@ -130,7 +131,9 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> 
             return attempt.carry_out()
         except BaseException as error:
             explained = _explained(error, config, run_dir)
-            attempt.fail(explained)
+            if not run_dir.finished:
+                with undivided():
+                    attempt.fail(explained)
             if explained is not error:
                 raise explained from None
             raise
@@ -201,8 +204,9 @@ class _Attempt:
             self._trainer(recorder).fit(module, ckpt_path=resumed)
         result = self._result(feed, source, unreadable, cache_seconds + feed.prepare_seconds)
         self.tracker.conclude(result, run_dir)
-        self.tracker.close()
-        run_dir.write_result(result)
+        with undivided():  # the server and the directory say the same
+            self.tracker.close()
+            run_dir.write_result(result)
         say(
             f"best val_acc {result.best_val_acc:.4f} in epoch {result.best_epoch} of "
             f"{result.epochs_run}{' (stopped early)' if result.stopped_early else ''}: "
@@ -313,8 +317,10 @@ class _Attempt:
         with suppress(OSError):  # a full disk may be the very reason
             self.run_dir.write_failure(end.state, end.reason, epoch)
         if self.tracker is not None:
-            with suppress(OSError):
+            try:
                 self.tracker.fail(end, self.run_dir)
+            except Exception as unsent:  # it must not hide what ended the run
+                say(f"{type(unsent).__name__}: {unsent}")
 
 
 def _explained(error: BaseException, config: RunConfig, run_dir: RunDir) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from finetune.sweep import run_sweep
 from finetune.sweep.confirmation import confirmation
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import open_storage
+from finetune.sweep.view import Outcome, View
 from finetune.sweep.workers import visible_devices
 from tests.synthetic import write_run
 
@@ -231,6 +233,17 @@ def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Pat
     assert groups == {("small", log.parents[2].name)}
 
 
+def test_the_live_table_knows_what_was_done_before() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    view = View(8, "best_val_acc", "maximize", console)
+    setting: dict[str, Any] = {"learning_rate": 0.01}
+    view.found(3, Outcome("x-000", Path("x-000"), "freeze", setting, "finished", 0.5333))
+    with view:
+        pass
+    title = "3 of 8 done; best so far: freeze learning_rate=0.01, best_val_acc 0.5333"
+    assert title in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 # interrupted
 
 
@@ -260,6 +273,8 @@ def test_an_interrupted_trial_goes_on_from_its_last_epoch(
         output, _ = process.communicate(timeout=120)
         expected = signal.SIGKILL if how == "kill parent" else signal.Signals[how]
         assert process.returncode == -expected, output
+        told = "trials put back: 1; the same command goes on with them" in output
+        assert told == (how != "kill parent"), output
         await_end(workers)
         assert not (run_dir / "result.json").exists()
         failure = read_failure(run_dir / "failure.json")

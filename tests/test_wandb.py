@@ -96,11 +96,11 @@ def fixed(fields: dict[str, Any], **changed: Any) -> dict[str, Any]:
     return {k: {"values": v} if isinstance(v, list) else {"value": v} for k, v in described.items()}
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 90) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 90, look: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "waited for too long"
-        time.sleep(0.05)
+        time.sleep(look)
 
 
 def the_run(server: WandbServer) -> Run:
@@ -253,6 +253,8 @@ def test_a_preempted_run_is_queued_again_and_ends_as_if_nothing_had_happened(
     (run,) = place.server.sweep_runs(sweep)
     first = place.agent(sweep, "-f", "--count", "1", **slurm)
     wait_until(lambda: len(run.history) >= 3)
+    half_written = place.run_dir(run)
+    wait_until(lambda: any(half_written.glob(".last.ckpt.*.tmp")), look=0.001)
     first.send_signal(signal.SIGUSR1)
     first.wait(60)
     assert (run.state, run.exit_code, run.num_starts) == ("preempted", 128 + signal.SIGUSR1, 1)
@@ -275,6 +277,43 @@ def test_a_preempted_run_is_queued_again_and_ends_as_if_nothing_had_happened(
     for row in ours + theirs:
         del row["images_per_second"]
     assert ours == theirs
+
+
+def test_a_stop_while_the_end_is_sent_changes_nothing(place: Place, fields: dict[str, Any]) -> None:
+    place.server.delay("CommitArtifact", seconds=3)
+    process = place.start("agent.py", *as_flags(fields | {"epochs": 1}))
+    wait_until(lambda: not place.server.faults[0].times)
+    process.terminate()
+    assert process.wait(STOP_SECONDS) == -signal.SIGTERM
+    run = the_run(place.server)
+    assert (run.state, run.summary["state"]) == ("finished", "finished")
+    assert (place.run_dir(run) / "result.json").exists()
+    assert not (place.run_dir(run) / "failure.json").exists()
+    assert run.artifact("model").files
+
+
+@pytest.mark.slow
+def test_a_stop_while_the_server_is_silent_ends_in_time(
+    place: Place, fields: dict[str, Any]
+) -> None:
+    process = place.start("agent.py", *as_flags(fields | {"epochs": 5000, "patience": 0}))
+    wait_until(lambda: any(run.history for run in place.server.runs.values()))
+    place.server.be_silent(90)
+    process.terminate()
+    assert process.wait(STOP_SECONDS) == -signal.SIGTERM
+    failure = read_failure(place.run_dir(the_run(place.server)) / "failure.json")
+    assert failure and failure["state"] == "stopped"
+    assert "wandb sync" in place.output()
+
+
+def test_a_sweep_whose_name_the_server_keeps_costs_no_run(
+    place: Place, fields: dict[str, Any]
+) -> None:
+    sweep = place.sweep(fixed(fields, strategy="freeze", epochs=1))
+    place.server.fail("GetSweep", times=1000)
+    assert place.agent(sweep).wait(120) == 0
+    (run,) = place.server.sweep_runs(sweep)
+    assert (run.state, run.group) == ("finished", sweep)
 
 
 def test_server_faults_lose_nothing(place: Place, fields: dict[str, Any]) -> None:
@@ -341,6 +380,25 @@ def test_a_killed_run_goes_on_and_its_history_is_whole(
     assert_history_is_whole(run, place.run_dir(run))
 
 
+def test_an_offline_run_that_was_interrupted_is_synced_whole(
+    place: Place, fields: dict[str, Any]
+) -> None:
+    flags = as_flags(fields | {"epochs": 12, "patience": 0, "group": "apart"})
+    interrupted = place.start("agent.py", *flags, WANDB_MODE="offline")
+    runs = place.path / "runs"
+    wait_until(lambda: any(len(read_metrics(p)) >= 3 for p in runs.glob("*/metrics.csv")))
+    interrupted.terminate()
+    assert interrupted.wait(STOP_SECONDS) == -signal.SIGTERM
+    (run_dir,) = runs.iterdir()
+    assert place.start("agent.py", f"--resume={run_dir}", WANDB_MODE="offline").wait(120) == 0
+    attempts = sorted(map(str, run_dir.glob("wandb/offline-run-*")))
+    assert len(attempts) == 2
+    assert place.start("-m", "wandb", "sync", *attempts).wait(120) == 0
+    run = the_run(place.server)
+    assert (run.state, run.group, run.summary["state"]) == ("finished", "apart", "finished")
+    assert_history_is_whole(run, run_dir)
+
+
 def test_the_stop_button_ends_a_run_in_good_order(place: Place, fields: dict[str, Any]) -> None:
     process = place.start("agent.py", *as_flags(fields | {"epochs": 500, "patience": 0}))
     wait_until(lambda: any(run.history for run in place.server.runs.values()))
@@ -397,6 +455,19 @@ def test_ctrl_c_ends_all_gpus_in_good_order(place: Place, fields: dict[str, Any]
     for run in runs:
         assert run.summary["state"] == "stopped"
         assert_history_is_whole(run, place.run_dir(run))
+
+
+def test_a_machine_that_is_taken_away_leaves_its_runs_to_others(
+    place: Place, fields: dict[str, Any]
+) -> None:
+    sweep = place.sweep(fixed(fields, strategy="freeze", epochs=5000, patience=0))
+    process = place.start("-m", "finetune", "gpus", f"{ENTITY}/{PROJECT}/{sweep}")
+    (run,) = place.server.sweep_runs(sweep)
+    wait_until(lambda: len(run.history) > 0)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(STOP_SECONDS + 15) == -signal.SIGUSR1
+    assert (run.state, run.summary["state"]) == ("preempted", "preempted")
+    assert place.server.sweeps[sweep].waiting == [run.name]
 
 
 def test_an_agent_that_dies_is_reported(place: Place) -> None:

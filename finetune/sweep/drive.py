@@ -21,7 +21,7 @@ from rich.console import Console
 
 from finetune.errors import ConfigError, FinetuneError, RunDirError, Shortage, stoppable
 from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, read_metrics
-from finetune.sweep.board import MAX_DEATHS, Board, Claim
+from finetune.sweep.board import MAX_DEATHS, Board, Claim, Standing
 from finetune.sweep.dimensions import Value
 from finetune.sweep.spec import Sweep, read_sweep
 from finetune.sweep.storage import sqlite_url, told
@@ -163,8 +163,15 @@ class _Drive:
             if claim is None:
                 self._nothing_until = time.monotonic() + _WAIT_SECONDS
                 break
-            self.view.found(sum(s.state in _DONE for s in self.board.standings()))
+            self._tell_what_is_done()
             self._start(claim)
+
+    def _tell_what_is_done(self) -> None:
+        """By earlier attempts and other processes too."""
+        done = [s for s in self.board.standings() if s.state in _DONE]
+        finished = [s for s in done if s.state == "finished" and s.value is not None]
+        best = min(finished, key=self._rank, default=None)
+        self.view.found(len(done), None if best is None else self._described(best))
 
     def _start(self, claim: Claim) -> None:
         config = self.spec.config(claim.values, group=self.spec.name)
@@ -175,9 +182,9 @@ class _Drive:
         # A trial that goes on with its directory has logged these before.
         for row in _logged_before(run_dir):
             self.board.report(claim, *self._logged(row), judge=False)
+        self.view.started(claim.run_id, config)  # before, as the first waits for the fork server
         worker = self.crew.start(Job(config, run_dir, self.spec.ladder is not None))
         self._claims[worker] = claim
-        self.view.started(claim.run_id, config)
 
     def _logged(self, row: Row) -> tuple[int, float]:
         """(iteration, the metric): W&B counts logged values from 1."""
@@ -228,12 +235,15 @@ class _Drive:
 
     def _put_back(self) -> None:
         """Stop what is running and let it wait for whoever goes on with the sweep."""
-        for worker in self.crew.stop():
+        stopped = self.crew.stop()
+        for worker in stopped:
             claim = self._claims.pop(worker, None)
             if claim is not None:
                 # The storage may be what ended it; who goes on sees that this process is gone.
                 with suppress(Exception):
                     self.board.give_back(claim)
+        if stopped:
+            self.view.say(f"trials put back: {len(stopped)}; the same command goes on with them")
 
     def _outcome(
         self, claim: Claim, state: str, value: float | None, reason: str, seconds: float | None
@@ -251,12 +261,14 @@ class _Drive:
 
     def outcomes(self) -> list[Outcome]:
         """Every trial, the best first; those without a value last."""
+        return [self._described(s) for s in sorted(self.board.standings(), key=self._rank)]
+
+    def _rank(self, standing: Standing) -> tuple[bool, float, str]:
         sign = -1 if self.spec.metric.goal == "maximize" else 1
-        found = [
-            _describe(self.spec, s.run_id, s.values, s.state, s.value, s.record)
-            for s in self.board.standings()
-        ]
-        return sorted(found, key=lambda o: (o.value is None, sign * (o.value or 0.0), o.run_id))
+        return standing.value is None, sign * (standing.value or 0.0), standing.run_id
+
+    def _described(self, s: Standing) -> Outcome:
+        return _describe(self.spec, s.run_id, s.values, s.state, s.value, s.record)
 
 
 _DONE = ("finished", "pruned", "failed")

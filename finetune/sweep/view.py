@@ -3,7 +3,7 @@
 Turns the course of trials into a live table on a terminal, or into lines elsewhere, and outcomes
 into a final table. Knows nothing about storages or processes.
 
-    >>> with View(num_trials=48, num_workers=2) as view: ...  # doctest: +SKIP
+    >>> with View(48, "best_val_acc", "maximize") as view: ...  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from finetune.config import RunConfig
 from finetune.errors import one_line
@@ -96,9 +97,11 @@ class View:
     def say(self, line: str) -> None:
         self._console.print(one_line(line), markup=False, soft_wrap=True)
 
-    def found(self, num_done: int) -> None:
-        """So many trials were done before, or elsewhere."""
+    def found(self, num_done: int, best: Outcome | None) -> None:
+        """So many trials are done, those before this process and elsewhere among them."""
         self._num_before = max(self._num_before, num_done - self._num_done)
+        if best is not None:
+            self._best = best
 
     def started(self, run_id: str, config: RunConfig) -> None:
         self._running[run_id] = _Running(one_line(config.name), config.epochs)
@@ -139,20 +142,21 @@ class View:
         pace = (time.monotonic() - self._started) / self._num_done
         return pace * (self._num_trials - self._done)
 
-    def _render(self) -> Table:
+    def _render(self) -> Group:
         left = self._seconds_left()
         title = f"{self._done} of {self._num_trials} done"
         if left is not None:
             title += f", {_clock(left)} left"
         if self._best is not None and self._best.value is not None:
             setting = one_line(describe(self._best))
-            title += f"; best {self._metric} {self._best.value:.4f}: {setting}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+            title += f"; best so far: {setting}, {self._metric} {self._best.value:.4f}"
+        table = Table(box=None, pad_edge=False)
         for heading in ("running", "", "progress"):
             table.add_column(heading)
         for run_id, running in self._running.items():
             table.add_row(run_id, running.name, _progress(running))
-        return table
+        # A table's own title would be folded at the table's width.
+        return Group(Text(title, style="italic"), table)
 
 
 def _progress(running: _Running) -> str:
