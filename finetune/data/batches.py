@@ -1,0 +1,70 @@
+"""One epoch's batches, made as they are asked for.
+
+Turns an order of pictures into what each step sees. Knows nothing about where the inputs come from.
+
+    >>> batch_bounds(65, 32)
+    [(0, 32), (32, 65)]
+
+Legend: B batch, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from finetune.data.pictures import Indices, Pictures
+
+
+def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
+    """Start and end of each batch; a last batch of a single picture joins the one before."""
+    starts = list(range(0, num_pictures, batch_size))
+    if len(starts) > 1 and num_pictures - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_pictures], strict=True))
+
+
+class Batch(NamedTuple):
+    """What one step sees."""
+
+    inputs: Tensor
+    """uint8 pictures, (B, H, W, 3), where `part` is the network's first; else activations."""
+    flips: Tensor | None
+    """Positions in the batch of the pictures still to be flipped, int64."""
+    labels: Tensor
+    """int64, (B,)."""
+    part: str
+    """The part of the network that `inputs` enter."""
+
+
+class Epoch:
+    """The batches of one epoch, made as they are asked for. `fetch` makes the inputs."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        order: Indices,
+        batch_size: int,
+        part: str,
+        fetch: Callable[[Indices], tuple[Tensor, Tensor | None]],
+    ) -> None:
+        self._pictures = pictures
+        self._order = order
+        self._bounds = batch_bounds(len(order), batch_size)
+        self._part = part
+        self._fetch = fetch
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __getitem__(self, index: int) -> Batch:
+        start, end = self._bounds[index]
+        indices = self._order[start:end]
+        inputs, flips = self._fetch(indices)
+        return Batch(inputs, flips, torch.from_numpy(self._pictures.labels[indices]), self._part)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[i] for i in range(len(self)))

@@ -1,0 +1,144 @@
+"""Picture files -> uint8 RGB squares, and their strong augmentation.
+
+Turns a path into pixels, or into the reason why there are none. Knows nothing about splits, stores
+or networks.
+
+    >>> decode(Path("picture.jpg"), image_size=256).shape  # doctest: +SKIP
+    torch.Size([256, 256, 3])
+
+Legend: H height, W width, C=3 channels (RGB).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
+
+from finetune.errors import DataError, is_out_of_memory, one_line, shortage
+from finetune.layout import PICTURE_FORMATS
+
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where Pillow calls it a bomb
+
+
+def decode(path: Path, image_size: int) -> Tensor:
+    """A picture as uint8 RGB, (image_size, image_size, 3), its aspect not kept.
+
+    Bilinear with antialiasing, as torchvision's Resize does it. Grey, palette, alpha, CMYK and
+    16-bit pictures become 8-bit RGB. Raises `DataError`, naming the path.
+    """
+    with _quiet():
+        return _decode(path, image_size)
+
+
+def _decode(path: Path, image_size: int) -> Tensor:
+    try:
+        image_CHW = _read_rgb(path)
+        size = [image_size, image_size]
+        resized: Tensor = v2.functional.resize(image_CHW, size, antialias=True)
+        return resized.permute(1, 2, 0).contiguous()
+    except Exception as error:  # decoders raise whatever they like; here each means the same
+        if is_out_of_memory(error) or shortage(error):  # which is not the picture's fault
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = _DECODER_PLACE.sub("", reason).replace(f" {str(path)!r}", "")
+        raise DataError(f"{one_line(path)} can't be read as a picture: {reason[:200]}") from None
+
+
+_DECODER_PLACE = re.compile(r"^decode_jpeg, \S+, ")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns below its own limit, and of odd metadata.
+
+    Python's filters belong to the process: set them before threads start, never in them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _read_rgb(path: Path) -> Tensor:
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        raise ValueError("it is no regular file")
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are too many")
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+            rgb: Tensor = decode_jpeg(data, mode=ImageReadMode.RGB)
+            return rgb
+        if image.mode.startswith(("I", "F")):  # 16 bits or more: Pillow would clip, not scale
+            grey = np.asarray(image, dtype=np.float32)
+            is_16bit = image.mode.startswith("I;16") or grey.max(initial=0) > 255
+            scale = 255 / 65535 if is_16bit else 1
+            grey_8bit = (grey * scale).round().clip(0, 255).astype(np.uint8)
+            return torch.from_numpy(grey_8bit).expand(3, -1, -1)
+        array_HWC = np.array(image.convert("RGB"))
+    return torch.from_numpy(array_HWC).permute(2, 0, 1)
+
+
+_strong = lru_cache(maxsize=1)(
+    lambda size: v2.Compose(
+        [
+            v2.RandomResizedCrop((size, size), scale=(0.35, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.TrivialAugmentWide(),
+        ]
+    )
+)
+
+
+def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
+    """Random resized crop, flip and TrivialAugment (https://arxiv.org/abs/2103.10158).
+
+    uint8 in and out, the size stays. The draw follows from `seed` alone; torch's own generator is
+    left as it was.
+    """
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed % 2**63)
+        augmented: Tensor = _strong(image_HWC.shape[0])(image_HWC.permute(2, 0, 1))
+    finally:
+        torch.set_rng_state(state)
+    return augmented.permute(1, 2, 0)
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decode_many(
+    paths: Sequence[Path], image_size: int, each: Callable[[int, Tensor | DataError], None]
+) -> None:
+    """Decode in parallel; `each` gets an index and its picture, or why there is none."""
+
+    def attempt(index: int) -> None:
+        try:
+            each(index, _decode(paths[index], image_size))
+        except DataError as error:
+            each(index, error)
+
+    threads_before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_cores(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with _quiet():
+            for _ in pool.map(attempt, range(len(paths))):
+                pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads_before)

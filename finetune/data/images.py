@@ -1,0 +1,144 @@
+"""The decoded pictures of a split, from a store that runs share or straight from their files.
+
+Turns pictures into batches of uint8, and names those that can't be read. Knows nothing about order,
+flips or networks.
+
+    >>> images, unreadable = open_images(pictures, 256, False, cache)  # doctest: +SKIP
+
+Legend: B batch, H height, W width, C=3 channels (RGB), N pictures of a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from torch import Tensor
+
+from finetune.cache import Cache
+from finetune.data.decode import decode_many
+from finetune.data.pictures import Indices, Pictures, find_pictures
+from finetune.errors import DataError
+
+Progress = Callable[[str, int], Callable[[], None]]
+"""(what, total) -> a function that is called once for each one done."""
+
+
+def no_progress(what: str, total: int) -> Callable[[], None]:
+    return lambda: None
+
+
+_ADVICE = "repair or remove it, or pass --skip_unreadable"
+
+
+class Images:
+    """The decoded pictures of a split, by their indices."""
+
+    def __init__(self, pictures: Pictures, image_size: int, stored_NHWC: Any | None) -> None:
+        self.pictures = pictures
+        self.image_size = image_size
+        self._stored_NHWC = stored_NHWC
+
+    def batch(self, indices: Indices) -> Tensor:
+        """uint8, (B, H, W, 3). Raises `DataError` where a picture can't be read."""
+        if self._stored_NHWC is not None:
+            return torch.from_numpy(self._stored_NHWC.take(self.pictures.rows[indices], axis=0))
+        images: list[Tensor | None] = [None] * len(indices)
+
+        def keep(i: int, image: Tensor | DataError) -> None:
+            if isinstance(image, DataError):
+                raise DataError(f"{image}; {_ADVICE}")
+            images[i] = image
+
+        decode_many([self.pictures.path(i) for i in indices], self.image_size, keep)
+        return torch.stack([image for image in images if image is not None])
+
+
+def open_images(
+    pictures: Pictures,
+    image_size: int,
+    skip_unreadable: bool,
+    cache: Cache | None,
+    progress: Progress = no_progress,
+) -> tuple[Images, list[str]]:
+    """A split's decoded pictures, from the folder's store, and the names it goes on without.
+
+    Raises `DataError` naming a picture that can't be read, unless `skip_unreadable`. Without a
+    cache, pictures are decoded each time they are asked for.
+    """
+    stored = None
+    unreadable: dict[str, str] = {}
+    if cache is not None:
+        stored, unreadable = _open_store(
+            find_pictures(pictures.folder), image_size, cache, progress
+        )
+    if stored is None and skip_unreadable:
+        unreadable = _find_unreadable(pictures, image_size, progress)
+    affected = [name for name in pictures.names if name in unreadable]
+    if affected and not skip_unreadable:
+        more = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
+        raise DataError(f"{unreadable[affected[0]]}{more}; {_ADVICE}")
+    if affected:
+        lost = set(affected)
+        pictures = pictures.subset(
+            np.array([i for i, name in enumerate(pictures.names) if name not in lost], dtype=int)
+        )
+        _check_all_classes_left(pictures)
+    return Images(pictures, image_size, stored), affected
+
+
+def _check_all_classes_left(pictures: Pictures) -> None:
+    empty = set(range(len(pictures.class_names))) - set(pictures.labels.tolist())
+    if empty:
+        listed = ", ".join(pictures.class_names[label] for label in sorted(empty))
+        raise DataError(f"{pictures.folder}: no readable picture is left of class {listed}")
+
+
+def _open_store(
+    folder: Pictures, image_size: int, cache: Cache, progress: Progress
+) -> tuple[Any | None, dict[str, str]]:
+    """The folder's decoded pictures, (N, H, W, 3), and why some are missing, by name."""
+
+    def build(images_NHWC: Any) -> dict[str, str]:
+        done = progress(f"decoding {folder.folder.name}/", len(folder))
+        unreadable: dict[str, str] = {}
+
+        def store(index: int, image: Tensor | DataError) -> None:
+            if isinstance(image, DataError):
+                unreadable[folder.names[index]] = str(image)
+            else:
+                images_NHWC[index] = image.numpy()
+            done()
+
+        decode_many([folder.path(i) for i in range(len(folder))], image_size, store)
+        return unreadable
+
+    entry = cache.open_or_build(
+        "images",
+        {
+            "files": folder.identity,
+            "image_size": image_size,
+            "decoder": [torchvision.__version__, PIL.__version__],
+        },
+        (len(folder), image_size, image_size, 3),
+        "uint8",
+        build,
+    )
+    return (entry.array, dict(entry.notes)) if entry else (None, {})
+
+
+def _find_unreadable(pictures: Pictures, image_size: int, progress: Progress) -> dict[str, str]:
+    done = progress(f"reading {pictures.folder.name}/", len(pictures))
+    unreadable: dict[str, str] = {}
+
+    def note(index: int, image: Tensor | DataError) -> None:
+        if isinstance(image, DataError):
+            unreadable[pictures.names[index]] = str(image)
+        done()
+
+    decode_many([pictures.path(i) for i in range(len(pictures))], image_size, note)
+    return unreadable

@@ -1,0 +1,125 @@
+"""A split's folder of pictures, in the order of their names.
+
+Turns `SPLIT/CLASS/*` into labelled names, and these into keys and fingerprints. Knows nothing about
+what is in a picture.
+
+    >>> find_pictures(Path("data/train")).class_names  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.cache import digest
+from finetune.errors import DataError
+from finetune.layout import (
+    IMAGE_SUFFIXES,
+    class_dirs,
+    pictures_of_class,
+)
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+Keys = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Labelled pictures of one folder, in the order of their names."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """CLASS/FILE, with forward slashes: what identifies a picture on any machine."""
+    labels: Indices
+    class_names: tuple[str, ...]
+    rows: Indices
+    """Where each one stands in the folder's whole listing, and so in its decoded store."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        return self.folder / self.names[index]
+
+    def subset(self, indices: Indices) -> Pictures:
+        return Pictures(
+            self.folder,
+            tuple(self.names[i] for i in indices),
+            self.labels[indices],
+            self.class_names,
+            self.rows[indices],
+        )
+
+    @cached_property
+    def keys(self) -> Keys:
+        """A number for each picture, made from its name alone."""
+        hashes = (hashlib.blake2b(os.fsencode(n), digest_size=8).digest() for n in self.names)
+        return np.frombuffer(b"".join(hashes), dtype="<u8").astype(np.uint64)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what tells these files' bytes from others on this machine, without reading them.
+
+        Change times are part of it: they move whenever a file's bytes do, and can't be set back.
+        """
+
+        def stand(path: str) -> list[object]:
+            try:
+                found = os.stat(path)
+            except OSError:  # a broken link: reading it will say so
+                return [path]
+            return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+        return digest([stand(str(self.folder / name)) for name in self.names])
+
+    @cached_property
+    def sizes(self) -> list[tuple[str, int]]:
+        """SPLIT/CLASS/FILE and its bytes, -1 for a broken link."""
+        split = self.folder.name
+        return [(f"{split}/{name}", _num_bytes(self.folder / name)) for name in self.names]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names and sizes: the same on every machine that holds the same files."""
+        return digest(self.sizes)
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def find_pictures(folder: Path) -> Pictures:
+    """The pictures below `folder`/CLASS, hidden and foreign files left out.
+
+    Raises `DataError` for a folder without classes and for a class without pictures.
+    """
+    classes = class_dirs(folder)
+    if not classes:
+        raise DataError(f"{folder} holds no class folders; each class needs one, with its pictures")
+    names: list[str] = []
+    labels: list[int] = []
+    for label, class_dir in enumerate(classes):
+        found = pictures_of_class(class_dir)
+        if not found:
+            raise DataError(
+                f"{class_dir} is a class without pictures (looked for "
+                f"{' '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder"
+            )
+        names += [f"{class_dir.name}/{name}" for name in found]
+        labels += [label] * len(found)
+    return Pictures(
+        folder,
+        tuple(names),
+        np.array(labels, dtype=np.int64),
+        tuple(p.name for p in classes),
+        np.arange(len(names)),
+    )

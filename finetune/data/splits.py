@@ -1,0 +1,107 @@
+"""What trains, what validates, and what is kept for the test.
+
+Turns a data folder and a config into disjoint, stratified splits that follow from the pictures'
+names alone. Knows nothing about what is in a picture.
+
+    >>> splits = find_splits(config)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.cache import digest
+from finetune.config import RunConfig
+from finetune.data.chance import mixed
+from finetune.data.pictures import Indices, Pictures, find_pictures
+from finetune.errors import DataError
+from finetune.layout import (
+    find_data_dir,
+)
+
+AUTO_VAL_FRACTION = 0.2
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What trains, what validates, and what is kept for the test, if anything."""
+
+    train: Pictures
+    val: Pictures
+    test: Pictures | None
+    val_fraction: float
+    note: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.class_names
+
+    @property
+    def dataset_fingerprint(self) -> str:
+        """Hash of the files' names and sizes: the same on every machine, however they are split."""
+        parts = [self.train, self.val, *([self.test] if self.test else [])]
+        return digest(sorted(size for part in parts for size in part.sizes))
+
+    @property
+    def split_fingerprint(self) -> str:
+        return digest([[p.folder.name, p.names] for p in (self.train, self.val)])
+
+
+def find_splits(config: RunConfig) -> Splits:
+    """What trains and what validates under `config`. Raises `DataError`."""
+    data_dir = find_data_dir(config.data_dir)
+    has_test = (data_dir / "test").is_dir()
+    fraction = config.val_fraction
+    if fraction == "auto":
+        fraction = 0.0 if has_test else AUTO_VAL_FRACTION
+    train, val = find_pictures(data_dir / "train"), find_pictures(data_dir / "val")
+    _same_classes(train, val)
+    test = find_pictures(data_dir / "test") if has_test and fraction == 0 else None
+    if test:
+        _same_classes(train, test)
+    if fraction > 0:
+        kept, validating = split_stratified(train, fraction)
+        test, train, val = val, train.subset(kept), train.subset(validating)
+        if not len(val):
+            raise DataError(
+                f"val_fraction: {fraction:g} of {len(train)} training pictures leaves none to "
+                "validate; pass a larger one, or 0 to validate on val/"
+            )
+        what = f"{fraction:.0%} of train/ validates ({len(val)} pictures); val/ is kept"
+    else:
+        what = f"val/ validates ({len(val)} pictures); {'test/' if test else 'nothing'} is kept"
+    count = f" ({len(test)} pictures)" if test else ""
+    note = f"{len(train)} pictures train; {what} for the test{count}"
+    return Splits(train, val, test, float(fraction), note)
+
+
+def _same_classes(train: Pictures, other: Pictures) -> None:
+    ours, theirs = set(train.class_names), set(other.class_names)
+    if ours != theirs:
+        only = [f"{c!r} only in {train.folder.name}/" for c in sorted(ours - theirs)]
+        only += [f"{c!r} only in {other.folder.name}/" for c in sorted(theirs - ours)]
+        raise DataError(
+            f"{train.folder.parent}: the splits hold different classes: {', '.join(only)}; "
+            "every split needs every class"
+        )
+
+
+def split_stratified(pictures: Pictures, fraction: float) -> tuple[Indices, Indices]:
+    """Indices (kept, held out): of each class the same share, to the nearest picture.
+
+    Which ones follows from the pictures' names alone: not from a seed, the directory's order or
+    the machine. A class keeps at least one picture.
+    """
+    held_out = np.zeros(len(pictures), dtype=bool)
+    for label in range(len(pictures.class_names)):
+        members = np.flatnonzero(pictures.labels == label)
+        ranked = members[np.argsort(mixed(pictures.keys[members], 0x5B117), kind="stable")]
+        held_out[ranked[: num_held_out(len(members), fraction)]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def num_held_out(num_pictures: int, fraction: float) -> int:
+    """How many of a class's pictures `split_stratified` holds out."""
+    return max(0, min(round(num_pictures * fraction), num_pictures - 1))
