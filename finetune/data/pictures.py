@@ -19,11 +19,7 @@ import numpy as np
 
 from finetune.cache import digest
 from finetune.errors import DataError
-from finetune.layout import (
-    IMAGE_SUFFIXES,
-    class_dirs,
-    pictures_of_class,
-)
+from finetune.layout import IMAGE_SUFFIXES, class_dirs, pictures_of_class
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 Keys = np.ndarray[Any, np.dtype[np.uint64]]

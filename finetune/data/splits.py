@@ -17,9 +17,7 @@ from finetune.config import RunConfig
 from finetune.data.chance import mixed
 from finetune.data.pictures import Indices, Pictures, find_pictures
 from finetune.errors import DataError
-from finetune.layout import (
-    find_data_dir,
-)
+from finetune.layout import find_data_dir
 
 AUTO_VAL_FRACTION = 0.2
 
