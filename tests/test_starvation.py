@@ -264,7 +264,7 @@ def end_of_each(folder: Path) -> dict[int, dict[str, Any]]:
 def test_a_sweep_goes_on_once_its_full_disk_has_room(
     size: str, workers: int, num_before: int, words: str, base: Any, disk: Path, tmp_path: Path
 ) -> None:
-    given = content(base, seed=range(4))
+    given = content(base | {"strategy": "freeze"}, seed=range(4))
     mount(disk, "remount", f"size={size}")
     process = start(disk.parent, given, "--workers", str(workers), "--out", str(disk / "runs"))
     said, _ = process.communicate(timeout=300)
@@ -378,9 +378,9 @@ def test_a_run_without_file_handles_is_one_message_and_goes_on_with_more(
     fields, expected = undisturbed
     flags = as_flags(fields | {"out": tmp_path / "runs", "cache_dir": tmp_path / "cache"})
     said = one_message(with_few_handles(count, *flags, WANDB_MODE=mode))
-    (place,) = (tmp_path / "runs").iterdir()
     assert "Too many open files" in said
-    if (place / "config.yaml").exists():
+    if count > 0:  # with none at all there is no run directory yet
+        (place,) = (tmp_path / "runs").iterdir()
         assert f"ulimit -n), then go on by --resume {place}" in said
         assert agent(f"--resume={place}").returncode == 0
         assert outcome(place) == expected
