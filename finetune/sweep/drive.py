@@ -24,7 +24,7 @@ from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, re
 from finetune.sweep.board import MAX_DEATHS, Board, Claim
 from finetune.sweep.dimensions import Value
 from finetune.sweep.spec import Sweep, read_sweep
-from finetune.sweep.storage import sqlite_url
+from finetune.sweep.storage import explained, sqlite_url
 from finetune.sweep.view import Outcome, View, final_table, open_console
 from finetune.sweep.workers import Crew, End, Epoch, Event, Job, Worker, visible_devices
 
@@ -66,7 +66,7 @@ def run_sweep(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: got {workers}; a whole number from 1 on is needed")
     num_workers = workers or max(1, len(visible_devices()))
-    with stoppable():
+    with stoppable(), explained(where):
         view = View(num_trials, spec.metric.name, spec.metric.goal, console)
         crew = Crew(num_workers)
         with closing(Board.open(spec, where, num_trials, view.say)) as board:

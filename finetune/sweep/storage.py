@@ -8,15 +8,18 @@ file; and tells which processes of this machine are still alive. Knows nothing a
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -32,6 +35,7 @@ GRACE_SECONDS = 90
 """A trial without a heartbeat for so long is given to another process."""
 
 _JOURNAL = "journal:"
+_OPTUNAS = str(Path(optuna.storages.__file__).parent)
 _TRIES = 6
 
 
@@ -124,6 +128,27 @@ def _open_journal(path: Path) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(path)))
     except OSError as error:
         raise FinetuneError(f"storage: journal {path} can't be used: {error.strerror}") from None
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Within it, a storage that breaks or turns out to be damaged raises `FinetuneError`."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:  # damaged content makes Optuna raise whatever it likes
+        places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        is_content = isinstance(error, json.JSONDecodeError)
+        if not is_content and not any(place.startswith(_OPTUNAS) for place in places):
+            raise
+        shown = where if where.startswith(_JOURNAL) else _without_secrets(make_url(where))
+        cause = (error.orig if isinstance(error, DBAPIError) else None) or error
+        reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        raise FinetuneError(
+            f"storage: {shown} can't be read or written: {reason}. Runs that have ended are whole "
+            "in their directories; with another --storage or --name the sweep starts afresh"
+        ) from None
 
 
 def _mend_journal(path: Path) -> None:
