@@ -55,7 +55,7 @@ def test_writing_to_an_opened_array_leaves_the_file_alone(tmp_path: Path) -> Non
     assert found(ask(tmp_path, build=forbidden)).array[0, 1] == 1
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "gone"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "list", "notes", "gone"])
 def test_a_damaged_entry_is_said_and_built_again(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +69,11 @@ def test_a_damaged_entry_is_said_and_built_again(
         os.truncate(data_path, 1000)
     elif damage == "manifest":
         (data_path.parent / "manifest.json").write_text("{")
+    elif damage == "list":
+        (data_path.parent / "manifest.json").write_text("[]")
+    elif damage == "notes":
+        manifest = data_path.parent / "manifest.json"
+        manifest.write_text(manifest.read_text().replace("filled", "filmed"))
     else:
         data_path.unlink()
     assert found(ask(tmp_path)).array[0, 5] == 5

@@ -8,15 +8,18 @@ file; and tells which processes of this machine are still alive. Knows nothing a
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -31,6 +34,7 @@ GRACE_SECONDS = 90
 """A trial without a heartbeat for so long is given to another process."""
 
 _JOURNAL = "journal:"
+_OPTUNAS = str(Path(optuna.storages.__file__).parent)
 _TRIES = 6
 
 
@@ -96,28 +100,37 @@ def sqlite_url(path: Path) -> str:
 
 @contextmanager
 def told(where: str) -> Iterator[None]:
-    """Within it, a storage that can't be read or written any more is one message.
+    """Within it, a storage that breaks or turns out to be damaged is one message.
 
     What its trials had reached stays; raises `FinetuneError`.
     """
     try:
         yield
-    except (StorageInternalError, DBAPIError) as error:
+    except FinetuneError:
+        raise
+    except Exception as error:  # damaged content makes Optuna raise whatever it likes
+        places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        is_content = isinstance(error, json.JSONDecodeError)
+        if not is_content and not any(place.startswith(_OPTUNAS) for place in places):
+            raise
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         raise FinetuneError(
             f"storage: {_shown(where)} can't be used any more: {_reason(cause)} (start the sweep "
-            "again once that is put right, and it goes on)"
+            "again once that is put right, and it goes on; runs that have ended are whole in their "
+            "directories)"
         ) from None
 
 
 def _shown(where: str) -> str:
-    """A URL as it may be told; a password can stand behind the question mark too."""
+    """A storage as it may be told; a password can stand behind the question mark too."""
+    if where.startswith(_JOURNAL):
+        return where
     return make_url(where).set(query={}).render_as_string(hide_password=True)
 
 
 def _reason(error: BaseException | None) -> str:
-    orig = getattr(error, "orig", None)
-    return str(orig or error).strip().splitlines()[0]
+    told_by = getattr(error, "orig", None) or error
+    return next(iter(str(told_by).strip().splitlines()), type(told_by).__name__)
 
 
 def _set_up_sqlite(storage: RDBStorage) -> None:
