@@ -253,6 +253,7 @@ def test_the_live_table_knows_what_was_done_before() -> None:
         "SIGINT",
         "kill parent",
         pytest.param("SIGUSR1", marks=pytest.mark.slow),
+        pytest.param("SIGUSR1 to all", marks=pytest.mark.slow),
         pytest.param("SIGTERM", marks=pytest.mark.slow),
         pytest.param("kill worker", marks=pytest.mark.slow),
     ],
@@ -269,12 +270,19 @@ def test_an_interrupted_trial_goes_on_from_its_last_epoch(
     if how == "kill worker":
         os.kill(workers[0], signal.SIGKILL)
     else:
-        process.send_signal(signal.SIGKILL if how == "kill parent" else signal.Signals[how])
+        expected = (
+            signal.SIGKILL if how == "kill parent" else signal.Signals[how.removesuffix(" to all")]
+        )
+        if how == "SIGUSR1 to all":  # as Slurm does
+            for child in children(process.pid):
+                os.kill(child, expected)
+        process.send_signal(expected)
         output, _ = process.communicate(timeout=120)
-        expected = signal.SIGKILL if how == "kill parent" else signal.Signals[how]
         assert process.returncode == -expected, output
         told = "trials put back: 1; the same command goes on with them" in output
         assert told == (how != "kill parent"), output
+        if how != "kill parent":
+            assert not any(Path(f"/proc/{worker}/fd").exists() for worker in workers)
         await_end(workers)
         assert not (run_dir / "result.json").exists()
         failure = read_failure(run_dir / "failure.json")

@@ -250,6 +250,8 @@ def _startable() -> Iterator[None]:
 
 def work(connection: Connection, job: Job, environment: dict[str, str], num_workers: int) -> None:
     """A child's life: carry out the job, tell the parent, end."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_DFL)  # which the server ignores
     os.setpgid(0, 0)  # Ctrl-C is the parent's: it asks its workers to stop
     os.environ.clear()
     os.environ.update(environment)
