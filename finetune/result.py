@@ -9,6 +9,7 @@ Knows nothing about torch: checkpoints are paths here.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -140,7 +141,7 @@ class RunDir:
 
         An unfinished directory is gone on with; a finished one too when `config` has more epochs:
         its result is then kept under another name. Raises `RunDirError` when another process holds
-        it, it is finished, or it can't be written.
+        it, it is finished, or it can't be written, and `OSError` without file handles.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -154,6 +155,8 @@ class RunDir:
             raise RunDirError(f"{self.path} is in use by another process") from None
         except OSError as error:
             self.release()
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # another place would not help
+                raise
             raise RunDirError(
                 f"out: {self.path} can't be written: {error.strerror or error}; pass another --out"
             ) from None

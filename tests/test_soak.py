@@ -25,6 +25,9 @@ SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "40"))
 NUM_FIRST = 6
 """Trials after which everything that is held for good is held."""
 
+NUM_SEEN = 9
+"""Looks at the least, three for each third."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -56,7 +59,7 @@ def look(process: subprocess.Popen[str], server: int, folder: Path, num_trials: 
         tuple(map(anonymous_mb, pair)),  # type: ignore[arg-type]
         tuple(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pair),  # type: ignore[arg-type]
         sum(len(children(pid)) for pid in pair),
-        num_files(folder / "tmp") + num_files(folder / "wandb"),
+        sum(1 for _ in (folder / "tmp").rglob("*")),
         num_files(folder / "cache"),
         sum(not path.is_dir() for path in (folder / "runs").iterdir()),
     )
@@ -75,8 +78,8 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
     given = {"name": "soak", "program": "agent.py", "method": "random", "metric": METRIC}
     given["parameters"] = parameters
     (tmp_path / "soak.yaml").write_text(yaml.safe_dump(given))
-    for name in ("tmp", "wandb"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "tmp").mkdir()
+    # Offline, W&B keeps there what `wandb sync` sends later; it grows by design.
     wandb_dirs = {f"WANDB_{name}_DIR": str(tmp_path / "wandb") for name in ("CACHE", "CONFIG", "DATA")}  # noqa: E501  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", "sweep", "soak.yaml", "--max_runs", "100000"],
@@ -85,8 +88,8 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
     )  # fmt: skip
     seen: list[Held] = []
     finished: set[Path] = set()
-    ends = time.monotonic() + 600
-    while time.monotonic() < ends:
+    latest = ends = time.monotonic() + 600 + SOAK_SECONDS
+    while time.monotonic() < (ends if len(seen) >= NUM_SEEN else latest):
         assert process.poll() is None, process.communicate()[1]
         new = {path.parent for path in tmp_path.glob("runs/*/result.json")} - finished
         finished |= new
@@ -104,7 +107,8 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
     assert process.returncode == -15, said
     print(*(seen[i] for i in (0, len(seen) // 2, -1)), sep="\n")
     check_steady(seen)
-    assert list((tmp_path / "tmp").iterdir()) == []
+    # A process that its signal ends leaves the folder of multiprocessing's socket.
+    assert {path.name[:5] for path in (tmp_path / "tmp").iterdir()} <= {"pymp-"}
     assert not list(tmp_path.glob("runs/*/.*.tmp")) and not list(tmp_path.glob("cache/.*"))
     for run_dir in finished:
         assert RunResult.load(run_dir).epochs_run == 1
@@ -112,7 +116,7 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
 
 def check_steady(seen: list[Held]) -> None:
     """The least of each in the last third is no more than the most in the first, memory apart."""
-    assert len(seen) >= 9, f"only {len(seen)} trials were seen"
+    assert len(seen) >= NUM_SEEN, f"only {len(seen)} were seen in time"
     third = len(seen) // 3
     first, last = seen[:third], seen[-third:]
     num_between = last[0].num_trials - first[-1].num_trials

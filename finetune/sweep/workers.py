@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -259,12 +260,21 @@ def work(connection: Connection, job: Job, environment: dict[str, str], num_work
         try:
             job.run_dir.mkdir(parents=True, exist_ok=True)
             _redirect_output(job.run_dir / OUTPUT_NAME)
-            end = _carry_out(connection, job, num_workers)
+            with _own_temporary_files():
+                end = _carry_out(connection, job, num_workers)
         except Stopped as stop:
             end = End("stopped", str(stop))
         except Exception as error:
             end = _failure(error)
     _tell(connection, end)
+
+
+@contextmanager
+def _own_temporary_files() -> Iterator[None]:
+    """Removed at the end: a child ends without the clean-up that Python does at its exit."""
+    with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as place:
+        tempfile.tempdir = place
+        yield
 
 
 def _carry_out(connection: Connection, job: Job, num_workers: int) -> End:
