@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from finetune.config import RunConfig
-from finetune.errors import run_door, undivided
 from finetune.flags import given_fields
+from finetune.stopping import run_door, undivided
 from finetune.tracking import fields_of_run, told_to_sweep
 
 

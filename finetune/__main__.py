@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import run_door
 from finetune.flags import Parser
+from finetune.stopping import run_door
 
 Arguments = Callable[[argparse.ArgumentParser], None]
 DATA_DIR = Path("data/inaturalist_12K")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import annotated_types as at
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,6 +27,7 @@ from pydantic import (
 )
 
 from finetune.errors import ConfigError, nearest
+from finetune.files import load_yaml
 from finetune.strategies import PARTS, SCHEDULES, STRATEGIES, Plan, plan
 
 _YES = {"y", "yes", "on", "true"}
@@ -276,8 +276,6 @@ class RunConfig(BaseModel):
         return "-".join(words)
 
 
-_MAX_BYTES, _MAX_VALUES = 1_000_000, 20_000
-
 PLACES = frozenset({"config", "resume"})
 """Flags and keyword arguments that say where a config comes from; a config doesn't hold them."""
 
@@ -286,39 +284,6 @@ def unknown_field(name: str) -> str:
     """The message for a name that isn't a field, with the nearest ones that are."""
     names = [*RunConfig.model_fields, *sorted(PLACES)]
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
-
-
-def load_yaml(path: Path, what: str) -> Any:
-    """What a YAML file says, which is meant to be `what`: plain values alone.
-
-    Raises `ConfigError`, also for one that aliases or merges blow up: neither building nor walking
-    that would ever end.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_BYTES + 1)
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
-        loader = yaml.SafeLoader(text.decode("utf-8"))
-        node = loader.get_single_node()
-        _check_size(node)
-        return None if node is None else loader.construct_document(node)
-    except RecursionError:
-        raise ConfigError(f"{path} can't be read as {what}: it is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can't be read as {what}: {error}") from None
-
-
-def _check_size(node: object) -> None:
-    count, left = 0, [node]
-    while left:
-        node = left.pop()
-        count += 1
-        if count > _MAX_VALUES:
-            raise ValueError(f"it holds more than {_MAX_VALUES} values; are aliases nested?")
-        if isinstance(node, yaml.CollectionNode):
-            for part in node.value:
-                left += part if isinstance(part, tuple) else [part]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What can go wrong at a user's hands, and how a process then ends.
+"""What can go wrong at a user's hands, in words.
 
 Turns a mistake into one message and an exit code. Knows nothing about what raised it.
 
@@ -19,20 +19,15 @@ from __future__ import annotations
 
 import difflib
 import errno
-import io
 import os
 import signal
-import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from types import FrameType
-from typing import ClassVar, NoReturn
 
-from finetune.progress import bars_end
+PREEMPTION_SIGNAL = signal.SIGUSR1
+"""What schedulers send before they take the machine (Slurm: --signal=USR1@120)."""
 
 
 class FinetuneError(Exception):
@@ -176,130 +171,6 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-PREEMPTION_SIGNAL = signal.SIGUSR1
-"""What schedulers send before they take the machine (Slurm: --signal=USR1@120)."""
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, PREEMPTION_SIGNAL)
-
-
-class _Stop:
-    """The handler of `STOP_SIGNALS`: the first to come raises `Stopped`, later ones do nothing.
-
-    It remembers that itself: a Trainer puts the handlers back that it has found, also on its way
-    out from a stop.
-    """
-
-    active: ClassVar[_Stop | None] = None
-
-    def __init__(self) -> None:
-        self._has_raised = False
-        self._waiting: list[int] | None = None
-
-    def __call__(self, signum: int, frame: FrameType | None = None) -> None:
-        if self._waiting is not None:
-            self._waiting.append(signum)
-        elif not self._has_raised:
-            self._has_raised = True
-            raise Stopped(signum)
-
-    @property
-    def has_come(self) -> bool:
-        return self._has_raised or bool(self._waiting)
-
-    @contextmanager
-    def held_off(self) -> Iterator[None]:
-        if self._waiting is not None:
-            yield
-            return
-        came = self._waiting = []
-        try:
-            yield
-        finally:
-            self._waiting = None
-            for signum in came:
-                self(signum)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Within it, the first of `STOP_SIGNALS` raises `Stopped`; later ones wait for the clean-up.
-
-    Handlers are put back at the end. It does nothing within another `stoppable`, whose clean-up it
-    is a part of, and outside the main thread, where Python has no handlers.
-    """
-    if _Stop.active or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    _Stop.active = stop = _Stop()
-    try:
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, stop)
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        _Stop.active = None
-
-
-@contextmanager
-def undivided() -> Iterator[None]:
-    """Within it, a stop waits for the end: what belongs together is written together."""
-    stop = _Stop.active
-    if stop is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with stop.held_off():
-        yield
-
-
-def is_stopping() -> bool:
-    """Whether a stop has come: the process cleans up, or will once `undivided` has ended."""
-    return _Stop.active is not None and _Stop.active.has_come
-
-
 def message(error: BaseException) -> str:
     """What an error says, its own line breaks kept, as a terminal may show it."""
     return "\n".join(map(one_line, str(error).split("\n")))
-
-
-def run_door(door: Callable[[], int | None]) -> NoReturn:
-    """Call a command's main function and end the process as its outcome says.
-
-    A `FinetuneError` prints its message alone, without a traceback. `Stopped` ends the process by
-    the same signal, so that a shell shows 130 or 143 and W&B's agent sees no failure.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what no encoding has
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with stoppable(), bars_end():
-            code = door() or 0
-            sys.stdout.flush()
-            sys.exit(code)
-    except FinetuneError as error:
-        print(f"error: {message(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output is gone (`| head`)
-        _discard_output()
-        sys.exit(1)
-    except Exception as error:
-        if (short := shortage(error)) is None:
-            raise
-        print(f"error: {short}", file=sys.stderr)
-        _discard_output()  # it may be what the disk has no room for
-        sys.exit(short.exit_code)
-    except Stopped as stop:
-        print(str(stop), file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        signal.signal(stop.signum, signal.SIG_DFL)
-        os.kill(os.getpid(), stop.signum)
-        raise
-
-
-def _discard_output() -> None:
-    """Nothing more can be written there; Python's own last flush would change the exit code."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,8 @@ import sys
 import threading
 from pathlib import Path
 
-from finetune.errors import PREEMPTION_SIGNAL, ConfigError, Stopped, undivided
+from finetune.errors import PREEMPTION_SIGNAL, ConfigError, Stopped
+from finetune.stopping import undivided
 from finetune.sweep.workers import visible_devices
 
 

@@ -21,11 +21,12 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from finetune.config import RunConfig
 from finetune.data import Pictures
-from finetune.errors import Diverged, WeightsError, undivided
+from finetune.errors import Diverged, WeightsError
 from finetune.files import write_atomically
 from finetune.model import MEAN, STD, read_checkpoint, write_checkpoint
 from finetune.module import FineTuning
 from finetune.result import Row, RunDir, best_epoch
+from finetune.stopping import undivided
 from finetune.strategies import epochs_since_best
 
 OnEpoch = Callable[[Row], None]

@@ -31,13 +31,12 @@ from finetune.errors import (
     FinetuneError,
     Stopped,
     ending,
-    is_stopping,
     one_line,
     require_handles,
-    undivided,
 )
 from finetune.layout import PICTURE_FORMATS
 from finetune.result import Row, RunDir, RunResult
+from finetune.stopping import is_stopping, undivided
 
 if TYPE_CHECKING:
     import numpy as np

@@ -44,14 +44,13 @@ from finetune.errors import (
     is_out_of_memory,
     one_line,
     shortage,
-    stoppable,
-    undivided,
 )
 from finetune.model import build, load_best, load_source, read_checkpoint, read_checkpoint_of
 from finetune.module import FineTuning
 from finetune.progress import bar
 from finetune.record import Checkpoints, OnEpoch, Recorder, recorded_state
 from finetune.result import RunDir, RunResult, best_epoch
+from finetune.stopping import stoppable, undivided
 from finetune.tracking import Tracker
 
 DEFAULT_CACHE_GB = 20.0

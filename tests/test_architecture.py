@@ -12,7 +12,7 @@ from .conftest import ROOT
 
 FLOORS: dict[str, int] = {
     "errors": 0, "strategies": 0, "config": 0, "flags": 0, "result": 0, "progress": 0,
-    "layout": 0, "files": 0,
+    "layout": 0, "files": 0, "stopping": 0,
     "cache": 1, "sources": 1, "data": 1, "model": 1, "archive": 1, "members": 1, "fetch": 1,
     "download": 1, "check": 1,
     "activations": 2, "module": 2, "record": 2, "tracking": 2,
@@ -23,8 +23,9 @@ FLOORS: dict[str, int] = {
 }  # fmt: skip
 
 NEIGHBOURS = {
-    ("errors", "progress"), ("config", "strategies"), ("config", "errors"), ("flags", "config"),
-    ("flags", "errors"),
+    ("stopping", "errors"), ("stopping", "progress"),
+    ("config", "strategies"), ("config", "errors"), ("flags", "config"),
+    ("flags", "errors"), ("files", "errors"), ("config", "files"),
     ("result", "config"), ("result", "errors"), ("result", "strategies"), ("result", "files"),
     ("layout", "errors"),
     ("data", "cache"), ("check", "data"), ("download", "fetch"), ("download", "archive"),
@@ -38,8 +39,9 @@ NEIGHBOURS = {
 }  # fmt: skip
 
 LIGHT = (
-    "errors", "strategies", "config", "flags", "files", "result", "progress", "layout", "archive",
-    "members", "fetch", "download", "sources", "cache", "standings", "compare", "report", "sweep",
+    "errors", "stopping", "strategies", "config", "flags", "files", "result", "progress", "layout",
+    "archive", "members", "fetch", "download", "sources", "cache", "standings", "compare", "report",
+    "sweep",
 )  # fmt: skip
 """Rooms that import no torch when they are imported."""
 

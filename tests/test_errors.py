@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import STOP_SIGNALS, Stopped, is_stopping, stoppable, undivided
+from finetune.errors import Stopped
+from finetune.stopping import STOP_SIGNALS, is_stopping, stoppable, undivided
 
 from .conftest import ROOT
 

@@ -13,7 +13,8 @@ from .conftest import ROOT
 READING = """
 import time
 from finetune import progress
-from finetune.errors import DataError, run_door
+from finetune.errors import DataError
+from finetune.stopping import run_door
 
 progress.PATIENCE_SECONDS = 0
 

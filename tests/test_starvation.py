@@ -39,7 +39,7 @@ __all__ = ["base"]
 WITH_LITTLE_MEMORY = """
 import resource, sys
 import agent, finetune.train
-from finetune.errors import run_door
+from finetune.stopping import run_door
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv.pop(1)) * 1_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -352,7 +352,7 @@ def test_pictures_that_find_no_file_handle_are_not_taken_for_unreadable_or_missi
 WITH_FEW_HANDLES = """
 import os, resource, sys
 import agent, finetune.train, finetune.__main__, finetune.sweep.drive
-from finetune.errors import run_door
+from finetune.stopping import run_door
 limit = len(os.listdir("/proc/self/fd")) - 1 + int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 run_door(finetune.__main__.main if sys.argv[1] == "sweep" else agent.main)

@@ -178,7 +178,7 @@ def test_the_parent_imports_no_torch_and_a_missing_optuna_is_named(tmp_path: Pat
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     code = (
         "import sys; sys.modules['optuna'] = None; from finetune.__main__ import main\n"
-        "from finetune.errors import run_door; run_door(lambda: main(['sweep', 'sweep.yaml']))"
+        "from finetune.stopping import run_door; run_door(lambda: main(['sweep', 'sweep.yaml']))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

@@ -19,8 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
-from finetune.errors import ConfigError, FinetuneError, RunDirError, Shortage, stoppable
+from finetune.errors import ConfigError, FinetuneError, RunDirError, Shortage
 from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, read_metrics
+from finetune.stopping import stoppable
 from finetune.sweep.board import MAX_DEATHS, Board, Claim, Standing
 from finetune.sweep.dimensions import Value
 from finetune.sweep.spec import Sweep, read_sweep

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.config import RunConfig, load_yaml, read_mapping, unknown_field
+from finetune.config import RunConfig, read_mapping, unknown_field
 from finetune.errors import ConfigError, nearest
+from finetune.files import load_yaml
 from finetune.flags import given_fields
 from finetune.result import METRICS
 from finetune.sweep.dimensions import Constant, Dimension, Value, number_as_text, read_parameter

@@ -39,9 +39,9 @@ from finetune.errors import (
     message,
     require_handles,
     shortage,
-    stoppable,
 )
 from finetune.result import Row, RunDir
+from finetune.stopping import stoppable
 
 OUTPUT_NAME = "output.log"
 """Inside a run directory: what the run printed."""
