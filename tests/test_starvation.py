@@ -378,7 +378,7 @@ def test_a_run_without_file_handles_is_one_message_and_goes_on_with_more(
     fields, expected = undisturbed
     flags = as_flags(fields | {"out": tmp_path / "runs", "cache_dir": tmp_path / "cache"})
     said = one_message(with_few_handles(count, *flags, WANDB_MODE=mode))
-    assert "Too many open files" in said and "allow more open files (ulimit -n)" in said
+    assert "Too many open files" in said
     if count > 1:  # with fewer the run has no directory yet
         (place,) = (tmp_path / "runs").iterdir()
         assert f"ulimit -n), then go on by --resume {place}" in said
