@@ -108,7 +108,7 @@ _EVALUATION = frozenset(
     | {"num_pictures", "per_class", "class_names", "confusion", "unreadable", "recorded_at"}
 )
 _SEAL = "# digest: "
-"""A config.yaml's last line, where its run has written it."""
+"""A config.yaml's first line, where its run has written it: what is cut off can't take it along."""
 
 
 class RunDir:
@@ -137,11 +137,11 @@ class RunDir:
             raise RunDirError(f"{self.path} is no run directory: it has no config.yaml")
         try:
             fields = read_mapping(self.config_path)
-            text, seal_line, found = self.config_path.read_text("utf-8").rpartition(_SEAL)
-            if seal_line and found.strip() != hash_of(text.encode()):
+            first, _, text = self.config_path.read_text("utf-8").partition("\n")
+            if first.startswith(_SEAL) and first != _SEAL + hash_of(text.encode()):
                 raise RunDirError(
                     f"{self.config_path} is damaged, or was changed since the run wrote it; if you "
-                    "have changed it, remove its last line"
+                    "have changed it, remove its first line"
                 )
             return RunConfig.from_fields(fields)
         except ConfigError as error:
@@ -191,7 +191,7 @@ class RunDir:
 
     def write_config(self, config: RunConfig) -> None:
         text = yaml.safe_dump(config.to_fields(), sort_keys=False, allow_unicode=True)
-        write_atomically(self.config_path, f"{text}{_SEAL}{hash_of(text.encode())}\n".encode())
+        write_atomically(self.config_path, f"{_SEAL}{hash_of(text.encode())}\n{text}".encode())
 
     def write_metrics(self, rows: Iterable[Row]) -> None:
         text = io.StringIO(newline="")
