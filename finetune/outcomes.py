@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.config import RunConfig, read_mapping
 from finetune.errors import FinetuneError, RunDirError
 from finetune.intervals import Correct
 from finetune.result import Row, RunDir, RunResult, read_failure, read_metrics
@@ -83,7 +84,7 @@ def _read(place: Path) -> Outcome:
     try:
         if run_dir.finished:
             return _finished(run_dir)
-        config = run_dir.read_config().to_fields()
+        config = RunConfig.from_fields(read_mapping(run_dir.config_path)).to_fields()
         rows = tuple(read_metrics(run_dir.metrics_path))
     except (FinetuneError, OSError) as error:
         return Outcome(place, {}, (), "unreadable", str(error))

@@ -132,6 +132,8 @@ class RunDir:
             raise RunDirError(f"{self.path} is no run directory: it has no config.yaml")
         try:
             fields = read_mapping(self.config_path)
+            if "name" not in fields:  # the last one that is written
+                raise RunDirError(f"{self.config_path} is damaged: its end is missing")
             return RunConfig.from_fields(fields)
         except ConfigError as error:
             raise RunDirError(f"{self.config_path} is damaged: {error}") from None

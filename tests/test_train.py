@@ -27,7 +27,6 @@ from .conftest import ROOT, Train
 CLOCKS = {"images_per_second"}
 MOVING = {
     "run_id", "train_seconds", "cache_seconds", "images_per_second", "prefix_timings", "config",
-    "metrics_fingerprint", "digest",
 }  # fmt: skip
 
 
