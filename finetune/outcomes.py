@@ -97,6 +97,8 @@ def _read(place: Path) -> Outcome:
 
 def _finished(run_dir: RunDir) -> Outcome:
     result = RunResult.load(run_dir.path)
+    known = {k: v for k, v in result.config.items() if k in RunConfig.model_fields}
+    RunConfig.from_fields(known)  # raises for values that no run can have had
     rows = tuple(read_metrics(run_dir.metrics_path))
     correct = labels = None
     if run_dir.predictions_path.exists():
