@@ -1,32 +1,26 @@
 """A run in Weights & Biases: opened, described, and ended with the truth.
 
 Turns a config into a W&B run that Lightning's logger writes to, and a finished run directory into
-what the dashboard shows at the end. Without an account it logs offline, into the run directory; it
-never waits at a prompt. Knows nothing about training.
+what the dashboard shows at the end. Knows nothing about training.
 
     >>> tracker = Tracker.open(config, run_dir)  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
-import netrc
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import urlparse
 
-import yaml
-
-from finetune.config import RunConfig, differences
+from finetune.config import RunConfig
 from finetune.errors import (
-    ConfigError,
     Ending,
     FinetuneError,
     Stopped,
@@ -37,60 +31,39 @@ from finetune.errors import (
 from finetune.layout import PICTURE_FORMATS
 from finetune.result import Row, RunDir, RunResult
 from finetune.stopping import is_stopping, undivided
+from finetune.tracking.agent import mode, sweep_name, sweep_parameters
 
 if TYPE_CHECKING:
     import numpy as np
     from pytorch_lightning.loggers import WandbLogger
 
+
 NUM_MISTAKES = 50
+
+
 _LOOK_SECONDS = 0.1
 
-MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
-"""What W&B's client knows."""
 
 FOLDER = "finetune"
+
+
 RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")
 """What a run sends along, in this folder of its W&B files, for a report on the whole sweep."""
 
+
 _NUM_HANDLES = 16  # twice what W&B's client opens; without, its threads die and it waits for them
+
 
 INIT_SECONDS = 60.0
 """How long a server is waited for at the start."""
 
+
 STOP_SECONDS = 25.0
 """How long it is waited for after a stop: W&B's agent kills its run 30 s after SIGTERM."""
 
+
 PATIENCE_SECONDS = 600.0
 """How long it is waited for at the end, for the first word."""
-
-NAME_SECONDS = 5
-"""How long one question for a sweep's name may take; W&B's client asks in two ways."""
-
-
-def mode(environ: dict[str, str] | None = None) -> str:
-    """`WANDB_MODE` where it is set; else online with a key, offline without one.
-
-    Raises `ConfigError` for a mode that W&B doesn't know.
-    """
-    variables = os.environ if environ is None else environ
-    if (asked := variables.get("WANDB_MODE")) is not None:
-        if asked not in MODES:
-            raise ConfigError(f"WANDB_MODE: got {asked!r}; must be one of {', '.join(MODES)}")
-        return asked
-    if variables.get("WANDB_SWEEP_ID") or _has_key(dict(variables)):
-        return "online"
-    return "offline"
-
-
-def _has_key(environ: dict[str, str]) -> bool:
-    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    path = Path(environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        return path.exists() and netrc.netrc(str(path)).authenticators(host) is not None
-    except (netrc.NetrcParseError, OSError):
-        return False
 
 
 class Tracker:
@@ -120,7 +93,7 @@ class Tracker:
             chosen,
             project=config.project,
             entity=config.entity,
-            group=config.group or _sweep_name(config, chosen),
+            group=config.group or sweep_name(config, chosen),
             name=config.name,
             id=run_dir.path.name,
             tags=[config.strategy],
@@ -311,21 +284,6 @@ def _init(chosen: str, seconds: float = INIT_SECONDS, **described: Any) -> Any:
     return run
 
 
-def _sweep_name(config: RunConfig, chosen: str) -> str | None:
-    """The name of the sweep whose agent started this run, or its id where it has none."""
-    sweep_id = os.environ.get("WANDB_SWEEP_ID")
-    if sweep_id is None or chosen != "online":
-        return sweep_id
-    import wandb
-
-    path = "/".join(filter(None, (config.entity, config.project, sweep_id)))
-    try:
-        sweep: Any = wandb.Api(timeout=NAME_SECONDS).sweep(path)  # type: ignore[no-untyped-call]
-        return sweep.config.get("name") or sweep_id
-    except Exception:  # whatever it is, a name isn't worth a run
-        return sweep_id
-
-
 def _picture(path: str) -> Any:
     """A picture for W&B, which can't keep a file whose name is no text: then a copy of it."""
     import wandb
@@ -355,23 +313,6 @@ def told_to_sweep() -> Iterator[None]:
         raise
 
 
-def fields_of_run(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's fields: what its command line says, and its W&B sweep where an agent started it.
-
-    Raises `ConfigError` where the two contradict each other: W&B would show the sweep's value.
-    """
-    parameters = sweep_parameters()
-    if shared := {name: flags[name] for name in flags.keys() & parameters.keys()}:
-        of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
-        differing = differences(RunConfig.from_fields(of_sweep), shared)
-        for name, (set_by_sweep, given) in differing.items():
-            raise ConfigError(
-                f"{name}: the sweep says {set_by_sweep} and the command line {given}; leave it "
-                "out of one of them"
-            )
-    return parameters | dict(flags)
-
-
 def confident_mistakes(
     logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], paths: Sequence[str]
 ) -> list[tuple[str, int, int, float]]:
@@ -385,18 +326,3 @@ def confident_mistakes(
     wrong = np.flatnonzero(guesses != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:NUM_MISTAKES]
     return [(str(paths[i]), int(labels[i]), int(guesses[i]), float(confidence[i])) for i in worst]
-
-
-def sweep_parameters() -> dict[str, Any]:
-    """What a W&B agent has set and locked for this run; nothing where no agent started it."""
-    path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
-    if not path or not Path(path).exists():
-        return {}
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        return {}
-    return {
-        name: given["value"]
-        for name, given in content.items()
-        if isinstance(given, dict) and "value" in given and name != "_wandb"
-    }
