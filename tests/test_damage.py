@@ -283,8 +283,8 @@ def test_a_sweep_goes_on_over_damaged_directories(
         "weights": str(weights),
         "val_fraction": 0,
         "image_size": 32,
-        "batch_size": 2,
-        "epochs": 20,
+        "batch_size": 5,
+        "epochs": 150,  # so many that none has ended when the last one is under way
         "patience": 0,
         "strategy": "freeze",
         "accelerator": "cpu",
@@ -299,7 +299,7 @@ def test_a_sweep_goes_on_over_damaged_directories(
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
 
-    with going(tmp_path) as process:
+    with going(tmp_path, subprocess.DEVNULL) as process:  # nobody reads it while it is waited for
         wait_for(lambda: len(list((tmp_path / "runs").glob("*/last.ckpt"))) == 4)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -307,7 +307,7 @@ def test_a_sweep_goes_on_over_damaged_directories(
     for place, file in zip(places, ("metrics.csv", "last.ckpt", "config.yaml", "x"), strict=True):
         if file != "x":
             damage(place / file, "truncated")
-    with going(tmp_path) as process:
+    with going(tmp_path, subprocess.PIPE) as process:
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "Traceback" not in output
@@ -315,13 +315,13 @@ def test_a_sweep_goes_on_over_damaged_directories(
     assert "last.ckpt" in output and "to start the run from its beginning" in output
 
 
-def going(folder: Path) -> subprocess.Popen[str]:
+def going(folder: Path, output: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--workers", "4"]
     return subprocess.Popen(
         command,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )
