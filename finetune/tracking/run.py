@@ -8,6 +8,7 @@ what the dashboard shows at the end. Knows nothing about training.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -58,7 +59,7 @@ INIT_SECONDS = 60.0
 """How long a server is waited for at the start."""
 
 
-STOP_SECONDS = 25.0
+STOP_SECONDS = 20.0
 """How long it is waited for after a stop: W&B's agent kills its run 30 s after SIGTERM."""
 
 
@@ -228,9 +229,10 @@ class Tracker:
                 done.set_exception(error)
 
         threading.Thread(target=carry_out, daemon=True).start()
-        granted = STOP_SECONDS
-        while granted > 0 and not wait([done], _LOOK_SECONDS).done:
-            granted -= _LOOK_SECONDS * is_stopping()
+        deadline = math.inf
+        while time.monotonic() < deadline and not wait([done], _LOOK_SECONDS).done:
+            if is_stopping():
+                deadline = min(deadline, time.monotonic() + STOP_SECONDS)
         self._run = None
         if not done.done():
             place = Path(run.dir).parent
