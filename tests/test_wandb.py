@@ -80,6 +80,9 @@ def place(fields: dict[str, Any], tmp_path: Path) -> Iterator[Place]:
         for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             environment[name] = str(tmp_path / name.lower())
             Path(environment[name]).mkdir()
+        # Another test of this process may have started a wandb-core: it would outlive a killed run,
+        # and hold its id.
+        environment.pop("WANDB_SERVICE", None)
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         made = Place(server, tmp_path, environment)
         yield made

@@ -121,6 +121,8 @@ class Crew:
         require_handles(_NUM_HANDLES)
         slot = next(i for i in range(self.num_workers) if i not in self._workers)
         environment = dict(os.environ)
+        # The caller's own W&B service would go on holding the run of a trial that was killed.
+        environment.pop("WANDB_SERVICE", None)
         if self._devices:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
         ours, theirs = multiprocessing.Pipe()
