@@ -260,13 +260,13 @@ def content(cells: int) -> dict[str, Any]:
 
 
 def share(where: str, cells: int = 12) -> None:
-    """Two processes start at the same moment; one is killed with a trial in its hands."""
-    quick = other_process(content(cells), where, cells, 0.01)
+    """Two processes work on a sweep; one is killed with a trial in its hands."""
     slow = other_process(content(cells), where, cells, 60)
-    assert slow.stdout is not None
     with slow.stdout:
         assert slow.stdout.readline() == "open\n"
         held = slow.stdout.readline().strip()
+        quick = other_process(content(cells), where, cells, 0.01)
+        assert quick.stdout.readline() == "open\n"
         slow.kill()
         slow.wait()
     quick.communicate(timeout=120)
