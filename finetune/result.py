@@ -81,13 +81,13 @@ class RunResult(BaseModel):
     def load(cls, run_dir: Path) -> Self:
         """The result of a run directory. Raises `RunDirError`."""
         try:
-            return cls.model_validate_json((run_dir / "result.json").read_bytes())
+            return cls.model_validate(json.loads((run_dir / "result.json").read_bytes()))
         except FileNotFoundError:
             raise RunDirError(f"{run_dir} has no result.json: {_unfinished(run_dir)}") from None
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        except OSError as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = str(error)
         raise RunDirError(f"{run_dir}/result.json can't be read: {reason}")
 

@@ -108,30 +108,31 @@ def run_door(door: Callable[[], int | None]) -> NoReturn:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what no encoding has
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with stoppable(), bars_end():
-            code = door() or 0
-            sys.stdout.flush()
+    with stoppable():  # to the very end: a second Ctrl-C finds the first one at work
+        try:
+            with bars_end():
+                code = door() or 0
+                sys.stdout.flush()
             sys.exit(code)
-    except FinetuneError as error:
-        print(f"error: {message(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output is gone (`| head`)
-        _discard_output()
-        sys.exit(1)
-    except Exception as error:
-        if (short := shortage(error)) is None:
+        except FinetuneError as error:
+            print(f"error: {message(error)}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:  # the reader of our output is gone (`| head`)
+            _discard_output()
+            sys.exit(1)
+        except Exception as error:
+            if (short := shortage(error)) is None:
+                raise
+            print(f"error: {short}", file=sys.stderr)
+            _discard_output()  # it may be what the disk has no room for
+            sys.exit(short.exit_code)
+        except Stopped as stop:
+            print(str(stop), file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            signal.signal(stop.signum, signal.SIG_DFL)
+            os.kill(os.getpid(), stop.signum)
             raise
-        print(f"error: {short}", file=sys.stderr)
-        _discard_output()  # it may be what the disk has no room for
-        sys.exit(short.exit_code)
-    except Stopped as stop:
-        print(str(stop), file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        signal.signal(stop.signum, signal.SIG_DFL)
-        os.kill(os.getpid(), stop.signum)
-        raise
 
 
 def _discard_output() -> None:

