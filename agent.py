@@ -9,10 +9,12 @@ import sys
 
 from finetune.config import RunConfig
 from finetune.flags import given_fields
+from finetune.progress import bars_end
 from finetune.stopping import run_door, undivided
 from finetune.tracking import fields_of_run, told_to_sweep
 
 
+@bars_end()
 def main() -> None:
     """Check the fields before anything heavy is imported, then run."""
     with told_to_sweep():

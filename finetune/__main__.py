@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.flags import Parser
+from finetune.progress import bars_end
 from finetune.stopping import run_door
 
 Arguments = Callable[[argparse.ArgumentParser], None]
@@ -260,6 +261,7 @@ def command_line() -> argparse.ArgumentParser:
     return made
 
 
+@bars_end()
 def main(arguments: list[str] | None = None) -> int | None:
     given = command_line().parse_args(sys.argv[1:] if arguments is None else arguments)
     call: Callable[[argparse.Namespace], int | None] = given.call

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from finetune.stopping import undivided
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -79,8 +81,9 @@ def _rich_bar(what: str, total: int) -> Callable[[int], None]:
         console=Console(stderr=True),
     )
     task = progress.add_task(what, total=total)
-    _unfinished.append(progress)
-    progress.start()
+    with undivided():  # one that is half started can't be stopped
+        _unfinished.append(progress)
+        progress.start()
 
     def show(count: int) -> None:
         progress.update(task, completed=count)

@@ -19,7 +19,6 @@ from types import FrameType
 from typing import ClassVar, NoReturn
 
 from finetune.errors import PREEMPTION_SIGNAL, FinetuneError, Stopped, message, shortage
-from finetune.progress import bars_end
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, PREEMPTION_SIGNAL)
 
@@ -110,9 +109,8 @@ def run_door(door: Callable[[], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     with stoppable():  # to the very end: a second Ctrl-C finds the first one at work
         try:
-            with bars_end():
-                code = door() or 0
-                sys.stdout.flush()
+            code = door() or 0
+            sys.stdout.flush()
             sys.exit(code)
         except FinetuneError as error:
             print(f"error: {message(error)}", file=sys.stderr)

@@ -23,7 +23,7 @@ FLOORS: dict[str, int] = {
 }  # fmt: skip
 
 NEIGHBOURS = {
-    ("stopping", "errors"), ("stopping", "progress"),
+    ("stopping", "errors"), ("progress", "stopping"),
     ("config", "strategies"), ("config", "errors"), ("flags", "config"),
     ("flags", "errors"), ("files", "errors"), ("config", "files"),
     ("result", "config"), ("result", "errors"), ("result", "strategies"), ("result", "files"),

@@ -26,7 +26,7 @@ def read():
         if number == {breaks_at}:
             raise DataError("no more")
 
-run_door(read)
+run_door(progress.bars_end()(read))
 """
 HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"
 
