@@ -37,6 +37,15 @@ from finetune.data import (
 from finetune.strategies import PARTS, Plan
 
 
+def val_batch_size(batch_size: int) -> int:
+    """Pictures a validation batch: small ones are slow, and without gradients four times fit.
+
+    >>> val_batch_size(5), val_batch_size(32), val_batch_size(128)
+    (20, 64, 128)
+    """
+    return max(batch_size, min(4 * batch_size, 64))
+
+
 class Feed:
     """Each epoch's batches, and what is kept to make them quickly."""
 
@@ -99,7 +108,7 @@ class Feed:
         return Epoch(
             self.val_pictures,
             np.arange(len(self.val_pictures)),
-            self._config.batch_size,
+            val_batch_size(self._config.batch_size),
             part,
             lambda indices: self._val.inputs(part, indices, None),
         )
