@@ -45,7 +45,7 @@ from finetune.errors import (
     one_line,
     shortage,
 )
-from finetune.model import build, load_best, load_source, read_checkpoint, read_checkpoint_of
+from finetune.model import build, build_from, load_best, read_checkpoint, read_checkpoint_of
 from finetune.module import FineTuning
 from finetune.progress import bar
 from finetune.record import Checkpoints, OnEpoch, Recorder, recorded_state
@@ -191,8 +191,11 @@ class _Attempt:
         config, run_dir = self.config, self.run_dir
         say(f"run {run_dir.path.name}: {config.name} in {run_dir.path}")
         say(self.splits.note)
-        network = build(len(self.splits.class_names), config.seed)
-        source = load_source(network, config.weights) if config.weights is not None else None
+        num_classes, source = len(self.splits.class_names), None
+        if config.weights is None:
+            network = build(num_classes, config.seed)
+        else:
+            network, source = build_from(config.weights, num_classes, config.seed)
         self.recorder = recorder = Recorder(run_dir, config, source, say, self.on_epoch)
         resumed = self._resume_from(recorder, source)
         self.tracker = Tracker.open(config, run_dir, say)

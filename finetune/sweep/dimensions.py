@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -99,8 +100,16 @@ def _whole(name: str, given: Mapping[str, Any]) -> Dimension:
     low, high = given["min"], given["max"]
     if not (isinstance(low, int) and isinstance(high, int)):
         raise ConfigError(f"{name}: int_uniform: got {low!r} to {high!r}; whole numbers are needed")
-    steps = tuple(range(low, high + 1)) if high - low < MAX_STEPS else None
-    return Dimension(name, low=low, high=high, whole=True, steps=steps)
+    if high - low < MAX_STEPS:
+        steps = tuple(range(low, high + 1))
+        return Dimension(name, low=low, high=high, whole=True, steps=steps)
+    # Among many whole numbers TPE's choice takes three times as long as among as many points.
+    nearest_whole = partial(_nearest_whole, low, high)
+    return Dimension(name, low=low - 0.5, high=high + 0.5, meaning=nearest_whole)
+
+
+def _nearest_whole(low: int, high: int, point: float) -> int:
+    return min(max(round(point), low), high)
 
 
 def _uniform(name: str, given: Mapping[str, Any]) -> Dimension:
