@@ -67,18 +67,41 @@ def fields(digits: Path, weights: Path, tmp_path: Path) -> dict[str, Any]:
 Train = Callable[..., RunDir]
 
 
+def carry_out(**fields: Any) -> RunDir:
+    from finetune.train import train_and_finetune
+
+    result = train_and_finetune(**fields).result
+    assert isinstance(result, RunResult)
+    return RunDir(Path(result.config["out"]) / result.run_id)
+
+
 @pytest.fixture
 def train(fields: dict[str, Any]) -> Train:
     """Carry out a run with these fields changed; its directory."""
-    from finetune.train import train_and_finetune
+    return lambda **changed: carry_out(**(fields | changed))
 
-    def carry_out(**changed: Any) -> RunDir:
-        model = train_and_finetune(**(fields | changed))
-        result = model.result
-        assert isinstance(result, RunResult)
-        return RunDir(Path(result.config["out"]) / result.run_id)
 
-    return carry_out
+@pytest.fixture(scope="session")
+def train_once(digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Carry out a freeze run that tests share, with these fields; its directory."""
+
+    def finished(**fields: Any) -> RunDir:
+        place = tmp_path_factory.mktemp("finished")
+        given: dict[str, Any] = {
+            "strategy": "freeze",
+            "val_fraction": 0.25,
+            "image_size": 32,
+            "data_dir": digits,
+            "weights": weights,
+            "out": place,
+            "cache_dir": place / "cache",
+            "accelerator": "cpu",
+        }
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("WANDB_MODE", "disabled")
+            return carry_out(**given, **fields)
+
+    return finished
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 from finetune import cache
 from finetune.result import RunDir, RunResult
 from finetune.sweep.board import MAX_DEATHS, Board
-from finetune.sweep.spec import read_sweep
+from finetune.sweep.reading import read_sweep
 from finetune.train import run
 
 from .conftest import ROOT

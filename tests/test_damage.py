@@ -25,7 +25,7 @@ from finetune.model import read_checkpoint
 from finetune.outcomes import read_outcomes
 from finetune.result import RunDir, RunResult, read_failure, read_metrics
 from finetune.sweep.confirmation import confirmation
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Train
 
 NUM_FLIPS = int(os.environ.get("NUM_FLIPS", "60"))
 """Of the predictions; the file is read afresh each time."""
@@ -54,26 +54,9 @@ CHECKED = ("predictions.npz", "best.ckpt", "last.ckpt")
 
 
 @pytest.fixture(scope="module")
-def whole(digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(train_once: Train) -> Path:
     """A finished and evaluated run."""
-    place = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("WANDB_MODE", "disabled")
-        model = finetune.train_and_finetune(
-            strategy="freeze",
-            epochs=3,
-            val_fraction=0.25,
-            batch_size=5,
-            learning_rate=0.01,
-            image_size=32,
-            data_dir=digits,
-            weights=weights,
-            out=place,
-            cache_dir=place / "cache",
-            accelerator="cpu",
-        )
-    assert isinstance(model.result, RunResult)
-    run_dir = place / model.result.run_id
+    run_dir = train_once(epochs=3, batch_size=5, learning_rate=0.01).path
     assert not main(["evaluate", str(run_dir)])
     return run_dir
 

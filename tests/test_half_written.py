@@ -18,7 +18,8 @@ import finetune
 from finetune.__main__ import main
 from finetune.cache import Cache, num_kept_bytes
 from finetune.download import fetch_data
-from finetune.result import RunDir, RunResult
+from finetune.result import RunDir
+from tests.conftest import Train
 from tests.file_server import FileServer, serve
 from tests.picture_trees import tree, zipped
 from tests.test_interrupted import outcome
@@ -83,23 +84,8 @@ def left_in(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("WANDB_MODE", "disabled")
-        model = finetune.train_and_finetune(
-            strategy="freeze",
-            epochs=1,
-            val_fraction=0.25,
-            image_size=32,
-            data_dir=digits,
-            weights=weights,
-            out=place,
-            cache_dir=place / "cache",
-            accelerator="cpu",
-        )
-    assert isinstance(model.result, RunResult)
-    return place / model.result.run_id
+def finished(train_once: Train) -> Path:
+    return train_once(epochs=1).path
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ import optuna
 import pytest
 
 from finetune.errors import ConfigError, FinetuneError, MissingPackage
-from finetune.sweep import board as board_room
 from finetune.sweep.board import MAX_DEATHS, Board, Claim
-from finetune.sweep.spec import Sweep, read_sweep
+from finetune.sweep.reading import read_sweep
+from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import is_gone, open_storage, this_process
+from finetune.sweep.trials import copy
 
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
 ELSEWHERE = {"machine": "elsewhere/boot/pid", "pid": 1, "started": "1"}
@@ -133,7 +134,7 @@ def test_a_late_result_is_discarded_and_noted(storage: str) -> None:
     storage_object = open_storage(storage)
     board = Board.open(grid(1), storage, 1)
     storage_object.set_trial_state_values(slow.trial_id, optuna.trial.TrialState.FAIL)
-    board_room._copy(storage_object, 1 - 1 * storage.startswith("journal"), _trial(storage, slow))
+    copy(storage_object, 1 - 1 * storage.startswith("journal"), _trial(storage, slow))
     quick = work_off(board)
     assert [c.run_id for c in quick] == [slow.run_id]
     assert late.finish(slow, "finished", 0.9, {}) is False
@@ -230,7 +231,7 @@ def test_a_hopeless_trial_is_ended_at_the_first_rung_and_not_before(sqlite: str)
 OTHER_PROCESS = """
 import sys, time
 from finetune.sweep.board import Board
-from finetune.sweep.spec import read_sweep
+from finetune.sweep.reading import read_sweep
 import json
 content, where, count, pause = json.loads(sys.argv[1])
 board = Board.open(read_sweep(content), where, count)

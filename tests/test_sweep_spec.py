@@ -18,7 +18,8 @@ from finetune.errors import ConfigError, FinetuneError
 from finetune.result import RunDir
 from finetune.sweep import search
 from finetune.sweep.dimensions import DISTRIBUTIONS, Constant, Dimension, read_parameter
-from finetune.sweep.spec import Sweep, read_sweep
+from finetune.sweep.reading import read_sweep
+from finetune.sweep.spec import Sweep
 
 ROOT = Path(__file__).parent.parent
 METRIC = {"name": "best_val_acc", "goal": "maximize"}

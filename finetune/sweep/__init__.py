@@ -8,9 +8,12 @@ imports neither Optuna nor torch.
 | room | role |
 |---|---|
 | dimensions.py | W&B's parameter forms -> dimensions of a search |
-| spec.py | a sweep file, read and checked -> `Sweep` |
+| spec.py | everything that a sweep does: `Sweep` |
+| reading.py | a sweep file, read and checked -> `Sweep` |
 | search.py | a sweep -> Optuna's sampler, distributions, pruner |
 | storage.py | `--storage` -> an Optuna storage; which processes are alive |
+| joining.py | the sweep's study in a storage: made by one process, found by others |
+| trials.py | what a trial tells of its key; copies of those that failed |
 | board.py | the trials, shared by processes: claimed, ended, taken up again |
 | workers.py | a child process a trial, from a fork server |
 | preload.py | what that server imports |
@@ -30,7 +33,8 @@ from finetune.errors import MissingPackage
 if TYPE_CHECKING:
     from finetune.sweep.confirmation import confirm
     from finetune.sweep.drive import run_sweep, sweep_command
-    from finetune.sweep.spec import Sweep, read_sweep
+    from finetune.sweep.reading import read_sweep
+    from finetune.sweep.spec import Sweep
     from finetune.sweep.view import Outcome, final_table
 
 __all__ = [
@@ -48,7 +52,7 @@ _ROOMS = {
     "sweep_command": "drive",
     "confirm": "confirmation",
     "Sweep": "spec",
-    "read_sweep": "spec",
+    "read_sweep": "reading",
     "Outcome": "view",
     "final_table": "view",
 }

@@ -11,22 +11,19 @@ about processes, torch or the terminal.
 
 from __future__ import annotations
 
-import json
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials, get_storage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from finetune.errors import ConfigError
 from finetune.sweep import search
 from finetune.sweep.dimensions import Value
+from finetune.sweep.joining import join
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import (
     HEARTBEAT_SECONDS,
@@ -36,6 +33,7 @@ from finetune.sweep.storage import (
     open_storage,
     this_process,
 )
+from finetune.sweep.trials import DONE, Standing, copy, copy_stale, decided, key_of, number_of
 
 LOOK_SECONDS = 2.0
 """How often other processes' trials are looked at, at the most."""
@@ -46,10 +44,7 @@ UNOWNED_SECONDS = 60.0
 MAX_DEATHS = 3
 """A trial whose worker died so often has failed: out of memory, perhaps, or a crash."""
 
-_PATIENCE_SECONDS = 15.0
 _REPLACING_SECONDS = 5.0  # between a trial's end and its copy, while its process lives
-DIRECTIONS = {"maximize": StudyDirection.MAXIMIZE, "minimize": StudyDirection.MINIMIZE}
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -62,20 +57,6 @@ class Claim:
     values: dict[str, Value]
     """The fields that vary in the sweep."""
     attributes: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What is known of a key: its state, and what its accepted or last trial left."""
-
-    key: str
-    state: str
-    """finished, pruned, failed, running, waiting or lost (cut off, not waiting again yet)."""
-    run_id: str
-    values: dict[str, Value]
-    value: float | None
-    record: dict[str, Any]
-    """Whatever `finish` was given."""
 
 
 class Board:
@@ -93,9 +74,10 @@ class Board:
         self.num_trials = num_trials
         self._storage = storage
         self._shared = get_storage(storage)  # for a database, with a cache of ended trials
+        self._study, self._token = join(sweep, self._shared, num_trials, owner)
+        self._study_id = storage.get_study_id_from_name(sweep.name)
         self._say = say
         self._owner = owner
-        self._token = ""
         self._cells = list(sweep.cells()) if sweep.method == "grid" else []
         self._held: dict[int, Claim] = {}
         self._groups: dict[str, list[FrozenTrial]] = {}
@@ -115,9 +97,9 @@ class Board:
     ) -> Board:
         """Start the sweep in its storage, or join it there. Raises `ConfigError` if the storage
         holds another sweep of this name."""
-        storage = open_storage(where, _copy_stale, **heartbeats)
+        storage = open_storage(where, copy_stale, **heartbeats)
         board = cls(sweep, storage, num_trials, say, owner or this_process())
-        board._join()
+        board._look()
         board._take_up_lost()
         return board
 
@@ -126,97 +108,6 @@ class Board:
         if isinstance(self._storage, RDBStorage):
             self._storage.remove_session()
             self._storage.engine.dispose()
-
-    # joining
-
-    def _join(self) -> None:
-        """Make the study, or find it. Who makes it enqueues a grid's cells; the others wait."""
-        name = self.sweep.name
-        made = True
-        try:
-            study = optuna.create_study(
-                storage=self._shared,
-                study_name=name,
-                direction=DIRECTIONS[self.sweep.metric.goal],
-            )
-        except DuplicatedStudyError:
-            made = False
-            study = optuna.load_study(study_name=name, storage=self._shared)
-        study.pruner = search.pruner(self.sweep.ladder)
-        self._study = study
-        self._study_id = self._storage.get_study_id_from_name(name)
-        if made:
-            self._sign()
-        self._agree()
-        if self.sweep.method == "grid":
-            self._enqueue_missing(made)
-        self._look()
-
-    def _sign(self) -> None:
-        signature = {
-            "token": secrets.token_hex(3),
-            "source": _canonical(self.sweep.source),
-            "owner": self._owner,
-        }
-        self._study.set_user_attr("sweep", signature)
-
-    def _agree(self) -> None:
-        """Compare this sweep with the one in the storage."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while (signature := self._study.user_attrs.get("sweep")) is None:
-            if time.monotonic() > deadline:  # who made it is gone
-                self._sign()
-            time.sleep(0.05)
-        self._token = signature["token"]
-        theirs, ours = json.loads(signature["source"]), json.loads(_canonical(self.sweep.source))
-        changed = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
-        if changed:
-            raise ConfigError(
-                f"sweep {self.sweep.name!r} is in this storage already, with other "
-                f"{', '.join(changed)}; pass another --name to start a new one"
-            )
-
-    def _enqueue_missing(self, made: bool) -> None:
-        """Have every cell enqueued once: by the study's maker, or if it is gone, by somebody else.
-
-        A cell that is enqueued twice all the same is harmless: the later trial is discarded.
-        """
-        if not made:
-            self._wait_for_cells()
-        if self._num_enqueued() >= self.num_trials:
-            return
-        self._look()
-        distributions = {d.name: search.cell_distribution(d) for d in self.sweep.dimensions}
-        for index in range(self.num_trials):
-            key = f"cell-{index}"
-            if key in self._groups:
-                continue
-            self._storage.create_new_trial(
-                self._study_id,
-                create_trial(
-                    state=TrialState.WAITING,
-                    params=self._cells[index] if distributions else {},
-                    distributions=distributions,
-                    user_attrs={"key": key},
-                ),
-            )
-        self._study.set_user_attr("num_enqueued", self.num_trials)
-
-    def _wait_for_cells(self) -> None:
-        """Until the study's maker has enqueued them, is gone, or has long not gone on."""
-        maker = self._study.user_attrs["sweep"]["owner"]
-        count, since = -1, time.monotonic()
-        while self._num_enqueued() < 0 and not is_gone(maker):
-            now_there = len(self._study.get_trials(deepcopy=False))
-            if now_there != count:
-                count, since = now_there, time.monotonic()
-            elif time.monotonic() - since > _PATIENCE_SECONDS:
-                return
-            time.sleep(0.1)
-
-    def _num_enqueued(self) -> int:
-        """How many cells were enqueued by somebody who got to the end of it; -1 for nobody yet."""
-        return int(self._study.user_attrs.get("num_enqueued", -1))
 
     # what is known
 
@@ -228,8 +119,8 @@ class Board:
         started = time.monotonic()
         groups: dict[str, list[FrozenTrial]] = {}
         for trial in self._study.get_trials(deepcopy=False):
-            key = _key(trial)
-            beyond = self._cells and _number(key) >= self.num_trials
+            key = key_of(trial)
+            beyond = self._cells and number_of(key) >= self.num_trials
             if not beyond and "surplus" not in trial.user_attrs:
                 groups.setdefault(key, []).append(trial)
         self._groups = groups
@@ -243,27 +134,19 @@ class Board:
             self._take_up_lost()
 
     def _standing(self, key: str, trials: list[FrozenTrial]) -> Standing:
-        done = [t for t in trials if t.state in _DONE]
-        live = [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
-        trial = (done or live or trials[-1:])[0]
-        if done:
-            state = "finished" if trial.state == TrialState.COMPLETE else "pruned"
-        elif live:
-            state = trial.state.name.lower()
-        else:
-            state = "failed" if "failure" in trial.user_attrs else "lost"
+        state, trial = decided(trials)
         return Standing(
             key,
             state,
             self._run_id(key),
             self._values(key, trial),
-            trial.values[0] if done and trial.values else None,
+            trial.values[0] if trial.state in DONE and trial.values else None,
             trial.user_attrs.get("record") or trial.user_attrs.get("failure") or {},
         )
 
     def _values(self, key: str, trial: FrozenTrial) -> dict[str, Value]:
         if self._cells:
-            return dict(self._cells[_number(key)])
+            return dict(self._cells[number_of(key)])
         if len(trial.params) < len(self.sweep.dimensions):
             return {}
         return search.meaning(trial.params, self.sweep.dimensions)
@@ -363,8 +246,8 @@ class Board:
         trial_id = self._storage.create_new_trial(self._study_id, template)
         self._look()
         trial = self._storage.get_trial(trial_id)
-        key = _key(trial)
-        rank = sum(_number(k) < trial.number for k in self._groups)
+        key = key_of(trial)
+        rank = sum(number_of(k) < trial.number for k in self._groups)
         if rank >= self.num_trials:
             self._storage.set_trial_user_attr(trial_id, "surplus", True)
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -453,7 +336,7 @@ class Board:
         self._enqueue_copy(trial, **attributes)
 
     def _enqueue_copy(self, trial: FrozenTrial, **attributes: Any) -> None:
-        _copy(self._storage, self._study_id, trial, **attributes)
+        copy(self._storage, self._study_id, trial, **attributes)
         self._looked = -1e9
 
     # trials of processes that are gone
@@ -464,12 +347,12 @@ class Board:
             with experimental():
                 fail_stale_trials(self._study)
         changed = False
-        for key, trials in list(self._groups.items()):
+        for trials in list(self._groups.values()):
             for trial in trials:
                 if trial.state == TrialState.RUNNING and self._is_cut_off(trial):
                     self._replace(trial)
                     changed = True
-            lost = self._standing(key, trials).state == "lost"
+            lost = decided(trials)[0] == "lost"
             if lost and self._seen_for(trials[-1]) > _REPLACING_SECONDS:
                 self._enqueue_copy(trials[-1])
                 changed = True
@@ -492,7 +375,7 @@ class Board:
 
     def _discard_later(self, trials: list[FrozenTrial]) -> None:
         """Of a key that is done, a waiting trial is one too many."""
-        done = next((i for i, t in enumerate(trials) if t.state in _DONE), len(trials))
+        done = next((i for i, t in enumerate(trials) if t.state in DONE), len(trials))
         for trial in trials[done + 1 :]:
             if trial.state == TrialState.WAITING:
                 try:
@@ -507,10 +390,7 @@ class Board:
         How many there are.
         """
         self._look()
-        again = []
-        for key, trials in self._groups.items():
-            if self._standing(key, trials).state == "failed":
-                again.append(trials[-1])
+        again = [ts[-1] for ts in self._groups.values() if decided(ts)[0] == "failed"]
         for trial in again:
             self._enqueue_copy(trial, deaths=0)
         if not isinstance(self._storage, RDBStorage):
@@ -540,37 +420,3 @@ class Board:
     def _beat(self, trial_id: int) -> None:
         if isinstance(self._storage, RDBStorage):
             self._storage.record_heartbeat(trial_id)
-
-
-def _key(trial: FrozenTrial) -> str:
-    return str(trial.user_attrs.get("key") or f"draw-{trial.number}")
-
-
-def _number(key: str) -> int:
-    return int(key.rpartition("-")[2])
-
-
-def _canonical(source: object) -> str:
-    return json.dumps(source, sort_keys=True, default=str)
-
-
-def _copy(storage: BaseStorage, study_id: int, trial: FrozenTrial, **attributes: Any) -> None:
-    """A waiting trial with the same key and values as one that failed."""
-    left_behind = ("owner", "record", "failure", "surplus")
-    kept = {k: v for k, v in trial.user_attrs.items() if k not in left_behind}
-    storage.create_new_trial(
-        study_id,
-        create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs={**kept, "key": _key(trial), "copy_of": trial.number, **attributes},
-            system_attrs=trial.system_attrs,
-        ),
-    )
-
-
-def _copy_stale(study: optuna.Study, trial: FrozenTrial) -> None:
-    """What Optuna calls for a trial that lost its heartbeat."""
-    storage = study._storage
-    _copy(storage, storage.get_study_id_from_name(study.study_name), trial)

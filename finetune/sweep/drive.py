@@ -22,10 +22,12 @@ from rich.console import Console
 from finetune.errors import ConfigError, FinetuneError, RunDirError, Shortage
 from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, read_metrics
 from finetune.stopping import stoppable
-from finetune.sweep.board import MAX_DEATHS, Board, Claim, Standing
+from finetune.sweep.board import MAX_DEATHS, Board, Claim
 from finetune.sweep.dimensions import Value
-from finetune.sweep.spec import Sweep, read_sweep
+from finetune.sweep.reading import read_sweep
+from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import sqlite_url, told
+from finetune.sweep.trials import Standing
 from finetune.sweep.view import Outcome, View, final_table, open_console
 from finetune.sweep.workers import Crew, End, Epoch, Event, Job, Worker, visible_devices
 
