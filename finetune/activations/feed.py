@@ -33,17 +33,9 @@ from finetune.data import (
     epoch_flips,
     epoch_order,
     no_progress,
+    num_at_once,
 )
 from finetune.strategies import PARTS, Plan
-
-
-def val_batch_size(batch_size: int) -> int:
-    """Pictures a validation batch: small ones are slow, and without gradients four times fit.
-
-    >>> val_batch_size(5), val_batch_size(32), val_batch_size(128)
-    (20, 64, 128)
-    """
-    return max(batch_size, min(4 * batch_size, 64))
 
 
 class Feed:
@@ -104,11 +96,12 @@ class Feed:
 
     def val_epoch(self, epoch: int) -> Epoch:
         """Every validation picture once, in the order of their names."""
+        config = self._config
         part = self._val.nearest_part(self._plan.first_trainable(epoch))
         return Epoch(
             self.val_pictures,
             np.arange(len(self.val_pictures)),
-            val_batch_size(self._config.batch_size),
+            max(config.batch_size, num_at_once(config.image_size, config.accelerator)),
             part,
             lambda indices: self._val.inputs(part, indices, None),
         )

@@ -25,12 +25,9 @@ from torchvision.models import ResNet
 from finetune.activations.forms import Kept, Split, enter
 from finetune.cache import Array, Cache, digest
 from finetune.config import RunConfig
-from finetune.data import Indices, Progress
+from finetune.data import Indices, Progress, batch_bounds, num_at_once
 from finetune.errors import ConfigError
 from finetune.model import boundary_shape, fingerprint, forward, part_state, parts_before
-
-CHUNK = 32
-"""Pictures that go through the frozen layers at once while a store is filled."""
 
 _TIMED_CHUNKS = 3
 
@@ -56,6 +53,10 @@ class Keeper:
     progress: Progress
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds a picture, recomputed and read, where they were weighed."""
+
+    @property
+    def _num_at_once(self) -> int:
+        return num_at_once(self.config.image_size, self.config.accelerator)
 
     @cached_property
     def _weights(self) -> str:
@@ -111,8 +112,8 @@ class Keeper:
 
         def build(rows: Array) -> dict[str, Any]:
             done = self.progress(f"computing {what}", len(pictures))
-            for start in range(0, len(pictures), CHUNK):
-                indices = np.arange(start, min(start + CHUNK, len(pictures)))
+            for start, end in batch_bounds(len(pictures), self._num_at_once):
+                indices = np.arange(start, end)
                 rows[indices] = self._as_kept(self._compute(split, indices, flip))
                 for _ in indices:
                     done()
@@ -182,7 +183,7 @@ class Keeper:
     def _time_a_picture(self) -> tuple[float, float]:
         """Milliseconds to recompute one picture's activations, and to read them from a file."""
         split = self.splits[0]
-        size = min(CHUNK, len(split.pictures))
+        size = min(self._num_at_once, len(split.pictures))
         chunks = [np.arange(size) for _ in range(_TIMED_CHUNKS)]
         computed = self._compute(split, chunks[0], 0)  # not timed: first calls are slower
         start = time.perf_counter()

@@ -18,7 +18,7 @@ decoded ones. Knows nothing about networks; normalising is the model's.
 
 from __future__ import annotations
 
-from finetune.data.batches import Batch, Epoch, batch_bounds
+from finetune.data.batches import Batch, Epoch, batch_bounds, num_at_once
 from finetune.data.chance import epoch_augment_seeds, epoch_flips, epoch_order
 from finetune.data.decode import augment_strongly, decode, decode_many, num_cores
 from finetune.data.images import Images, Progress, no_progress, open_images
@@ -51,6 +51,7 @@ __all__ = [
     "find_pictures",
     "find_splits",
     "no_progress",
+    "num_at_once",
     "num_cores",
     "num_held_out",
     "open_images",

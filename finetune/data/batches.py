@@ -27,6 +27,19 @@ def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], num_pictures], strict=True))
 
 
+def num_at_once(image_size: int, accelerator: str) -> int:
+    """Pictures that go through the network at once where nothing learns from them.
+
+    On a CPU their activations should fit its caches: of 256 pixels, 8 are an eighth faster than 32,
+    of 64 pixels, 128 are a tenth faster. The numbers that come out are the same to the bit.
+
+    >>> num_at_once(256, "cpu"), num_at_once(64, "cpu"), num_at_once(256, "cuda")
+    (8, 128, 32)
+    """
+    num_pixels = 2**19 if accelerator == "cpu" else 2**21
+    return max(2, num_pixels // image_size**2)
+
+
 class Batch(NamedTuple):
     """What one step sees."""
 

@@ -8,11 +8,9 @@ style and pictures stand in it. Knows nothing about where runs come from.
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 
@@ -20,60 +18,9 @@ from finetune.compare import CONFIRM, Comparison, p_value, percent, points
 from finetune.errors import MissingPackage
 from finetune.outcomes import Outcome
 from finetune.report import figures, search
-from finetune.report.figures import Figure
+from finetune.report.markup import Cell, Drawn, esc, number, table, told_apart
 from finetune.report.winner import winner_section
 from finetune.standings import Standing
-
-esc: Callable[[object], str] = lambda value: html.escape(str(value))  # noqa: E731
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A table's cell: what is shown, and what it is sorted by."""
-
-    shown: str
-    value: float | str | None = None
-
-
-def number(value: float | None, shown: str | None = None) -> Cell:
-    return Cell("–" if value is None else shown or f"{value:g}", "" if value is None else value)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], tall: bool = False) -> str:
-    """A sortable table; cells of text are HTML already. Columns of `Cell`s are numbers."""
-    body = list(rows)
-    numeric = [bool(body) and isinstance(body[0][i], Cell) for i in range(len(heads))]
-    css = ["number" if is_number else "" for is_number in numeric]
-    head = "".join(
-        f'<th class="{c}" scope="col"><button>{esc(name)}</button></th>'
-        for name, c in zip(heads, css, strict=True)
-    )
-    lines = [f"<tr>{''.join(map(_cell, row, css))}</tr>" for row in body]
-    size = "scroll tall" if tall else "scroll"
-    return (
-        f'<div class="{size}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}'
-        "</tbody></table></div>"
-    )
-
-
-def _cell(cell: str | Cell, css: str) -> str:
-    if isinstance(cell, str):
-        return f'<td class="{css}">{cell}</td>'
-    return f'<td class="{css}" data-value="{esc(cell.value)}">{cell.shown}</td>'
-
-
-@dataclass
-class Drawn:
-    """The figures that a page holds, by the ids of their places."""
-
-    figures: dict[str, Figure] = field(default_factory=dict)
-
-    def place(self, name: str, figure: Figure, wide: bool = False) -> str:
-        """The place of a figure in the page; a wide one scrolls on a phone."""
-        self.figures[name] = figure
-        height = figure["layout"]["height"]
-        css = "figure wide" if wide else "figure"
-        return f'<div class="scroll"><div id="{name}" class="{css}" style="height:{height}px"></div></div>'  # noqa: E501  # fmt: skip
 
 
 def page(
@@ -105,7 +52,7 @@ def page(
                 drawn.place("curves", figures.learning_curves(comparison)),
             ),
             _search(finished, importances or {}, drawn),
-            winner_section(comparison, drawn, esc, table, number),
+            winner_section(comparison, drawn),
         ]
     sections += [_runs(finished), _not_finished(comparison), _provenance(outcomes)]
     return _document("".join(sections), drawn)
@@ -205,24 +152,8 @@ def _strategies(comparison: Comparison) -> str:
         *("learning rate", "batch", "augmentation", "best epoch", "minutes", "weights"),
     )
     rows = [_strategy_row(one) for one in comparison.standings]
-    alike, columns = _told_apart(heads, rows, always=("strategy", "accuracy", "runs"))
+    alike, columns = told_apart(heads, rows, always=("strategy", "accuracy", "runs"))
     return _section("Strategies", f"{about} {alike}", table(*columns))
-
-
-def _told_apart(
-    heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], always: Sequence[str]
-) -> tuple[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]]:
-    """What is the same in all rows, in words, and the columns that are left."""
-    values = {head: {_text(row[i]) for row in rows} for i, head in enumerate(heads)}
-    shown = [i for i, head in enumerate(heads) if head in always or len(values[head]) > 1]
-    alike = [f"{head} {min(values[head])}" for i, head in enumerate(heads) if i not in shown]
-    alike = [words for words in alike if not words.endswith("–")]
-    told = f"The same for all: {', '.join(alike)}." if alike else ""
-    return told, ([heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
-
-
-def _text(cell: str | Cell) -> str:
-    return cell.shown if isinstance(cell, Cell) else cell
 
 
 def _range(accuracies: list[float]) -> str:
@@ -347,7 +278,7 @@ def _runs(finished: Sequence[Outcome]) -> str:
                 number(result.images_per_second, f"{result.images_per_second:.0f}"),
             ]
         )
-    alike, columns = _told_apart(heads, rows, always=("run", "strategy", "accuracy"))
+    alike, columns = told_apart(heads, rows, always=("run", "strategy", "accuracy"))
     return _section("All runs that ended well", alike, table(*columns, tall=True))
 
 

@@ -3,14 +3,13 @@
 Turns the winner's predictions and pictures into a section with the pictures in it. Knows nothing
 about the other runs.
 
-    >>> winner_section(comparison, drawn, esc, table, number)  # doctest: +SKIP
+    >>> winner_section(comparison, drawn)  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,14 @@ from finetune.compare import Comparison, percent
 from finetune.errors import RunDirError
 from finetune.layout import PICTURE_FORMATS
 from finetune.report import figures
+from finetune.report.markup import Cell, Drawn, esc, number, table
 from finetune.result import RunDir, RunResult
 
 NUM_MISTAKES = 12
 _THUMBNAIL_PIXELS = 160
 
 
-def winner_section(
-    comparison: Comparison,
-    drawn: Any,
-    esc: Callable[[object], str],
-    table: Callable[..., str],
-    number: Callable[..., Any],
-) -> str:
+def winner_section(comparison: Comparison, drawn: Drawn) -> str:
     """The section, or nothing where the winner left no predictions."""
     winner = comparison.winner
     if winner is None or winner.result is None or winner.correct is None:
@@ -46,37 +40,32 @@ def winner_section(
         f"<h2>The winner: {esc(winner.name)}</h2>",
         f'<p class="soft">Run <code>{esc(winner.run_dir)}</code>, its best epoch '
         f"({result.best_epoch}), over its {len(labels)} validation pictures: "
-        f"{_settings(result, esc)}.</p>",
-        _tests(winner.run_dir, esc, table, number),
+        f"{_settings(result)}.</p>",
+        _tests(winner.run_dir),
         '<div class="columns"><div><h3>Confusion</h3>',
         drawn.place("confusion", figures.confusion(counts, names)),
         "</div><div><h3>Accuracy of each class</h3>",
         drawn.place("classes", figures.per_class(counts, names)),
         "</div></div>",
-        _mistakes(logits, labels, paths, names, esc),
+        _mistakes(logits, labels, paths, names),
     ]
     return f"<section>{''.join(parts)}</section>"
 
 
-def _settings(result: RunResult, esc: Callable[[object], str]) -> str:
+def _settings(result: RunResult) -> str:
     kept = ("strategy", "learning_rate", "batch_size", "data_aug", "epochs", "unfreeze_from", "lr_decay", "lr_schedule", "weight_decay", "label_smoothing", "image_size", "seed")  # noqa: E501  # fmt: skip
     values = {name: result.config.get(name) for name in kept}
     shown = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items() if v]
     return esc(", ".join(shown))
 
 
-def _tests(
-    run_dir: Path,
-    esc: Callable[[object], str],
-    table: Callable[..., str],
-    number: Callable[..., Any],
-) -> str:
+def _tests(run_dir: Path) -> str:
     """What `evaluate` recorded in the run directory, if anything."""
     try:
         records = RunDir(run_dir).read_evaluations()
     except RunDirError as error:
         return f'<div class="note warn"><p>{esc(error)}</p></div>'
-    rows = [
+    rows: list[list[str | Cell]] = [
         [
             esc(one["folder"]),
             number(one["accuracy"], percent(one["accuracy"])),
@@ -95,7 +84,6 @@ def _mistakes(
     labels: np.ndarray[Any, Any],
     paths: np.ndarray[Any, Any],
     names: list[str],
-    esc: Callable[[object], str],
 ) -> str:
     exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -105,7 +93,7 @@ def _mistakes(
     if not len(worst):
         return '<h3>Mistakes</h3><p class="soft">None.</p>'
     shown = "".join(
-        f"<figure>{_thumbnail(Path(str(paths[i])), esc)}<figcaption>{esc(names[labels[i]])}, taken "
+        f"<figure>{_thumbnail(Path(str(paths[i])))}<figcaption>{esc(names[labels[i]])}, taken "
         f"for <b>{esc(names[guesses[i]])}</b> at {sure[i]:.0%}</figcaption></figure>"
         for i in worst
     )
@@ -115,7 +103,7 @@ def _mistakes(
     )
 
 
-def _thumbnail(path: Path, esc: Callable[[object], str]) -> str:
+def _thumbnail(path: Path) -> str:
     from PIL import Image
 
     try:
