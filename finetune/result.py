@@ -247,6 +247,18 @@ class RunDir:
         return logits, labels, paths
 
 
+def confident_mistakes(logits: Array, labels: Array, count: int) -> list[tuple[int, int, float]]:
+    """(row, prediction, probability) of at most `count` wrong predictions, the surest first."""
+    import numpy as np
+
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    guesses, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(guesses != labels)
+    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:count]
+    return [(int(i), int(guesses[i]), float(sure[i])) for i in worst]
+
+
 def _json(content: Mapping[str, Any]) -> bytes:
     """What no encoding has, such as a name of odd bytes, stands there as JSON's own escape."""
     return json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from finetune.result import METRICS
-from finetune.tracking import confident_mistakes, mode
+from finetune.tracking import mode
 
 from .conftest import ROOT
 from .test_agent import as_flags
@@ -42,17 +41,6 @@ def test_a_key_in_netrc_counts(tmp_path: Path) -> None:
     netrc.write_text("machine api.wandb.ai login user password " + "k" * 40)
     assert mode({"NETRC": str(netrc)}) == "online"
     assert mode({"NETRC": str(netrc), "WANDB_BASE_URL": "http://127.0.0.1:1"}) == "offline"
-
-
-def test_the_most_confident_mistakes_come_first() -> None:
-    logits = np.array([[5.0, 0.0], [0.0, 1.0], [9.0, 0.0], [0.0, 3.0]])
-    found = confident_mistakes(logits, np.array([1, 0, 0, 0]), ["a", "b", "c", "d"])
-    assert [(path, truth, guess) for path, truth, guess, _ in found] == [
-        ("a", 1, 0),
-        ("d", 0, 1),
-        ("b", 0, 1),
-    ]
-    assert found[0][3] == pytest.approx(1 / (1 + np.exp(-5)))
 
 
 def test_an_offline_run_holds_every_key(fields: dict[str, Any], tmp_path: Path) -> None:

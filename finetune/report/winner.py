@@ -20,7 +20,7 @@ from finetune.errors import RunDirError
 from finetune.layout import PICTURE_FORMATS
 from finetune.report import figures
 from finetune.report.markup import Cell, Drawn, esc, number, table
-from finetune.result import RunDir, RunResult
+from finetune.result import RunDir, RunResult, confident_mistakes
 
 NUM_MISTAKES = 12
 _THUMBNAIL_PIXELS = 160
@@ -85,20 +85,17 @@ def _mistakes(
     paths: np.ndarray[Any, Any],
     names: list[str],
 ) -> str:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-    guesses, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    wrong = np.flatnonzero(guesses != labels)
-    worst = wrong[np.argsort(-sure[wrong], kind="stable")][:NUM_MISTAKES]
-    if not len(worst):
+    num_wrong = int((logits.argmax(axis=1) != labels).sum())
+    if not num_wrong:
         return '<h3>Mistakes</h3><p class="soft">None.</p>'
+    mistakes = confident_mistakes(logits, labels, NUM_MISTAKES)
     shown = "".join(
         f"<figure>{_thumbnail(Path(str(paths[i])))}<figcaption>{esc(names[labels[i]])}, taken "
-        f"for <b>{esc(names[guesses[i]])}</b> at {sure[i]:.0%}</figcaption></figure>"
-        for i in worst
+        f"for <b>{esc(names[guess])}</b> at {probability:.0%}</figcaption></figure>"
+        for i, guess, probability in mistakes
     )
     return (
-        f'<h3>Most confident mistakes</h3><p class="soft">{len(worst)} of {len(wrong)}.</p>'
+        f'<h3>Most confident mistakes</h3><p class="soft">{len(mistakes)} of {num_wrong}.</p>'
         f'<div class="mistakes">{shown}</div>'
     )
 

@@ -14,13 +14,12 @@ it logs offline, into the run directory; it never waits at a prompt. Knows nothi
 from __future__ import annotations
 
 from finetune.tracking.agent import fields_of_run, mode
-from finetune.tracking.run import FOLDER, RUN_FILES, Tracker, confident_mistakes, told_to_sweep
+from finetune.tracking.run import FOLDER, RUN_FILES, Tracker, told_to_sweep
 
 __all__ = [
     "FOLDER",
     "RUN_FILES",
     "Tracker",
-    "confident_mistakes",
     "fields_of_run",
     "mode",
     "told_to_sweep",

@@ -30,41 +30,30 @@ from finetune.errors import (
     require_handles,
 )
 from finetune.layout import PICTURE_FORMATS
-from finetune.result import Row, RunDir, RunResult
+from finetune.result import Row, RunDir, RunResult, confident_mistakes
 from finetune.stopping import is_stopping, undivided
 from finetune.tracking.agent import mode, sweep_name, sweep_parameters
 
 if TYPE_CHECKING:
-    import numpy as np
     from pytorch_lightning.loggers import WandbLogger
 
-
-NUM_MISTAKES = 50
-
-
-_LOOK_SECONDS = 0.1
-
-
 FOLDER = "finetune"
-
-
 RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")
 """What a run sends along, in this folder of its W&B files, for a report on the whole sweep."""
 
-
-_NUM_HANDLES = 16  # twice what W&B's client opens; without, its threads die and it waits for them
-
+NUM_MISTAKES = 50
 
 INIT_SECONDS = 60.0
 """How long a server is waited for at the start."""
 
-
 STOP_SECONDS = 20.0
 """How long it is waited for after a stop: W&B's agent kills its run 30 s after SIGTERM."""
 
-
 PATIENCE_SECONDS = 600.0
 """How long it is waited for at the end, for the first word."""
+
+_LOOK_SECONDS = 0.1
+_NUM_HANDLES = 16  # twice what W&B's client opens; without, its threads die and it waits for them
 
 
 class Tracker:
@@ -143,6 +132,10 @@ class Tracker:
         per_class = [
             [name, float((predicted[labels == i] == i).mean())] for i, name in enumerate(names)
         ]
+        mistakes = [
+            (str(paths[i]), labels[i], guess, probability)
+            for i, guess, probability in confident_mistakes(logits, labels, NUM_MISTAKES)
+        ]
         self._run.log(
             {
                 "confusion_matrix": wandb.plot.confusion_matrix(
@@ -153,9 +146,7 @@ class Tracker:
                     columns=["picture", "path", "truth", "predicted", "probability"],
                     data=[
                         [_picture(path), one_line(path), names[truth], names[guess], probability]
-                        for path, truth, guess, probability in confident_mistakes(
-                            logits, labels, paths
-                        )
+                        for path, truth, guess, probability in mistakes
                     ],
                 ),
             }
@@ -313,18 +304,3 @@ def told_to_sweep() -> Iterator[None]:
                 granted = STOP_SECONDS / 2 if is_stopping() else INIT_SECONDS
                 Tracker(_init("online", granted)).fail(ending(error))
         raise
-
-
-def confident_mistakes(
-    logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], paths: Sequence[str]
-) -> list[tuple[str, int, int, float]]:
-    """(path, truth, prediction, probability) of wrong predictions, the most probable first."""
-    import numpy as np
-
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-    guesses = probabilities.argmax(axis=1)
-    confidence = probabilities.max(axis=1)
-    wrong = np.flatnonzero(guesses != labels)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:NUM_MISTAKES]
-    return [(str(paths[i]), int(labels[i]), int(guesses[i]), float(confidence[i])) for i in worst]
