@@ -26,7 +26,7 @@ from finetune.sweep.drive import conclude, run_sweep
 from finetune.sweep.spec import Sweep
 from finetune.sweep.view import Outcome, open_console
 
-_NOT_A_SETTING = ("seed", "out", "name", "group")
+_NOT_A_SETTING = ("seed", "out", "name", "group", "cache_gb")  # the last follows the disk
 
 
 def confirm(
