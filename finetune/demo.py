@@ -89,8 +89,8 @@ def _sweep(name: str) -> dict[str, Any]:
 
 def _train_source(weights: Path, fields: dict[str, Any]) -> None:
     """Train on the source task and keep everything but its head."""
-    from finetune.model import write_checkpoint
     from finetune.train import train_and_finetune
+    from finetune.weights import write_checkpoint
 
     model = train_and_finetune(**(COMMON | SOURCE | fields))
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}

@@ -20,10 +20,10 @@ import numpy as np
 from finetune.cache import digest
 from finetune.data import Pictures, find_pictures, find_splits, no_progress
 from finetune.errors import DataError, one_line
-from finetune.model import fingerprint
 from finetune.predict import Winner, open_winner, predict_logits
 from finetune.progress import bar
 from finetune.result import RunDir
+from finetune.weights import fingerprint
 
 SHOWN_CLASSES = 12
 """A terminal shows the whole confusion of up to so many classes, else its largest entries."""

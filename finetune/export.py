@@ -25,16 +25,8 @@ from torchvision.models import ResNet
 
 from finetune.errors import MissingPackage, RunDirError, WeightsError
 from finetune.files import remove_left_behind
-from finetune.model import (
-    MEAN,
-    STD,
-    forward,
-    load_best,
-    normalise,
-    read_checkpoint,
-    read_checkpoint_of,
-    write_checkpoint,
-)
+from finetune.model import MEAN, STD, forward, load_best, normalise, read_checkpoint_of
+from finetune.weights import read_checkpoint, write_checkpoint
 
 TOLERANCE = 1e-4
 """The most that a logit of the exported model may differ."""

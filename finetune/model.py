@@ -1,7 +1,7 @@
-"""torchvision's ResNet18 as ordered parts, and where its weights come from.
+"""torchvision's ResNet18 as ordered parts, with random, source or fine-tuned weights.
 
-Turns a network into `frozen prefix / trained suffix` at a boundary between parts, and files into
-weights. Knows nothing about strategies' schedules, data sets or training loops.
+Turns a network into `frozen prefix / trained suffix` at a boundary between parts. Knows nothing
+about strategies' schedules, data sets or training loops.
 
     >>> model = build(num_classes=10, seed=42)  # doctest: +SKIP
     >>> logits_BK = forward(model, pictures_BCHW, "stem", None)  # doctest: +SKIP
@@ -11,27 +11,23 @@ Legend: B batch, H height, W width, C channels, D=512 features, K classes.
 
 from __future__ import annotations
 
-import os
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
-from torchvision.models import ResNet, ResNet18_Weights, resnet18
+from torchvision.models import ResNet, resnet18
 
 from finetune.errors import WeightsError
 from finetune.result import RunResult
 from finetune.strategies import PARTS
+from finetune.weights import State, fingerprint, read_checkpoint, read_source
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet's, as torchvision's weights expect them."""
-
-State = dict[str, Tensor]
 
 
 def build(num_classes: int, seed: int) -> ResNet:
@@ -65,6 +61,37 @@ def _seeded_fc(num_classes: int, seed: int) -> nn.Linear:
     """Drawn first, so that it is the same whether or not anything else is drawn."""
     torch.default_generator.manual_seed(seed)
     return nn.Linear(512, num_classes)
+
+
+def load_source(model: ResNet, weights: str) -> str:
+    """Load `imagenet`, a state-dict file or a run directory into a model; its fingerprint.
+
+    An `fc` of another size is left out, so the model's own stays. The fingerprint is of what was
+    in the source, fc apart. Raises `WeightsError` for whatever else doesn't fit.
+    """
+    state = read_source(weights)
+    wanted = model.state_dict()
+    missing = sorted(k for k in wanted if k not in state and part_of_key(k) != "fc")
+    foreign = sorted(k for k in state if k not in wanted)
+    misshapen = sorted(
+        f"{k} {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
+        for k in state.keys() & wanted.keys()
+        if state[k].shape != wanted[k].shape and part_of_key(k) != "fc"
+    )
+    problems = [
+        f"{what}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+        for what, keys in (("missing", missing), ("unknown", foreign), ("of shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise WeightsError(
+            f"weights: {weights} don't fit torchvision's ResNet18: {'; '.join(problems)}"
+        )
+    fitting = {k: v for k, v in state.items() if wanted[k].shape == v.shape}
+    if any(part_of_key(k) == "fc" for k in wanted.keys() - fitting.keys()):
+        fitting = {k: v for k, v in fitting.items() if part_of_key(k) != "fc"}
+    model.load_state_dict(fitting, strict=False)
+    return fingerprint({k: v for k, v in state.items() if part_of_key(k) != "fc"})
 
 
 def part_modules(model: ResNet, part: str) -> list[nn.Module]:
@@ -157,146 +184,6 @@ def _flipped_at(images_BHWC: Tensor, flips: Tensor) -> Tensor:
 def _rows_of(channels: tuple[float, ...], width: int, device: torch.device) -> Tensor:
     """One value a channel, repeated along a row of pixels; made once a device."""
     return torch.tensor(channels, device=device).repeat(width)
-
-
-# weights
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Hash of names, types, shapes and bytes: it tells weights apart, and isn't for enemies."""
-    found = xxhash.xxh3_128()
-    for key in sorted(state):
-        tensor = state[key].detach().cpu()
-        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # In the order in which `build` lays convolutions out, so that they needn't be copied.
-        tensor = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def load_source(model: ResNet, weights: str) -> str:
-    """Load `imagenet`, a state-dict file or a run directory into a model; its fingerprint.
-
-    An `fc` of another size is left out, so the model's own stays. The fingerprint is of what was
-    in the source, fc apart. Raises `WeightsError` for whatever else doesn't fit.
-    """
-    state = _imagenet() if weights == "imagenet" else read_state(Path(weights))
-    wanted = model.state_dict()
-    missing = sorted(k for k in wanted if k not in state and part_of_key(k) != "fc")
-    foreign = sorted(k for k in state if k not in wanted)
-    misshapen = sorted(
-        f"{k} {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
-        for k in state.keys() & wanted.keys()
-        if state[k].shape != wanted[k].shape and part_of_key(k) != "fc"
-    )
-    problems = [
-        f"{what}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
-        for what, keys in (("missing", missing), ("unknown", foreign), ("of shape", misshapen))
-        if keys
-    ]
-    if problems:
-        raise WeightsError(
-            f"weights: {weights} don't fit torchvision's ResNet18: {'; '.join(problems)}"
-        )
-    fitting = {k: v for k, v in state.items() if wanted[k].shape == v.shape}
-    if any(part_of_key(k) == "fc" for k in wanted.keys() - fitting.keys()):
-        fitting = {k: v for k, v in fitting.items() if part_of_key(k) != "fc"}
-    model.load_state_dict(fitting, strict=False)
-    return fingerprint({k: v for k, v in state.items() if part_of_key(k) != "fc"})
-
-
-def _imagenet() -> State:
-    weights = ResNet18_Weights.IMAGENET1K_V1
-    place = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(weights.url)
-    if place.exists():
-        return read_state(place)
-    try:
-        state: State = weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise WeightsError(
-            f"weights: ImageNet's are not at {place}, and can't be fetched from {weights.url} "
-            f"({error}). Put that file there, or pass --weights a ResNet18 state dict; "
-            "--strategy scratch needs none"
-        ) from None
-    return state
-
-
-def read_state(path: Path) -> State:
-    """A state dict from a .pth, a .safetensors or a run directory. Never runs what it loads.
-
-    Raises `WeightsError`.
-    """
-    if path.is_dir():
-        path = path / "best.ckpt"
-    if not path.exists():
-        raise WeightsError(
-            f"weights: {path} does not exist; pass imagenet, a state-dict file or a run directory"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded: State = load_file(path)
-            return loaded
-    except ImportError:
-        raise WeightsError(f"weights: {path} needs safetensors: pip install safetensors") from None
-    except Exception as error:
-        raise WeightsError(f"weights: {path} can't be read: {error}") from None
-    content = read_checkpoint(path)
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(
-            f"weights: {path} is no state dict (found: {', '.join(map(str, list(state)[:4]))})"
-        )
-    return state
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, its archive's CRCs checked first: torch itself takes flipped bytes.
-
-    Raises `WeightsError`; files that would execute something are refused.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(member.compress_type for member in archive.infolist()):
-                    raise WeightsError(f"{path} is compressed, which torch's files never are")
-                if damaged := archive.testzip():
-                    raise WeightsError(f"{path} is damaged (in {damaged})")
-        elif path.read_bytes()[:2] != b"\x80\x02":  # torch's format before 1.6 is a bare pickle
-            raise WeightsError(f"{path} is damaged or no checkpoint")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise WeightsError(f"{path} can't be loaded as weights: {reason}") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return content
-
-
-def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
-    """torch.save beside the target, then a rename: a whole file or none.
-
-    Raises `OSError` with the path in it.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A file of ours is closed at once: torch's own keeps its place on a full disk for long.
-        with beside.open("wb") as file:
-            torch.save(content, file)
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch raises its own while it handles a full disk
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-# the fine-tuned model
 
 
 def load_best(run_dir: Path | str) -> ResNet:

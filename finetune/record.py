@@ -23,11 +23,12 @@ from finetune.config import RunConfig
 from finetune.data import Pictures
 from finetune.errors import Diverged, WeightsError
 from finetune.files import write_atomically
-from finetune.model import MEAN, STD, read_checkpoint, write_checkpoint
+from finetune.model import MEAN, STD
 from finetune.module import FineTuning
 from finetune.result import Row, RunDir, best_epoch
 from finetune.stopping import undivided
 from finetune.strategies import epochs_since_best
+from finetune.weights import read_checkpoint, write_checkpoint
 
 OnEpoch = Callable[[Row], None]
 """Called with each epoch's row after its files are written."""

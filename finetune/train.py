@@ -10,15 +10,10 @@ about sweeps.
 from __future__ import annotations
 
 import logging
-import os
-import re
-import secrets
-import shutil
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,11 +26,10 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torchvision.models import ResNet
 
 from finetune.activations import Feed
-from finetune.cache import Cache, num_kept_bytes
-from finetune.config import RunConfig, advice, differences, read_mapping
-from finetune.data import Splits, find_splits, open_images
+from finetune.cache import Cache
+from finetune.config import RunConfig
+from finetune.data import Splits, open_images
 from finetune.errors import (
-    ConfigError,
     FinetuneError,
     RunDirError,
     Shortage,
@@ -45,15 +39,16 @@ from finetune.errors import (
     one_line,
     shortage,
 )
-from finetune.model import build, build_from, load_best, read_checkpoint, read_checkpoint_of
+from finetune.model import build, build_from, load_best, read_checkpoint_of
 from finetune.module import FineTuning
 from finetune.progress import bar
 from finetune.record import Checkpoints, OnEpoch, Recorder, recorded_state
 from finetune.result import RunDir, RunResult, best_epoch
+from finetune.settle import resolve, settle
 from finetune.stopping import stoppable, undivided
 from finetune.tracking import Tracker
+from finetune.weights import read_checkpoint
 
-DEFAULT_CACHE_GB = 20.0
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "wandb", "numpy", "pillow")
 
 
@@ -64,52 +59,12 @@ def train_and_finetune(**fields: Any) -> ResNet:
     run directory to go on with). The model's `.result` is the run's `RunResult`, which stays in
     its run directory together with the checkpoints. Raises `FinetuneError`.
     """
-    config, run_dir = settle(fields)
+    config, run_dir = settle(fields, say)
     try:
         run(config, run_dir)
     except Shortage as error:
         raise Shortage(f"{error}, then go on by --resume {run_dir.path}") from None
     return load_best(run_dir.path)
-
-
-def settle(fields: Mapping[str, Any]) -> tuple[RunConfig, RunDir]:
-    """The config and the run directory that fields, a config file and a resume amount to."""
-    given = {name: value for name, value in fields.items() if value not in (None, "None")}
-    resume, file = given.pop("resume", None), given.pop("config", None)
-    if file is not None:
-        given = read_mapping(Path(file)) | given
-    run_dir = RunDir(_absolute(resume)) if resume else None
-    if run_dir is None:
-        config = RunConfig.from_fields(given)
-        for line in advice(given, config):
-            say(line)
-        run_dir = RunDir(config.out / _run_id())
-        if not run_dir.config_path.exists():
-            return config, run_dir
-    before = run_dir.read_config()
-    changed = differences(before, given)
-    if changed.get("epochs", (0, 0))[1] > before.epochs:
-        epochs = changed.pop("epochs")[1]
-    else:
-        epochs = before.epochs
-    if changed:
-        listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changed.items())
-        raise ConfigError(
-            f"{run_dir.path} belongs to another config: {listed}; only a larger epochs may differ"
-        )
-    return before.model_copy(update={"epochs": epochs}), run_dir
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))
-
-
-def _run_id() -> str:
-    """W&B's id where W&B has chosen one; it names the run directory too."""
-    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    if not re.fullmatch(r"[\w-][\w.-]*", run_id):
-        raise ConfigError(f"WANDB_RUN_ID: got {run_id!r}; letters, digits, - _ and . are allowed")
-    return run_id
 
 
 def say(line: str) -> None:
@@ -122,7 +77,7 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> 
     `on_epoch` gets every epoch's row once its files are written; it may raise `Pruned`.
     """
     _quieten()
-    config, splits = _resolve(config)
+    config, splits = resolve(config)
     with stoppable():
         run_dir.claim(config)
         attempt = _Attempt(config, run_dir, splits, on_epoch)
@@ -138,42 +93,6 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: OnEpoch | None = None) -> 
             raise
         finally:
             run_dir.release()
-
-
-def _resolve(config: RunConfig) -> tuple[RunConfig, Splits]:
-    """Replace what only the machine and the data can tell: `auto` and the cache's size."""
-    splits = find_splits(config)
-    accelerator = _accelerator(config.accelerator)
-    cache_gb = config.cache_gb
-    if cache_gb is None:
-        place = next(p for p in (config.cache_dir, *config.cache_dir.parents) if p.exists())
-        room = shutil.disk_usage(place).free + num_kept_bytes(config.cache_dir)
-        cache_gb = round(min(DEFAULT_CACHE_GB, room / 2e9), 1)
-    resolved = {
-        "val_fraction": splits.val_fraction,
-        "accelerator": accelerator,
-        "precision": _precision(accelerator) if config.precision == "auto" else config.precision,
-        "cache": "on" if config.cache == "auto" else config.cache,
-        "cache_gb": cache_gb,
-    }
-    return config.model_copy(update=resolved), splits
-
-
-def _accelerator(asked: str) -> str:
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if asked in ("auto", "gpu"):
-        found = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-        if asked == "auto" or found != "cpu":
-            return found
-    elif asked == "cpu" or {"cuda": has_cuda, "mps": has_mps}[asked]:
-        return asked
-    raise ConfigError(f"accelerator: got {asked!r}, but torch sees none here; pass auto or cpu")
-
-
-def _precision(accelerator: str) -> str:
-    if accelerator != "cuda":
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "16-mixed"
 
 
 @dataclass

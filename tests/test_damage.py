@@ -21,10 +21,10 @@ import yaml
 import finetune
 from finetune.__main__ import main
 from finetune.errors import FinetuneError, RunDirError, WeightsError
-from finetune.model import read_checkpoint
 from finetune.outcomes import read_outcomes
 from finetune.result import RunDir, RunResult, read_failure, read_metrics
 from finetune.sweep.confirmation import confirmation
+from finetune.weights import read_checkpoint
 from tests.conftest import ROOT, Train
 
 NUM_FLIPS = int(os.environ.get("NUM_FLIPS", "60"))

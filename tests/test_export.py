@@ -13,8 +13,9 @@ from torchvision.models import resnet18
 from finetune.__main__ import main
 from finetune.data import decode
 from finetune.errors import ConfigError, MissingPackage, WeightsError
-from finetune.model import build, load_source, write_checkpoint
+from finetune.model import build, load_source
 from finetune.predict import open_winner, predict_logits
+from finetune.weights import write_checkpoint
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ import yaml
 import finetune
 from finetune.__main__ import main
 from finetune.errors import FinetuneError
-from finetune.model import build, write_checkpoint
+from finetune.model import build
 from finetune.outcomes import read_outcomes
 from finetune.result import RunDir
+from finetune.weights import write_checkpoint
 from tests.conftest import ROOT
 from tests.synthetic import write_run
 
@@ -108,7 +109,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path: Path
     with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(100_000_000))
     with pytest.raises(FinetuneError, match="compressed"):
-        finetune.model.read_state(tmp_path / "w.pth")
+        finetune.weights.read_state(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import onnxruntime
 import pytest
 import yaml
 
-from finetune.model import build, write_checkpoint
+from finetune.model import build
 from finetune.result import RunDir, RunResult
+from finetune.weights import write_checkpoint
 from tests.chromium import Browser
 from tests.conftest import ROOT
 from tests.picture_trees import jpeg

@@ -20,10 +20,11 @@ from finetune.config import RunConfig
 from finetune.data import find_pictures, open_images
 from finetune.errors import DataError, FinetuneError, Shortage
 from finetune.layout import pictures_of_class
-from finetune.model import load_best, read_checkpoint
+from finetune.model import load_best
 from finetune.result import RunDir, RunResult, read_failure, read_metrics
 from finetune.sweep.board import Board
 from finetune.train import run, train_and_finetune
+from finetune.weights import read_checkpoint
 
 from .conftest import ROOT, Train
 from .test_agent import agent, as_flags

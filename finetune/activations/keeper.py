@@ -27,7 +27,8 @@ from finetune.cache import Array, Cache, digest
 from finetune.config import RunConfig
 from finetune.data import Indices, Progress, batch_bounds, num_at_once
 from finetune.errors import ConfigError
-from finetune.model import boundary_shape, fingerprint, forward, part_state, parts_before
+from finetune.model import boundary_shape, forward, part_state, parts_before
+from finetune.weights import fingerprint
 
 _TIMED_CHUNKS = 3
 
