@@ -78,7 +78,7 @@ def fetch_data(
     data_dir = _place(data_dir)
     part = Part(url, data_dir.parent / f"{name_of(url) or 'data.zip'}.part")
     with _alone(data_dir):
-        if _is_there(data_dir, url, expected):
+        if _is_there(data_dir, part.source, expected):
             return
         with _alone(part.path):  # another data_dir beside this one has the same part
             fetch(part, patience, lambda missing: _check_room(data_dir, missing, part))
@@ -117,12 +117,12 @@ def _unpack_mending(
 ) -> None:
     """Unpack; the bytes for which it is refused are fetched again, once."""
     try:
-        unpack(part.path, data_dir, part.url, expected, progress=bar)
+        unpack(part.path, data_dir, part.source, expected, progress=bar)
     except Refused as refused:
         num_bytes = sum(end - start for start, end in refused.spans)
         print(f"{refused}; fetching {num_bytes} bytes again", flush=True)
         fetch_again(part, refused.spans, patience)
-        unpack(part.path, data_dir, part.url, expected, progress=bar)
+        unpack(part.path, data_dir, part.source, expected, progress=bar)
 
 
 def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:

@@ -69,6 +69,10 @@ class Part:
         path_and_query = [urllib.parse.quote(p, safe=string.punctuation) for p in split[2:4]]
         self.address = urllib.parse.urlunsplit([*split[:2], *path_and_query, ""])
         self.url, self.path = url, path
+        # A query may be a signature or a token, which is not for files that stay.
+        self.source = urllib.parse.urlunsplit(
+            [split.scheme, split.netloc.rpartition("@")[2], split.path, "", ""]
+        )
         self.note_path = path.with_name(f"{path.name}.json")
         note = self._read_note()
         self.total_bytes: int | None = note.get("total_bytes")

@@ -71,7 +71,10 @@ def read_outcomes(runs_dir: Path) -> list[Outcome]:
 
 
 def _run_dirs(folder: Path) -> Iterator[Path]:
-    for place, dirs, files in os.walk(folder):
+    def refuse(error: OSError) -> None:
+        raise RunDirError(f"{error.filename} can't be read: {error.strerror}")
+
+    for place, dirs, files in os.walk(folder, onerror=refuse):
         dirs.sort()
         dirs[:] = [d for d in dirs if not d.startswith(".")]
         if "config.yaml" in files:

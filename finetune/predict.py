@@ -111,15 +111,11 @@ def predict_logits(
 
 
 @dataclass(frozen=True)
-class EmptyFolder:
-    """A folder that was given and holds no pictures."""
+class BadFolder:
+    """A folder that gives no pictures, and why."""
 
     path: Path
-
-    @property
-    def error(self) -> DataError:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        return DataError(f"{self.path} holds no pictures (looked for {suffixes})")
+    error: DataError
 
 
 def softmax(logits: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -131,23 +127,26 @@ def softmax(logits: Logits) -> np.ndarray[Any, np.dtype[np.float64]]:
     return shares
 
 
-def find_images(given: Sequence[Path]) -> list[Path | EmptyFolder]:
+def find_images(given: Sequence[Path]) -> list[Path | BadFolder]:
     """Each path as it stands, a folder as its pictures, class by class as validation orders them.
 
-    What can't be read shows later; a folder without pictures shows here.
+    What can't be decoded shows later; folders without pictures, or that can't be read, show here.
     """
-    found: list[Path | EmptyFolder] = []
+    found: list[Path | BadFolder] = []
     for path in given:
-        if path.is_dir():
-            found += _pictures_below(path) or [EmptyFolder(path)]
-        else:
-            found.append(path)
+        found += _below(path) if path.is_dir() else [path]
     return found
 
 
-def _pictures_below(folder: Path) -> list[Path]:
-    names = []
-    for place, dirs, files in os.walk(folder):
+def _below(folder: Path) -> list[Path | BadFolder]:
+    names: list[Path] = []
+    bad: list[Path | BadFolder] = []
+
+    def note(error: OSError) -> None:
+        why = DataError(f"{error.filename} can't be read: {error.strerror}")
+        bad.append(BadFolder(Path(error.filename), why))
+
+    for place, dirs, files in os.walk(folder, onerror=note):
         dirs[:] = [d for d in dirs if not d.startswith(".")]
         names += [
             Path(place, name).relative_to(folder)
@@ -155,7 +154,12 @@ def _pictures_below(folder: Path) -> list[Path]:
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
         ]
     names.sort(key=lambda name: (name.parts[0], name.as_posix()))
-    return [folder / name for name in names]
+    if not names and not bad:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        bad.append(
+            BadFolder(folder, DataError(f"{folder} holds no pictures (looked for {suffixes})"))
+        )
+    return [*(folder / name for name in names), *bad]
 
 
 def predict(run_dir: Path, given: Sequence[Path], top: int = 3, as_json: bool = False) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 # One compute thread a process, set before torch is imported: the tests themselves run in parallel.
@@ -107,6 +108,21 @@ def train_once(digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFac
             return carry_out(**given, **fields)
 
     return finished
+
+
+@pytest.fixture
+def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that can't be listed: root, who runs tests in containers, may read everything."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+
+    def scandir(path: Any = ".", original: Any = os.scandir) -> Any:
+        if str(path) == str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    return folder
 
 
 @pytest.fixture

@@ -476,6 +476,14 @@ def test_a_url_as_people_paste_it_works(server: FileServer, target: Path, name: 
     assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 
+def test_a_token_in_the_url_stays_out_of_the_manifest(server: FileServer, target: Path) -> None:
+    url = f"{server.url}?signature=5ecret"
+    for _ in range(2):  # the second time, the data is there
+        fetch_data(target, url, EXPECTED, QUICK)
+    assert json.loads((target / "manifest.json").read_text())["source"] == server.url
+    assert b"5ecret" not in b"".join(p.read_bytes() for p in target.rglob("*.json"))
+
+
 def test_two_processes_do_not_fetch_the_same_data(server: FileServer, target: Path) -> None:
     with room._alone(target), pytest.raises(DataError, match="another process"):
         get(server, target)

@@ -101,6 +101,18 @@ def test_a_bad_picture_is_reported_and_the_rest_go_on(
     assert "holds no pictures" in answers[3]["error"]
 
 
+def test_a_folder_that_cannot_be_read_is_reported_and_the_rest_go_on(
+    run: RunDir, digits: Path, locked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = sorted((digits / "val" / "7").iterdir())[0]
+    (locked.parent / "good.png").write_bytes(good.read_bytes())
+    code, answers, _ = answers_of(capsys, run.path, locked.parent)
+    assert code == 1
+    assert [Path(a["path"]).name for a in answers if a["class"]] == ["good.png"]
+    (refused,) = (a for a in answers if a["path"] == str(locked))
+    assert "can't be read: Permission denied" in refused["error"]
+
+
 def test_probabilities_of_all_classes_are_ranked_and_sum_to_one(
     run: RunDir, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

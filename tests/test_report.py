@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from finetune.__main__ import main
+from finetune.compare import compare
 from finetune.errors import RunDirError
 from finetune.outcomes import read_outcomes
 from finetune.report import figures, search
@@ -144,10 +145,21 @@ def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
         main(["report", str(tmp_path)])
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(locked: Path) -> None:
+    """The comparison would go without its runs in silence."""
+    write_run(locked.parent, "there")
+    with pytest.raises(RunDirError, match="locked can't be read: Permission denied"):
+        main(["report", str(locked.parent)])
+
+
 def test_unfreezing_is_shown_where_it_happened(tmp_path: Path) -> None:
     write_run(tmp_path, "g", strategy="gradual")
     (run,) = read_outcomes(tmp_path)
-    assert figures._unfreezings(run) == {1: ["layer4"], 2: ["layer3"], 3: ["layer2"]}
+    assert figures.unfreezings(run) == {1: ["layer4"], 2: ["layer3"], 3: ["layer2"]}
+    (diamonds,) = figures.learning_curves(compare([run]))["data"][-1:]
+    assert diamonds["marker"]["symbol"] == "diamond"
+    assert diamonds["x"] == [1, 2, 3]
+    assert diamonds["y"] == [100 * run.rows[epoch]["val_acc"] for epoch in (1, 2, 3)]
 
 
 def test_a_setting_repeated_with_more_seeds_weighs_no_more_in_the_marginal_means(

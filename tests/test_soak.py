@@ -52,7 +52,7 @@ def num_files(folder: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(folder))
 
 
-def look(process: subprocess.Popen[str], server: int, folder: Path, num_trials: int) -> Held:
+def look(process: subprocess.Popen[bytes], server: int, folder: Path, num_trials: int) -> Held:
     pair = (process.pid, server)
     return Held(
         num_trials,
@@ -81,16 +81,18 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
     (tmp_path / "tmp").mkdir()
     # Offline, W&B keeps there what `wandb sync` sends later; it grows by design.
     wandb_dirs = {f"WANDB_{name}_DIR": str(tmp_path / "wandb") for name in ("CACHE", "CONFIG", "DATA")}  # noqa: E501  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune", "sweep", "soak.yaml", "--max_runs", "100000"],
-        cwd=tmp_path, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env=environment(WANDB_MODE="offline", TMPDIR=str(tmp_path / "tmp"), **wandb_dirs),
-    )  # fmt: skip
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune", "sweep", "soak.yaml", "--max_runs", "100000"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=file,
+            env=environment(WANDB_MODE="offline", TMPDIR=str(tmp_path / "tmp"), **wandb_dirs),
+        )  # fmt: skip
     seen: list[Held] = []
     finished: set[Path] = set()
     latest = ends = time.monotonic() + 600 + SOAK_SECONDS
     while time.monotonic() < (ends if len(seen) >= NUM_SEEN else latest):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, said.read_text()
         new = {path.parent for path in tmp_path.glob("runs/*/result.json")} - finished
         finished |= new
         for run_dir in new:
@@ -103,8 +105,7 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
             seen.append(look(process, server, tmp_path, len(finished)))
         time.sleep(0.05)
     process.terminate()
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == -15, said
+    assert process.wait(timeout=120) == -15, said.read_text()
     print(*(seen[i] for i in (0, len(seen) // 2, -1)), sep="\n")
     check_steady(seen)
     # A process that its signal ends leaves the folder of multiprocessing's socket.

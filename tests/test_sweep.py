@@ -336,7 +336,10 @@ def test_confirm_repeats_each_strategy_s_best_with_fresh_seeds_equally_often(
     outcomes = run_sweep(given, out=runs, fields={"seed": 3})
     best = {o.strategy: o.setting["learning_rate"] for o in reversed(outcomes)}
     assert main(["confirm", str(runs), "--seeds", "2"]) == 0
-    assert "standard deviation" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "standard deviation" in shown
+    table = shown.partition("setting")[2]
+    assert "seed=4" in table and "=1" not in table  # not what all have, such as epochs
     results = [RunResult.load(p.parent) for p in (runs / "confirm").glob("*/result.json")]
     found = Counter((r.strategy, r.config["learning_rate"], r.seed) for r in results)
     assert found == {(s, best[s], seed): 1 for s in best for seed in (4, 5)}

@@ -139,7 +139,6 @@ def learning_curves(comparison: Comparison) -> Figure:
         for i, run in enumerate(standing.chosen[:_MAX_CURVES]):
             shared = {"legendgroup": standing.strategy, "type": "scatter"}
             epochs = [row["epoch"] for row in run.rows]
-            starts = _unfreezings(run)
             label = f"{text(run.name)}, seed {run.config.get('seed')}"
             traces.append(
                 {
@@ -149,19 +148,10 @@ def learning_curves(comparison: Comparison) -> Figure:
                     "showlegend": i == 0,
                     "line": {"color": colour, "width": 2.5 if i == 0 else 1.2},
                     "opacity": 1 if i == 0 else 0.6,
-                    "marker": {
-                        "size": [11 if e in starts else 4 for e in epochs],
-                        "symbol": ["diamond" if e in starts else "circle" for e in epochs],
-                        "line": {"width": 0},
-                        "opacity": 1,
-                    },
+                    "marker": {"size": 4},
                     "x": epochs,
                     "y": [100 * row["val_acc"] for row in run.rows],
-                    "text": [
-                        f"<br>{' and '.join(starts[e])} starts to train" if e in starts else ""
-                        for e in epochs
-                    ],
-                    "hovertemplate": f"{label}<br>%{{y:.1f}} % validation, epoch %{{x}}%{{text}}"
+                    "hovertemplate": f"{label}<br>%{{y:.1f}} % validation, epoch %{{x}}"
                     "<extra></extra>",
                 }
             )
@@ -179,11 +169,10 @@ def learning_curves(comparison: Comparison) -> Figure:
                     }
                 )
     return figure(
-        traces,
+        traces + _moments(comparison),  # which no line should hide
         420,
         xaxis=axis("epoch", dtick=1 if _most_epochs(comparison) <= 20 else None),
         yaxis=axis("accuracy, %"),
-        annotations=_unfreezing_notes(comparison),
     )
 
 
@@ -191,7 +180,7 @@ def _most_epochs(comparison: Comparison) -> int:
     return max((len(one.best.rows) for one in comparison.standings), default=0)
 
 
-def _unfreezings(run: Outcome) -> dict[float, list[str]]:
+def unfreezings(run: Outcome) -> dict[int, list[str]]:
     """Epochs after the first at which parts start to train, as far as the run got."""
     config = run.config
     starts = plan(
@@ -200,31 +189,40 @@ def _unfreezings(run: Outcome) -> dict[float, list[str]]:
         config.get("unfreeze_every"),
         config.get("lr_decay"),
     ).start_epochs
-    found: dict[float, list[str]] = defaultdict(list)
+    found: dict[int, list[str]] = defaultdict(list)
     for part, epoch in starts.items():
         if 0 < epoch < len(run.rows):
             found[epoch].append(part)
-    return found
+    return dict(sorted(found.items()))
 
 
-def _unfreezing_notes(comparison: Comparison) -> list[dict[str, Any]]:
-    """Each part's name left of the moment it starts, the later the higher: none meets another."""
-    return [
-        {
-            "x": epoch,
-            "y": 100 * standing.chosen[0].rows[int(epoch)]["val_acc"],
-            "text": ", ".join(parts),
-            "showarrow": True,
-            "arrowhead": 0,
-            "arrowcolor": colour_of(standing.strategy),
-            "ax": 0,
-            "ay": -22 - 14 * place,
-            "xanchor": "right",
-            "font": {"size": 11, "color": colour_of(standing.strategy)},
-        }
-        for standing in comparison.standings
-        for place, (epoch, parts) in enumerate(sorted(_unfreezings(standing.chosen[0]).items()))
-    ]
+def _moments(comparison: Comparison) -> list[dict[str, Any]]:
+    """A diamond wherever more of the network starts to train."""
+    traces = []
+    for standing in comparison.standings:
+        for run in standing.chosen[:_MAX_CURVES]:
+            if starts := unfreezings(run):
+                label = f"{text(run.name)}, seed {run.config.get('seed')}"
+                traces.append(
+                    {
+                        "type": "scatter",
+                        "mode": "markers",
+                        "legendgroup": standing.strategy,
+                        "showlegend": False,
+                        "marker": {
+                            "symbol": "diamond",
+                            "size": 11,
+                            "color": colour_of(standing.strategy),
+                            "line": {"width": 1, "color": "#ffffff"},
+                        },
+                        "x": list(starts),
+                        "y": [100 * run.rows[epoch]["val_acc"] for epoch in starts],
+                        "text": [" and ".join(parts) for parts in starts.values()],
+                        "hovertemplate": f"{label}<br>%{{text}} starts to train in epoch %{{x}}"
+                        "<extra></extra>",
+                    }
+                )
+    return traces
 
 
 def confusion(counts: np.ndarray[Any, Any], class_names: Sequence[str]) -> Figure:

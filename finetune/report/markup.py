@@ -1,4 +1,4 @@
-"""The page's building stones: escaped text, sortable tables, places of figures.
+"""The page's building stones: escaped text, sections, sortable tables, places of figures.
 
 Turns values into HTML. Knows nothing about runs.
 
@@ -12,11 +12,20 @@ import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from finetune.report.figures import Figure
+from finetune.report.figures import Figure, colour_of
 
 
 def esc(value: object) -> str:
     return html.escape(str(value))
+
+
+def section(title: str, about: str, *content: str) -> str:
+    told = f'<p class="soft">{esc(about)}</p>' if about else ""
+    return f"<section><h2>{esc(title)}</h2>{told}{''.join(content)}</section>"
+
+
+def dot(strategy: str) -> str:
+    return f'<span class="dot" style="background:{colour_of(strategy)}"></span>{esc(strategy)}'
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from finetune.compare import CONFIRM, Comparison, p_value, percent, points
 from finetune.errors import MissingPackage
 from finetune.outcomes import Outcome
 from finetune.report import figures, search
-from finetune.report.markup import Cell, Drawn, esc, number, table, told_apart
+from finetune.report.markup import Cell, Drawn, dot, esc, number, section, table, told_apart
+from finetune.report.runs import ended_well, others, provenance
 from finetune.report.winner import winner_section
 from finetune.standings import Standing
 
@@ -39,22 +40,22 @@ def page(
         sections += [
             _strategies(comparison),
             _differences(comparison, drawn),
-            _section(
+            section(
                 "Accuracy against time",
                 "Each point is a run at its best epoch. The dotted frontier joins the runs that "
                 "nothing quicker beats.",
                 drawn.place("frontier", figures.frontier(finished)),
             ),
-            _section(
+            section(
                 "Learning curves",
-                "Validation accuracy of each strategy's chosen runs; dotted: training accuracy. "
-                "Diamonds stand where more of the network starts to train.",
+                "Validation accuracy of each strategy's chosen runs; dotted: training accuracy."
+                f"{_unfreezing(comparison)}",
                 drawn.place("curves", figures.learning_curves(comparison)),
             ),
             _search(finished, importances or {}, drawn),
             winner_section(comparison, drawn),
         ]
-    sections += [_runs(finished), _not_finished(comparison), _provenance(outcomes)]
+    sections += [ended_well(finished), others(comparison), provenance(outcomes)]
     return _document("".join(sections), drawn)
 
 
@@ -89,11 +90,6 @@ def _plotly() -> str:
         raise MissingPackage("plotly", "report", "the report's page") from None
     source: str = get_plotlyjs()
     return source.replace("</script", "<\\/script")
-
-
-def _section(title: str, about: str, *content: str) -> str:
-    told = f'<p class="soft">{esc(about)}</p>' if about else ""
-    return f"<section><h2>{esc(title)}</h2>{told}{''.join(content)}</section>"
 
 
 def _opening(outcomes: Sequence[Outcome], comparison: Comparison, place: str) -> str:
@@ -133,12 +129,6 @@ def _opening(outcomes: Sequence[Outcome], comparison: Comparison, place: str) ->
     return "".join(parts)
 
 
-def dot(strategy: str) -> str:
-    return (
-        f'<span class="dot" style="background:{figures.colour_of(strategy)}"></span>{esc(strategy)}'
-    )
-
-
 def _strategies(comparison: Comparison) -> str:
     about = (
         "Accuracy is the mean over fresh seeds of the chosen setting, range their lowest to "
@@ -153,7 +143,7 @@ def _strategies(comparison: Comparison) -> str:
     )
     rows = [_strategy_row(one) for one in comparison.standings]
     alike, columns = told_apart(heads, rows, always=("strategy", "accuracy", "runs"))
-    return _section("Strategies", f"{about} {alike}", table(*columns))
+    return section("Strategies", f"{about} {alike}", table(*columns))
 
 
 def _range(accuracies: list[float]) -> str:
@@ -221,7 +211,19 @@ def _differences(comparison: Comparison, drawn: Drawn) -> str:
     if not comparison.about_strategies:
         heads.append("McNemar p")
     drawing = drawn.place("intervals", figures.intervals(comparison))
-    return _section(title, about, drawing, table(heads, rows))
+    return section(title, about, drawing, table(heads, rows))
+
+
+def _unfreezing(comparison: Comparison) -> str:
+    """Where more of each strategy's network starts to train, in words."""
+    told = []
+    for standing in comparison.standings:
+        if starts := figures.unfreezings(standing.chosen[0]):
+            moments = ", ".join(
+                f"{' and '.join(parts)} from epoch {e}" for e, parts in starts.items()
+            )
+            told.append(f"{standing.strategy} trains {moments}")
+    return f" Diamonds stand where more starts to train: {'; '.join(told)} on." if told else ""
 
 
 def _search(finished: Sequence[Outcome], shares: Mapping[str, float], drawn: Drawn) -> str:
@@ -248,81 +250,4 @@ def _search(finished: Sequence[Outcome], shares: Mapping[str, float], drawn: Dra
             "Not every combination was tried, so marginal means mix parameters up.</p>",
             drawn.place("importances", search.importances(shares)),
         ]
-    return _section("The search", "", *parts)
-
-
-def _runs(finished: Sequence[Outcome]) -> str:
-    if not finished:
-        return ""
-    heads = (
-        *("run", "strategy", "accuracy", "loss", "learning rate", "batch", "augmentation"),
-        *("seed", "best epoch", "epochs", "minutes", "pictures/s"),
-    )
-    rows: list[list[str | Cell]] = []
-    for one in sorted(finished, key=lambda o: -o.result.best_val_acc if o.result else 0):
-        result = one.result
-        assert result is not None
-        rows.append(
-            [
-                f"<code>{esc(one.run_id)}</code>",
-                dot(one.strategy),
-                number(result.best_val_acc, percent(result.best_val_acc)),
-                number(result.best_val_loss, f"{result.best_val_loss:.3f}"),
-                number(one.config.get("learning_rate")),
-                number(one.config.get("batch_size")),
-                esc(one.config.get("data_aug")),
-                number(result.seed),
-                number(result.best_epoch),
-                number(result.epochs_run),
-                number(result.train_seconds, f"{result.train_seconds / 60:.2f}"),
-                number(result.images_per_second, f"{result.images_per_second:.0f}"),
-            ]
-        )
-    alike, columns = told_apart(heads, rows, always=("run", "strategy", "accuracy"))
-    return _section("All runs that ended well", alike, table(*columns, tall=True))
-
-
-def _not_finished(comparison: Comparison) -> str:
-    if not comparison.others:
-        return ""
-    rows: list[list[str | Cell]] = [
-        [
-            f"<code>{esc(one.run_id)}</code>",
-            dot(one.strategy) if one.config else "–",
-            esc("diverged" if one.diverged else one.state if one.result is None else "left out"),
-            esc(one.name),
-            esc(one.reason or "see the warnings above"),
-        ]
-        for one in comparison.others
-    ]
-    heads = ("run", "strategy", "state", "name", "reason")
-    return _section("Runs that did not end well, or were left out", "", table(heads, rows, tall=True))  # noqa: E501  # fmt: skip
-
-
-def _provenance(outcomes: Sequence[Outcome]) -> str:
-    counts: dict[str, Counter[str]] = {}
-
-    def count(what: str, value: object) -> None:
-        counts.setdefault(what, Counter())[str(value)] += 1
-
-    for one in outcomes:
-        if one.result is None:
-            continue
-        result = one.result
-        count("data", result.dataset_fingerprint)
-        count("split", result.split_fingerprint)
-        count("source weights", result.weights_fingerprint or "none (from scratch)")
-        count("pictures", f"{result.num_train} train, {result.num_val} validate")
-        count("git commit", result.git_commit or "unknown")
-        count("threads", result.num_threads)
-        for name, version in result.versions.items():
-            count(name, version)
-    rows: list[list[str | Cell]] = [
-        [esc(what), f"<code>{esc(value)}</code>", number(n)]
-        for what, values in counts.items()
-        for value, n in values.most_common(8)
-    ]
-    if not rows:
-        return ""
-    about = "Versions and fingerprints of what the runs were made with."
-    return _section("What the runs stand on", about, table(("what", "value", "runs"), rows))
+    return section("The search", "", *parts)

@@ -15,7 +15,8 @@ imports neither Optuna nor torch.
 | joining.py | the sweep's study in a storage: made by one process, found by others |
 | trials.py | what a trial tells of its key; copies of those that failed |
 | board.py | the trials, shared by processes: claimed, ended, taken up again |
-| workers.py | a child process a trial, from a fork server |
+| workers.py | child processes, one a trial, from a fork server |
+| child.py | such a process, from the inside |
 | preload.py | what that server imports |
 | view.py | the live table, and the final one |
 | drive.py | a sweep, run to its end: `run_sweep` |

@@ -23,13 +23,14 @@ from finetune.errors import ConfigError, FinetuneError, RunDirError, Shortage
 from finetune.result import Row, RunDir, RunResult, best_epoch, read_failure, read_metrics
 from finetune.stopping import stoppable
 from finetune.sweep.board import MAX_DEATHS, Board, Claim
+from finetune.sweep.child import End, Epoch, Event, Job
 from finetune.sweep.dimensions import Value
 from finetune.sweep.reading import read_sweep
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import sqlite_url, told
 from finetune.sweep.trials import Standing
 from finetune.sweep.view import Outcome, View, final_table, open_console
-from finetune.sweep.workers import Crew, End, Epoch, Event, Job, Worker, visible_devices
+from finetune.sweep.workers import Crew, Worker, visible_devices
 
 FIRST_FAILURES = 3
 """If the first so many trials all fail, the fault isn't theirs: the sweep ends."""
@@ -291,8 +292,8 @@ def _describe(
     record: Mapping[str, Any],
 ) -> Outcome:
     config = spec.config(values)
-    names = [name for name in values if name not in ("strategy", "name")]
-    setting = {name: getattr(config, name) for name in names}
+    names = [name for name in spec.varied if name not in ("strategy", "name")]
+    setting = {name: getattr(config, name) for name in names if name in values}
     return Outcome(
         run_id=run_id,
         run_dir=spec.out_dir / run_id,

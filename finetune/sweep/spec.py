@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +88,21 @@ class Sweep:
         self, name: str | None, defaults: Mapping[str, Any], wins: Mapping[str, Any]
     ) -> Sweep:
         """The same sweep under another name, with fields below and above its own."""
-        varied = {dimension.name for dimension in self.dimensions}
-        below = {k: v for k, v in defaults.items() if k not in varied}
+        below = {k: v for k, v in defaults.items() if k not in self.varied}
         return replace(
             self,
             name=name or self.name,
             fixed={**below, **self.fixed, **wins},
             source={**self.source, **({"fields": below} if below else {})},
         )
+
+    @cached_property
+    def varied(self) -> tuple[str, ...]:
+        """The fields that differ between trials that have them."""
+        if self.listed is None:
+            return tuple(dimension.name for dimension in self.dimensions)
+        names = dict.fromkeys(name for cell in self.listed for name in cell)
+        return tuple(n for n in names if len({cell[n] for cell in self.listed if n in cell}) > 1)
 
     @property
     def num_cells(self) -> int | None:
