@@ -15,7 +15,9 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +70,9 @@ class _Lock:
         except BlockingIOError:
             return False
         return True
+
+    def let_go(self) -> None:
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -128,7 +133,11 @@ class Cache:
                 lock.share()
                 if entry := self._read(name, lock):
                     return entry
-                lock.hold()
+                # Waiting here would be for the one who was quicker, and reads it until it ends.
+                if not lock.try_to_hold():
+                    lock.let_go()
+                    time.sleep(random.uniform(0.01, 0.05))
+                    continue
                 if not (self.directory / name).exists() and not self._build(
                     name, kind, shape, dtype, build
                 ):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,26 @@ def test_a_directory_that_cannot_be_used_means_going_on_without(
     (tmp_path / "file").write_text("")
     assert ask(tmp_path / "file" / "cache") is None
     assert "going on without" in capsys.readouterr().out
+
+
+def test_two_that_find_it_missing_at_the_same_time_both_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The quicker one reads it until it ends, and the other must not wait for that."""
+    meet, read = threading.Barrier(2), Cache._read
+
+    def read_together(self: Cache, name: str, lock: Any) -> Entry | None:
+        entry = read(self, name, lock)
+        if entry is None:
+            with suppress(threading.BrokenBarrierError):
+                meet.wait(1)
+        return entry
+
+    monkeypatch.setattr(Cache, "_read", read_together)
+    got: list[Entry | None] = []
+    both = [threading.Thread(target=lambda: got.append(ask(tmp_path)), daemon=True) for _ in "ab"]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(20)
+    assert [found(entry).array.shape for entry in got] == [got[0].array.shape] * 2  # type: ignore[union-attr]
