@@ -19,7 +19,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class Cache:
                 lock.share()
                 if entry := self._read(name, lock):
                     return entry
-                # Waiting here would be for the one who was quicker, and reads it until it ends.
+                # Not waited for: who is quicker builds it, and then reads it to its own end.
                 if not lock.try_to_hold():
                     lock.let_go()
                     time.sleep(random.uniform(0.01, 0.05))
@@ -154,7 +154,8 @@ class Cache:
         return f"{kind}-{digest({'format': FORMAT, **description})}"
 
     def _read(self, name: str, lock: _Lock) -> Entry | None:
-        """Open an entry under its shared lock. A damaged one is said, removed, and not opened."""
+        """Open an entry under its shared lock. A damaged one is said, removed, and not opened:
+        while the lock is shared nobody can have built another in its place."""
         place = self.directory / name
         try:
             manifest = json.loads((place / "manifest.json").read_text())
@@ -167,7 +168,6 @@ class Cache:
         data_path = place / "data.npy"
         if manifest is None or manifest != _manifest(data_path, manifest.get("notes")):
             self._say(f"cache: {place} is damaged; it is removed and built again")
-            lock.hold()
             self._remove(place)
             return None
         os.utime(place / "manifest.json")
@@ -251,10 +251,11 @@ class Cache:
             lock.close()
 
     def _remove(self, place: Path) -> None:
-        """Rename first, so that a half-removed entry is never read."""
+        """Rename first, so that a half-removed entry is never read. Another may be quicker."""
         aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        place.rename(aside)
-        shutil.rmtree(aside)
+        with suppress(FileNotFoundError):
+            place.rename(aside)
+            shutil.rmtree(aside)
 
 
 def _manifest(data_path: Path, notes: object) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetune import cache
 from finetune.cache import Cache, Entry, num_kept_bytes
 
 SHAPE = (10, 100)
@@ -177,24 +178,28 @@ def test_a_directory_that_cannot_be_used_means_going_on_without(
     assert "going on without" in capsys.readouterr().out
 
 
-def test_two_that_find_it_missing_at_the_same_time_both_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damaged", [False, True], ids=["missing", "damaged"])
+def test_two_that_find_it_so_at_the_same_time_both_get_it(
+    damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The quicker one reads it until it ends, and the other must not wait for that."""
-    meet, read = threading.Barrier(2), Cache._read
+    if damaged:
+        ask(tmp_path)
+        (data,) = tmp_path.glob("*/data.npy")
+        data.write_bytes(data.read_bytes()[:-8])
+    meet, share = threading.Barrier(2), cache._Lock.share
 
-    def read_together(self: Cache, name: str, lock: Any) -> Entry | None:
-        entry = read(self, name, lock)
-        if entry is None:
-            with suppress(threading.BrokenBarrierError):
-                meet.wait(1)
-        return entry
+    def share_together(self: cache._Lock) -> None:
+        share(self)
+        with suppress(threading.BrokenBarrierError):
+            meet.wait(1)
 
-    monkeypatch.setattr(Cache, "_read", read_together)
+    monkeypatch.setattr(cache._Lock, "share", share_together)
     got: list[Entry | None] = []
     both = [threading.Thread(target=lambda: got.append(ask(tmp_path)), daemon=True) for _ in "ab"]
     for thread in both:
         thread.start()
     for thread in both:
         thread.join(20)
-    assert [found(entry).array.shape for entry in got] == [got[0].array.shape] * 2  # type: ignore[union-attr]
+    first, second = (found(entry).array for entry in got)
+    assert np.array_equal(first, second)
