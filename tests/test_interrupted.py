@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,27 @@ def outcome(place: Path) -> dict[str, Any]:
 
 def killed_while(process: BaseProcess, place: Path, when: str, rng: random.Random) -> bool:
     """Kill at the moment that `when` names; whether there was one before the run ended."""
-    deadline = time.monotonic() + (rng.uniform(0.1, 1.5) if when == "at random" else 60)
-    while process.is_alive() and time.monotonic() < deadline:
-        if when != "at random" and any(place.glob(f".{when}.*.tmp")):
-            break
-        time.sleep(0.0005)
+
+    def wait(until: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while process.is_alive() and time.monotonic() < deadline and not until():
+            time.sleep(0.0005)
+
+    def never() -> bool:
+        return False
+
+    if when == "at random":
+        wait(never, rng.uniform(0.1, 1.5))
+    else:
+        file = "last.ckpt" if when == "about an unfreezing" else when.removeprefix("within ")
+        aside = place / f".{file}.{process.pid}.tmp"
+        for _ in range(rng.randrange(3)):  # these writes may end
+            wait(aside.exists)
+            wait(lambda: not aside.exists())
+        wait(aside.exists)
+        if when == "about an unfreezing":  # an epoch's last.ckpt is the last thing before it
+            wait(lambda: not aside.exists())
+        wait(never, rng.uniform(0, 0.04))
     alive = process.is_alive()
     process.kill()
     process.join()
@@ -91,7 +107,9 @@ def killed_while(process: BaseProcess, place: Path, when: str, rng: random.Rando
     ("strategy", "when"),
     [
         *((strategy, "at random") for strategy in STRATEGIES),
-        *(("gradual", name) for name in ("last.ckpt", "best.ckpt")),
+        ("gradual", "within last.ckpt"),
+        ("gradual", "within best.ckpt"),
+        ("gradual", "about an unfreezing"),
     ],
 )
 def test_a_run_killed_over_and_over_ends_like_one_that_never_was(
