@@ -49,7 +49,12 @@ def anonymous_mb(pid: int) -> float:
 
 
 def num_files(folder: Path) -> int:
+    """Those below that stay long enough to be listed: os.walk passes over a folder that goes."""
     return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def num_entries(folder: Path) -> int:
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(folder))
 
 
 def look(process: subprocess.Popen[bytes], server: int, folder: Path, num_trials: int) -> Held:
@@ -59,7 +64,7 @@ def look(process: subprocess.Popen[bytes], server: int, folder: Path, num_trials
         tuple(map(anonymous_mb, pair)),  # type: ignore[arg-type]
         tuple(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pair),  # type: ignore[arg-type]
         sum(len(children(pid)) for pid in pair),
-        sum(1 for _ in (folder / "tmp").rglob("*")),
+        num_entries(folder / "tmp"),
         num_files(folder / "cache"),
         sum(not path.is_dir() for path in (folder / "runs").iterdir()),
     )
@@ -88,12 +93,32 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
             cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=file,
             env=environment(WANDB_MODE="offline", TMPDIR=str(tmp_path / "tmp"), **wandb_dirs),
         )  # fmt: skip
+    try:
+        seen, finished = watch(process, tmp_path, said)
+        process.terminate()
+        assert process.wait(timeout=120) == -15, said.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    print(*(seen[i] for i in (0, len(seen) // 2, -1)), sep="\n")
+    check_steady(seen)
+    # A process that its signal ends leaves the folder of multiprocessing's socket.
+    assert {path.name[:5] for path in (tmp_path / "tmp").iterdir()} <= {"pymp-"}
+    assert not list(tmp_path.glob("runs/*/.*.tmp")) and not list(tmp_path.glob("cache/.*"))
+    for run_dir in finished:
+        assert RunResult.load(run_dir).epochs_run == 1
+
+
+def watch(
+    process: subprocess.Popen[bytes], folder: Path, said: Path
+) -> tuple[list[Held], set[Path]]:
+    """A look after each trial for SOAK_SECONDS, and the directories of those that finished."""
     seen: list[Held] = []
     finished: set[Path] = set()
     latest = ends = time.monotonic() + 600 + SOAK_SECONDS
     while time.monotonic() < (ends if len(seen) >= NUM_SEEN else latest):
         assert process.poll() is None, said.read_text()
-        new = {path.parent for path in tmp_path.glob("runs/*/result.json")} - finished
+        new = {path.parent for path in folder.glob("runs/*/result.json")} - finished
         finished |= new
         for run_dir in new:
             give_back(run_dir)
@@ -102,17 +127,9 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
                 ends = time.monotonic() + SOAK_SECONDS
             # The fork server is the child that has had workers; the other one tracks resources.
             server = max(children(process.pid), key=anonymous_mb)
-            seen.append(look(process, server, tmp_path, len(finished)))
+            seen.append(look(process, server, folder, len(finished)))
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(timeout=120) == -15, said.read_text()
-    print(*(seen[i] for i in (0, len(seen) // 2, -1)), sep="\n")
-    check_steady(seen)
-    # A process that its signal ends leaves the folder of multiprocessing's socket.
-    assert {path.name[:5] for path in (tmp_path / "tmp").iterdir()} <= {"pymp-"}
-    assert not list(tmp_path.glob("runs/*/.*.tmp")) and not list(tmp_path.glob("cache/.*"))
-    for run_dir in finished:
-        assert RunResult.load(run_dir).epochs_run == 1
+    return seen, finished
 
 
 def check_steady(seen: list[Held]) -> None:
