@@ -76,16 +76,13 @@ def outcome(place: Path) -> dict[str, Any]:
 def killed_while(process: BaseProcess, place: Path, when: str, rng: random.Random) -> bool:
     """Kill at the moment that `when` names; whether there was one before the run ended."""
 
-    def wait(until: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
+    def wait(until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
         while process.is_alive() and time.monotonic() < deadline and not until():
             time.sleep(0.0005)
 
-    def never() -> bool:
-        return False
-
     if when == "at random":
-        wait(never, rng.uniform(0.1, 1.5))
+        process.join(rng.uniform(0.1, 1.5))
     else:
         file = "last.ckpt" if when == "about an unfreezing" else when.removeprefix("within ")
         aside = place / f".{file}.{process.pid}.tmp"
@@ -95,7 +92,7 @@ def killed_while(process: BaseProcess, place: Path, when: str, rng: random.Rando
         wait(aside.exists)
         if when == "about an unfreezing":  # an epoch's last.ckpt is the last thing before it
             wait(lambda: not aside.exists())
-        wait(never, rng.uniform(0, 0.04))
+        process.join(rng.uniform(0, 0.04))
     alive = process.is_alive()
     process.kill()
     process.join()
