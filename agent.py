@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import sys
 
-from finetune.config import RunConfig
-from finetune.flags import given_fields
-from finetune.progress import bars_end
-from finetune.stopping import run_door, undivided
-from finetune.tracking import fields_of_run, told_to_sweep
+from finetune.config.fields import RunConfig
+from finetune.config.flags import given_fields
+from finetune.system.progress import close_bars
+from finetune.system.shutdown import defer_stop, run_cli
+from finetune.tracking.environment import fields_of_run
+from finetune.tracking.tracker import report_early_failure
 
 
-@bars_end()
+@close_bars()
 def main() -> None:
     """Check the fields before anything heavy is imported, then run."""
-    with told_to_sweep():
+    with report_early_failure():
         given = fields_of_run(given_fields(sys.argv[1:]))
         if not given.keys() & {"config", "resume"}:
             RunConfig.from_fields(given)
-        with undivided():  # an exception in the middle of torch's own start aborts the process
-            from finetune.train import train_and_finetune
+        with defer_stop():  # an exception in the middle of torch's own start aborts the process
+            from finetune.training.train import train_and_finetune
 
         train_and_finetune(**given)
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -28,9 +28,11 @@ from torchvision.transforms import v2
 from benchmarks.memory import peak_bytes
 from benchmarks.ways import Bench
 from benchmarks.whole_sweep import whole_sweep
-from finetune.cache import Cache
-from finetune.data import decode, find_pictures, open_images
-from finetune.model import normalise
+from finetune.data.decode import decode
+from finetune.data.images import open_images
+from finetune.data.pictures import find_pictures
+from finetune.model.network import normalise
+from finetune.system.array_store import Cache
 
 
 def compare_strategy(

@@ -16,8 +16,8 @@ from statistics import median
 
 import torch
 
-from finetune.model import build
-from finetune.sources import write_digits
+from finetune.datasets.digits import write_digits
+from finetune.model.network import build
 
 IMPORTS = "import torch, torchvision, pytorch_lightning, wandb"
 

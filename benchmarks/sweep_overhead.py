@@ -16,11 +16,12 @@ from statistics import median
 import torch
 from rich.console import Console
 
-from finetune.model import build
-from finetune.result import RunResult
-from finetune.sources import write_digits
-from finetune.sweep import read_sweep, run_sweep
-from finetune.sweep.board import Board
+from finetune.datasets.digits import write_digits
+from finetune.model.network import build
+from finetune.runs.result import RunResult
+from finetune.sweep.runner import run_sweep
+from finetune.sweep.sweep_file import read_sweep
+from finetune.sweep.trial_queue import TrialQueue
 
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
 
@@ -56,13 +57,13 @@ def scheduling_ms(place: Path, method: str, num_trials: int) -> float:
         {"name": method, "method": method, "metric": METRIC, "parameters": parameters}
     )
     started = time.perf_counter()
-    board = Board.open(sweep, f"sqlite:///{place / method}.db", num_trials)
+    trial_queue = TrialQueue.open(sweep, f"sqlite:///{place / method}.db", num_trials)
     done = 0
-    while claim := board.claim():
-        board.report(claim, 1, 0.5, judge=True)
-        board.finish(claim, "finished", 0.5, {"best_epoch": 0})
+    while claim := trial_queue.claim():
+        trial_queue.report(claim, 1, 0.5, judge=True)
+        trial_queue.finish(claim, "finished", 0.5, {"best_epoch": 0})
         done += 1
-    assert done == num_trials and board.settled()
+    assert done == num_trials and trial_queue.settled()
     return (time.perf_counter() - started) * 1e3 / num_trials
 
 

@@ -21,9 +21,9 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from benchmarks import plain
-from finetune.model import build, normalise, part_parameters
-from finetune.strategies import PARTS
-from finetune.train import train_and_finetune
+from finetune.config.strategies import PARTS
+from finetune.model.network import build, normalise, part_parameters
+from finetune.training.train import train_and_finetune
 
 NUM_CLASSES = 10
 

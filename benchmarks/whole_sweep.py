@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from benchmarks import plain
-from finetune.result import RunResult
+from finetune.runs.result import RunResult
 
 STRATEGIES = ("freeze", "partial", "gradual", "scratch")
 LEARNING_RATES = (0.001, 0.01)

@@ -12,23 +12,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.config import RunConfig
-    from finetune.model import load_best
-    from finetune.result import RunResult
-    from finetune.train import train_and_finetune
+    from finetune.config.fields import RunConfig
+    from finetune.model.network import load_best
+    from finetune.runs.result import RunResult
+    from finetune.training.train import train_and_finetune
 
 __version__ = "0.1.0"
 __all__ = ["RunConfig", "RunResult", "load_best", "train_and_finetune"]
 
-_ROOMS = {
-    "RunConfig": "config",
-    "RunResult": "result",
-    "load_best": "model",
-    "train_and_finetune": "train",
+_LAZY = {
+    "RunConfig": "config.fields",
+    "RunResult": "runs.result",
+    "load_best": "model.network",
+    "train_and_finetune": "training.train",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _LAZY:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
-    return getattr(import_module(f"finetune.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"finetune.{_LAZY[name]}"), name)

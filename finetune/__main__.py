@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.flags import Parser
-from finetune.progress import bars_end
-from finetune.stopping import run_door
+from finetune.config.flags import Parser
+from finetune.system.progress import close_bars
+from finetune.system.shutdown import run_cli
 
 Arguments = Callable[[argparse.ArgumentParser], None]
 DATA_DIR = Path("data/inaturalist_12K")
@@ -51,7 +51,7 @@ def _download_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _download(given: argparse.Namespace) -> int | None:
-    from finetune.download import download
+    from finetune.datasets.download import download
 
     download(given.data_dir, given.url, given.archive, given.weights_only)
     return None
@@ -63,7 +63,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(given: argparse.Namespace) -> int | None:
-    from finetune.check import check
+    from finetune.datasets.check import check
 
     return check(given.data_dir, given.json)
 
@@ -84,11 +84,11 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 def _sweep(given: argparse.Namespace) -> int | None:
     options = {k: v for k, v in vars(given).items() if k not in ("call", "sweep", "check")}
     if given.check:
-        from finetune.sweep import read_sweep
+        from finetune.sweep.sweep_file import read_sweep
 
         print(f"{given.sweep} is fine. {read_sweep(given.sweep).summary()}")
         return 0
-    from finetune.sweep import sweep_command
+    from finetune.sweep.runner import sweep_command
 
     return sweep_command(given.sweep, **options)
 
@@ -99,7 +99,7 @@ def _gpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _gpus(given: argparse.Namespace) -> int | None:
-    from finetune.gpus import gpus
+    from finetune.tracking.gpus import gpus
 
     return gpus(given.sweep_id, given.count)
 
@@ -120,7 +120,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(given: argparse.Namespace) -> int | None:
-    from finetune.predict import predict
+    from finetune.inference.predict import predict
 
     return predict(given.run_dir, given.images, given.top, given.json)
 
@@ -138,7 +138,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> int | None:
-    from finetune.evaluate import evaluate
+    from finetune.inference.evaluate import evaluate
 
     return evaluate(given.run_dir, given.folder, given.json)
 
@@ -154,7 +154,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(given: argparse.Namespace) -> int | None:
-    from finetune.export import export
+    from finetune.inference.export import export
 
     return export(given.run_dir, given.format, given.out)
 
@@ -173,7 +173,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(given: argparse.Namespace) -> int | None:
-    from finetune.report import report
+    from finetune.analysis.report.report import report
 
     return report(given.runs_dir, given.out, given.wandb)
 
@@ -194,7 +194,7 @@ def _confirm_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _confirm(given: argparse.Namespace) -> int | None:
-    from finetune.sweep import confirm
+    from finetune.sweep.confirmation import confirm
 
     return confirm(given.runs_dir, given.seeds, given.workers, given.storage)
 
@@ -261,7 +261,7 @@ def command_line() -> argparse.ArgumentParser:
     return made
 
 
-@bars_end()
+@close_bars()
 def main(arguments: list[str] | None = None) -> int | None:
     given = command_line().parse_args(sys.argv[1:] if arguments is None else arguments)
     call: Callable[[argparse.Namespace], int | None] = given.call
@@ -269,4 +269,4 @@ def main(arguments: list[str] | None = None) -> int | None:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune.report import report
-from finetune.sources import write_digits
-from finetune.sweep import final_table, run_sweep
-from finetune.sweep.view import Outcome, open_console
+from finetune.analysis.report.report import report
+from finetune.datasets.digits import write_digits
+from finetune.sweep.runner import run_sweep
+from finetune.sweep.table import TrialResult, final_table, open_console
 
 SOURCE_DIGITS, TARGET_DIGITS = range(5), range(5, 10)
 
@@ -89,15 +89,15 @@ def _sweep(name: str) -> dict[str, Any]:
 
 def _train_source(weights: Path, fields: dict[str, Any]) -> None:
     """Train on the source task and keep everything but its head."""
-    from finetune.train import train_and_finetune
-    from finetune.weights import write_checkpoint
+    from finetune.model.weights import write_checkpoint
+    from finetune.training.train import train_and_finetune
 
     model = train_and_finetune(**(COMMON | SOURCE | fields))
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
     write_checkpoint(state, weights)
 
 
-def _conclude(outcomes: list[Outcome], say: Any) -> None:
+def _conclude(outcomes: list[TrialResult], say: Any) -> None:
     best: dict[str, float] = {}
     for outcome in outcomes:
         accuracy = outcome.best_val_acc or 0.0

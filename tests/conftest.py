@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config import RunConfig
-from finetune.model import build
-from finetune.result import RunDir, RunResult
-from finetune.sources import write_digits
+from finetune.config.fields import RunConfig
+from finetune.datasets.digits import write_digits
+from finetune.model.network import build
+from finetune.runs.result import RunResult
+from finetune.runs.run_dir import RunDir
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +75,7 @@ Train = Callable[..., RunDir]
 
 
 def carry_out(**fields: Any) -> RunDir:
-    from finetune.train import train_and_finetune
+    from finetune.training.train import train_and_finetune
 
     result = train_and_finetune(**fields).result
     assert isinstance(result, RunResult)

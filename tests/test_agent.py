@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import ROOT
+from tests.conftest import ROOT
 
 
 def agent(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:

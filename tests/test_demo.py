@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune.analysis.read_runs import read_runs
 from finetune.demo import HONEST_LINE
-from finetune.outcomes import read_outcomes
-
-from .chromium import Browser
-from .conftest import ROOT
-from .test_report import EMPTY_FIGURES
+from tests.analysis.test_report import EMPTY_FIGURES
+from tests.conftest import ROOT
+from tests.support.chromium import Browser
 
 
 @pytest.mark.slow
@@ -31,7 +30,7 @@ def test_transfer_shows_and_the_page_is_drawn(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert HONEST_LINE in done.stdout
-    outcomes = read_outcomes(tmp_path / "demo" / "runs")
+    outcomes = read_runs(tmp_path / "demo" / "runs")
     assert len(outcomes) == 8
     best = {}
     for one in outcomes:

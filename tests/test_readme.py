@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from finetune.__main__ import command_line
-from finetune.config import RunConfig
-from finetune.flags import given_fields
-from finetune.model import build
-from finetune.sources import write_digits
-from finetune.sweep import read_sweep
-
-from .conftest import ROOT
+from finetune.config.fields import RunConfig
+from finetune.config.flags import given_fields
+from finetune.datasets.digits import write_digits
+from finetune.model.network import build
+from finetune.sweep.sweep_file import read_sweep
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 

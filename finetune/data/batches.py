@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     """The part of the network that `inputs` enter."""
 
 
-class Epoch:
+class EpochBatches:
     """The batches of one epoch, made as they are asked for. `fetch` makes the inputs."""
 
     def __init__(

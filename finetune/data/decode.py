@@ -11,7 +11,6 @@ Legend: H height, W width, C=3 channels (RGB).
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 import warnings
@@ -28,8 +27,11 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from finetune.errors import DataError, is_out_of_memory, one_line, shortage
-from finetune.layout import PICTURE_FORMATS
+from finetune.data.layout import PICTURE_FORMATS
+from finetune.system.devices import num_cores
+from finetune.system.errors import DataError
+from finetune.system.resources import is_out_of_memory, shortage
+from finetune.system.text import one_line
 
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where Pillow calls it a bomb
 
@@ -116,10 +118,6 @@ def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
     finally:
         torch.set_rng_state(state)
     return augmented.permute(1, 2, 0)
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def decode_many(

@@ -10,7 +10,6 @@ Legend: B batch, H height, W width, C=3 channels (RGB), N pictures of a folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,11 @@ import torch
 import torchvision
 from torch import Tensor
 
-from finetune.cache import Cache
 from finetune.data.decode import decode_many
 from finetune.data.pictures import Indices, Pictures, find_pictures
-from finetune.errors import DataError
-
-Progress = Callable[[str, int], Callable[[], None]]
-"""(what, total) -> a function that is called once for each one done."""
-
-
-def no_progress(what: str, total: int) -> Callable[[], None]:
-    return lambda: None
-
+from finetune.system.array_store import Cache
+from finetune.system.errors import DataError
+from finetune.system.progress import StartProgress, no_progress
 
 _ADVICE = "repair or remove it, or pass --skip_unreadable"
 
@@ -63,7 +55,7 @@ def open_images(
     image_size: int,
     skip_unreadable: bool,
     cache: Cache | None,
-    progress: Progress = no_progress,
+    progress: StartProgress = no_progress,
 ) -> tuple[Images, list[str]]:
     """A split's decoded pictures, from the folder's store, and the names it goes on without.
 
@@ -99,7 +91,7 @@ def _check_all_classes_left(pictures: Pictures) -> None:
 
 
 def _open_store(
-    folder: Pictures, image_size: int, cache: Cache, progress: Progress
+    folder: Pictures, image_size: int, cache: Cache, progress: StartProgress
 ) -> tuple[Any | None, dict[str, str]]:
     """The folder's decoded pictures, (N, H, W, 3), and why some are missing, by name."""
 
@@ -131,7 +123,9 @@ def _open_store(
     return (entry.array, dict(entry.notes)) if entry else (None, {})
 
 
-def _find_unreadable(pictures: Pictures, image_size: int, progress: Progress) -> dict[str, str]:
+def _find_unreadable(
+    pictures: Pictures, image_size: int, progress: StartProgress
+) -> dict[str, str]:
     done = progress(f"reading {pictures.folder.name}/", len(pictures))
     unreadable: dict[str, str] = {}
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune.cache import digest
-from finetune.errors import DataError
-from finetune.layout import IMAGE_SUFFIXES, class_dirs, pictures_of_class
+from finetune.data.layout import IMAGE_SUFFIXES, class_dirs, pictures_of_class
+from finetune.system.array_store import digest
+from finetune.system.errors import DataError
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 Keys = np.ndarray[Any, np.dtype[np.uint64]]

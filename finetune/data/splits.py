@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.cache import digest
-from finetune.config import RunConfig
-from finetune.data.chance import mixed
+from finetune.config.fields import RunConfig
+from finetune.data.layout import find_data_dir
 from finetune.data.pictures import Indices, Pictures, find_pictures
-from finetune.errors import DataError
-from finetune.layout import find_data_dir
+from finetune.data.seeding import mixed
+from finetune.system.array_store import digest
+from finetune.system.errors import DataError
 
 AUTO_VAL_FRACTION = 0.2
 

@@ -19,12 +19,13 @@ from typing import Any
 
 from rich.table import Table
 
-from finetune.config import RunConfig
-from finetune.errors import ConfigError, RunDirError, message
-from finetune.result import RunResult
-from finetune.sweep.drive import conclude, run_sweep
+from finetune.config.fields import RunConfig
+from finetune.runs.result import RunResult
+from finetune.sweep.runner import conclude, run_sweep
 from finetune.sweep.spec import Sweep
-from finetune.sweep.view import Outcome, open_console
+from finetune.sweep.table import TrialResult, open_console
+from finetune.system.errors import ConfigError, RunDirError
+from finetune.system.text import message
 
 _NOT_A_SETTING = ("seed", "out", "name", "group", "cache_gb")  # the last follows the disk
 
@@ -119,7 +120,7 @@ def _best_settings(results: list[RunResult]) -> dict[str, dict[str, Any]]:
     return dict(sorted(best.items()))
 
 
-def spread_table(outcomes: list[Outcome]) -> Table:
+def spread_table(outcomes: list[TrialResult]) -> Table:
     """Each strategy's best_val_acc over its seeds, the best mean first."""
     found: dict[str, list[float]] = defaultdict(list)
     for outcome in outcomes:

@@ -10,8 +10,8 @@ import signal
 
 import PIL.PngImagePlugin  # noqa: F401
 
-import finetune.sweep.child
-import finetune.train  # noqa: F401
+import finetune.sweep.worker
+import finetune.training.train  # noqa: F401
 
 # Slurm and systemd signal every process of a job. The server is none that could be stopped: the
 # parent would take its children for dead while they still write.

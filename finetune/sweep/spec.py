@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune.config import RunConfig
-from finetune.errors import ConfigError
-from finetune.sweep.dimensions import Dimension, Value
+from finetune.config.fields import RunConfig
+from finetune.sweep.distributions import Dimension, Value
+from finetune.system.errors import ConfigError
 
 DEFAULT_METRIC = "best_val_acc"
 DEFAULT_SEED = 42
@@ -42,7 +42,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Ladder:
+class EarlyTermination:
     """Successive halving: judged at min_iter, min_iter*eta, ... iterations; 1 in eta goes on.
 
     An iteration is one logged value of the metric, which is an epoch; they count from 1.
@@ -62,7 +62,7 @@ class Sweep:
     fixed: Mapping[str, Value]
     metric: Metric = field(default_factory=Metric)
     run_cap: int | None = None
-    ladder: Ladder | None = None
+    early_termination: EarlyTermination | None = None
     listed: tuple[Mapping[str, Value], ...] | None = None
     """A grid's cells one by one, where they are no product of dimensions."""
     source: Mapping[str, Any] = field(default_factory=dict)
@@ -119,8 +119,8 @@ class Sweep:
         words = [f"{self.name}: {self.method}, {cells}"]
         words.append(f"{self.metric.goal} {self.metric.name}")
         words += [f"at most {self.run_cap} runs"] if self.run_cap else []
-        if self.ladder:
-            words.append(f"1 in {self.ladder.eta} goes on after {self.ladder.min_iter} epochs")
+        if rule := self.early_termination:
+            words.append(f"1 in {rule.eta} goes on after {rule.min_iter} epochs")
         return ", ".join(words)
 
     def cells(self) -> Iterator[dict[str, Value]]:

@@ -27,7 +27,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from finetune.errors import ConfigError, FinetuneError, MissingPackage
+from finetune.system.errors import ConfigError, FinetuneError, MissingPackage
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90

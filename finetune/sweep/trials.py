@@ -15,13 +15,13 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from finetune.sweep.dimensions import Value
+from finetune.sweep.distributions import Value
 
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
-class Standing:
+class TrialStatus:
     """What is known of a key: its state, and what its accepted or last trial left."""
 
     key: str
@@ -44,7 +44,7 @@ def number_of(key: str) -> int:
 
 
 def decided(trials: list[FrozenTrial]) -> tuple[str, FrozenTrial]:
-    """How the key of these trials stands, in `Standing`'s words, and the trial that decides it."""
+    """The key's state, as in `TrialStatus`, and the trial that decides it."""
     done = [t for t in trials if t.state in DONE]
     live = [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
     trial = (done or live or trials[-1:])[0]

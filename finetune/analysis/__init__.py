@@ -1,0 +1,1 @@
+"""What can be said of many runs, and how it is shown."""

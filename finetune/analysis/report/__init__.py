@@ -1,0 +1,1 @@
+"""The HTML page, runs.csv and the terminal summary."""

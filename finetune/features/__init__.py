@@ -1,0 +1,1 @@
+"""What the frozen prefix computes once, shared by epochs, runs and processes."""

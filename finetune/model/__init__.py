@@ -1,0 +1,1 @@
+"""The network as ordered parts, and its weights."""

@@ -1,0 +1,51 @@
+"""What a machine can run out of: memory, disk space, file handles."""
+
+from __future__ import annotations
+
+import errno
+import os
+from itertools import chain
+
+from finetune.system.errors import FinetuneError, Shortage
+
+_REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within the disk's quota",
+    errno.EROFS: "pass a place that can be written",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "allow more open files on this machine",
+}
+
+
+def shortage(error: BaseException) -> Shortage | None:
+    """What the machine has run out of, where an error says so; None for any other error.
+
+    Libraries wrap the system's errors in their own: in their causes, or in their words alone.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        for code, remedy in _REMEDIES.items():
+            if os.strerror(code) in str(found):
+                if isinstance(error, FinetuneError):
+                    return Shortage(str(error))
+                path = getattr(found, "filename", None)
+                place = f"{path} can't be used: " if path else ""
+                return Shortage(f"{place}{os.strerror(code)}; {remedy}")
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def require_handles(count: int) -> None:
+    """Raise `OSError` unless so many more files can be opened: libraries may hang without."""
+    pipes: list[tuple[int, int]] = []
+    try:
+        while 2 * len(pipes) < count:
+            pipes.append(os.pipe())
+    finally:
+        for descriptor in chain.from_iterable(pipes):
+            os.close(descriptor)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU, where torch's allocator raises a RuntimeError."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

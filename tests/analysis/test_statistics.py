@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from finetune.analysis.statistics import (
+    Correct,
+    group_differences,
+    holm,
+    mcnemar,
+    model_differences,
+    moderated,
+    selection_corrected,
+)
+
+NUM_PICTURES = 2000
+NUM_SWEEPS = 300
+SPREADS = (0.0, 0.005, 0.01)
+NUMBERS_OF_RUNS = ((3, 3, 3, 3), (5, 5, 5, 5), (3, 4, 6, 10))
+
+
+def simulated(
+    chance: np.random.Generator, accuracies: Sequence[float], runs: Sequence[int], spread: float
+) -> dict[str, Correct]:
+    """Runs whose accuracies spread around their strategy's, over easy and hard pictures.
+
+    What makes a picture hard is mostly common to all strategies, a little a strategy's own.
+    """
+    common = chance.standard_normal(NUM_PICTURES)
+    groups = {}
+    for name, accuracy, num_runs in zip("abcd", accuracies, runs, strict=True):
+        own = chance.standard_normal(NUM_PICTURES)
+        luck = chance.standard_normal((num_runs, NUM_PICTURES))
+        hardness = math.sqrt(0.7) * common + math.sqrt(0.05) * own + math.sqrt(0.25) * luck
+        reached = accuracy + spread * chance.standard_normal((num_runs, 1))
+        groups[name] = hardness < stats.norm.ppf(reached)
+    return groups
+
+
+def above(share: float, count: int) -> float:
+    """What a share of so many draws stays below, but for one time in a thousand."""
+    return share + 3.1 * math.sqrt(share * (1 - share) / count)
+
+
+@pytest.mark.parametrize("runs", NUMBERS_OF_RUNS)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_four_equal_strategies_raise_a_false_alarm_in_at_most_5_percent_of_sweeps(
+    spread: float, runs: tuple[int, ...]
+) -> None:
+    chance = np.random.default_rng(1)
+    sweeps = [
+        group_differences(simulated(chance, [0.8] * 4, runs, spread)) for _ in range(NUM_SWEEPS)
+    ]
+    alarms = sum(any(pair.significant for pair in pairs) for pairs in sweeps)
+    assert alarms / NUM_SWEEPS <= above(0.05, NUM_SWEEPS)
+    covered = [pair.low <= 0 <= pair.high for pairs in sweeps for pair in pairs]
+    # the six pairs of a sweep are no six sweeps
+    assert np.mean(covered) >= 1 - above(0.05, 2 * NUM_SWEEPS)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_five_seeds_find_three_points_in_at_least_80_percent_and_cover_them_in_95(
+    spread: float,
+) -> None:
+    chance = np.random.default_rng(2)
+    found, covered = [], []
+    for _ in range(NUM_SWEEPS):
+        groups = simulated(chance, [0.83, 0.80, 0.80, 0.80], [5] * 4, spread)
+        for pair in group_differences(groups)[:3]:
+            found.append(pair.significant and pair.estimate > 0)
+            covered.append(pair.low <= 0.03 <= pair.high)
+    assert np.mean(found) >= 0.8
+    assert np.mean(covered) >= 1 - above(0.05, NUM_SWEEPS)
+
+
+def test_pictures_alone_would_raise_false_alarms_where_runs_spread() -> None:
+    """Why a verdict on strategies needs seeds: one run each, 0.9 points of spread."""
+    chance = np.random.default_rng(3)
+    alarms = 0
+    for _ in range(NUM_SWEEPS):
+        runs = simulated(chance, [0.8] * 4, [1] * 4, 0.009)
+        models = {name: correct_RN[0] for name, correct_RN in runs.items()}
+        alarms += any(pair.significant for pair in model_differences(models))
+    assert alarms / NUM_SWEEPS > 0.3
+
+
+def test_the_interval_is_the_pigeonhole_bootstraps_less_what_it_counts_again() -> None:
+    """Against resampling itself, where many seeds leave no small-sample correction to speak of."""
+    chance = np.random.default_rng(4)
+    groups = simulated(chance, [0.8, 0.78, 0.8, 0.8], [40] * 4, 0.01)
+    a, b = groups["a"], groups["b"]
+    draws = []
+    for _ in range(1500):
+        pictures = chance.integers(NUM_PICTURES, size=NUM_PICTURES)
+        means = [one[chance.integers(40, size=40)][:, pictures].mean() for one in (a, b)]
+        draws.append(means[0] - means[1])
+    (pair,) = group_differences({"a": a, "b": b})
+    assert pair.estimate == pytest.approx(a.mean() - b.mean())
+    half = (pair.high - pair.low) / 2
+    once = sum(one.var(axis=0, ddof=1).mean() / NUM_PICTURES / 40 for one in (a, b))
+    assert half == pytest.approx(1.99 * math.sqrt(np.var(draws) - 2 * once), rel=0.06)
+
+
+def test_runs_that_agree_in_everything_differ_by_nothing() -> None:
+    same = np.tile(np.arange(50) % 5 > 0, (3, 1))
+    (pair,) = group_differences({"a": same, "b": same})
+    assert (pair.estimate, pair.significant) == (0, False)
+
+
+def test_equal_variances_are_pooled_and_unequal_ones_kept_apart() -> None:
+    alike = moderated([1.0, 1.1, 0.9, 1.0], [4] * 4, floor=0)
+    np.testing.assert_allclose(alike.variances, 1.0)
+    assert alike.shared.tolist() == [1] * 4
+    unlike = moderated([1e-4, 1e-2, 1.0, 100.0], [4] * 4, floor=0)
+    assert all(b > 20 * a for a, b in pairwise(unlike.variances))
+    assert unlike.shared.max() < 0.3
+
+
+def test_holm_counts_the_pairs_that_can_still_be_equal_and_keeps_their_order() -> None:
+    assert holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.04, 0.03])
+    assert holm([0.6, 0.5, 0.9], 3) == [1.0, 1.0, 1.0]
+    assert holm([0.02], 2) == [0.02]
+    assert holm([], 1) == []
+    equal = [0.001] * 6
+    assert holm(equal, 4) == pytest.approx([0.006] * 6)
+    falling = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]
+    counted = [corrected / p for corrected, p in zip(holm(falling, 4), falling, strict=True)]
+    assert counted == pytest.approx([6, 3, 3, 3, 2, 1])  # Shaffer 1986, for four groups
+
+
+def test_a_strategy_apart_leaves_the_equal_ones_without_false_alarms() -> None:
+    """Where Shaffer's step counts fewer pairs than Holm's."""
+    chance = np.random.default_rng(8)
+    alarms = 0
+    for _ in range(NUM_SWEEPS):
+        groups = simulated(chance, [0.9, 0.8, 0.8, 0.8], [5] * 4, 0.01)
+        alarms += any(pair.significant for pair in group_differences(groups)[3:])
+    assert alarms / NUM_SWEEPS <= above(0.05, NUM_SWEEPS)
+
+
+def test_mcnemar_counts_only_pictures_on_which_two_models_differ() -> None:
+    first = np.array([True] * 8 + [False] * 2 + [True] * 90)
+    second = np.array([False] * 8 + [True] * 2 + [True] * 90)
+    assert mcnemar(first, second) == pytest.approx(stats.binomtest(8, 10).pvalue)
+    assert mcnemar(first, first) == 1
+
+
+def test_the_best_of_forty_equal_runs_loses_its_flattery() -> None:
+    chance = np.random.default_rng(5)
+    raw, corrected = [], []
+    for _ in range(20):
+        correct_RN = chance.random((40, 400)) < 0.7
+        raw.append(correct_RN.mean(axis=1).max())
+        corrected.append(selection_corrected(correct_RN, num_resamples=200).accuracy)
+    assert np.mean(raw) > 0.735
+    assert np.mean(corrected) == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_run_without_rivals_keeps_its_accuracy() -> None:
+    correct_RN = np.random.default_rng(6).random((1, 1000)) < 0.8
+    corrected = selection_corrected(correct_RN)
+    assert corrected.accuracy == pytest.approx(correct_RN.mean(), abs=0.005)
+    assert corrected.low < correct_RN.mean() < corrected.high

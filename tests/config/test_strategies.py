@@ -1,0 +1,68 @@
+import math
+
+import pytest
+
+from finetune.config.strategies import PARTS, SCHEDULES, STRATEGIES, epochs_since_best, plan
+
+
+def test_freeze_trains_fc_alone_and_scratch_everything() -> None:
+    assert plan("freeze").trainable_parts(99) == ("fc",)
+    assert plan("scratch").trainable_parts(0) == PARTS
+
+
+def test_partial_trains_everything_from_its_deepest_part_up_at_once() -> None:
+    assert plan("partial").trainable_parts(0) == ("layer3", "layer4", "fc")
+    assert plan("partial", unfreeze_from="stem").trainable_parts(0) == PARTS
+
+
+def test_gradual_opens_one_part_after_the_other_at_falling_rates() -> None:
+    opened = [plan("gradual").first_trainable(epoch) for epoch in range(6)]
+    assert opened == ["fc", "layer4", "layer3", "layer2", "layer2", "layer2"]
+    shares = plan("gradual").rate_shares
+    assert [shares[p] for p in ("fc", "layer4", "layer3", "layer2")] == [1, 0.5, 0.25, 0.125]
+
+
+def test_unfreeze_every_spaces_the_openings() -> None:
+    spaced = plan("gradual", unfreeze_from="layer3", unfreeze_every=3)
+    assert dict(spaced.start_epochs) == {"layer3": 6, "layer4": 3, "fc": 0}
+    assert spaced.all_open_epoch == 6
+    assert spaced.opened_too_late(6) == {"layer3": 6}
+    assert "layer2" not in spaced.start_epochs
+
+
+def test_a_setting_that_a_strategy_ignores_does_not_change_it() -> None:
+    assert plan("partial", unfreeze_every=5) == plan("partial")
+    assert "unfreeze_every" in STRATEGIES["partial"].ignores
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_stays_between_nothing_and_the_full_rate(name: str) -> None:
+    values = [SCHEDULES[name](i / 100) for i in range(101)]
+    assert max(values) == pytest.approx(1.0)
+    assert min(values) >= 0
+
+
+def test_onecycle_is_torchs_own() -> None:
+    import torch
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=1001, cycle_momentum=False
+    )
+    for step in range(1001):
+        ours = SCHEDULES["onecycle"](step / 1000)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=0.005)
+        optimizer.step()
+        if step < 1000:
+            theirs.step()
+
+
+def test_patience_counts_only_once_everything_is_open() -> None:
+    gradual = plan("gradual")  # everything trains from epoch 3 on
+    assert epochs_since_best([1, 2, 3], gradual) == 0
+    assert epochs_since_best([0.1, 0.2, 0.3, 9.0], gradual) == 0
+    assert epochs_since_best([0.1, 0.2, 0.3, 9.0, 9.5, 9.6], gradual) == 2
+    assert epochs_since_best([0.1, 0.2, 0.3, 9.0, 8.5, 8.6], gradual) == 1
+    assert epochs_since_best([3, 2, 2, 2], plan("partial")) == 2
+    assert not math.isnan(epochs_since_best([], plan("partial")))

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import io
+import json
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.data.layout import find_data_dir
+from finetune.datasets.archive import read_manifest, unpack
+from finetune.datasets.zip_safety import Damaged, Hostile, Limits, find_root
+from finetune.system.errors import DataError
+from tests.support.picture_trees import tree, zipped
+
+FILES = tree()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "inside"
+
+
+def write(place: Path, content: bytes) -> Path:
+    place.mkdir(exist_ok=True)
+    archive = place / "data.zip"
+    archive.write_bytes(content)
+    return archive
+
+
+def assert_nothing_left(place: Path) -> None:
+    """Only the archive, neither in its folder nor beside it."""
+    assert [p.relative_to(place.parent).as_posix() for p in place.parent.rglob("*")] == [
+        "inside",
+        "inside/data.zip",
+    ]
+
+
+def with_member(name: str, content: bytes = b"x", kind: int = 0) -> bytes:
+    """A good archive with one member more."""
+    out = io.BytesIO(zipped(FILES))
+    info = zipfile.ZipInfo("placeholder")
+    info.filename = info.orig_filename = name
+    info.external_attr = (kind | 0o777) << 16
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr(info, content)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("root", ["", "inaturalist_12K/", "mirror/nature 12K/", "a/b/c/"])
+def test_the_data_set_is_found_however_deep_it_is_nested(place: Path, root: str) -> None:
+    unpack(write(place, zipped(FILES, root)), place / "data", "test")
+    assert {n: (place / "data" / n).read_bytes() for n in FILES} == FILES
+    assert find_data_dir(place / "data") == place / "data"
+
+
+def test_what_stands_beside_the_splits_is_left_out(place: Path) -> None:
+    extra = {
+        "__MACOSX/inaturalist_12K/train/Aves/._000.jpg": b"x",
+        "inaturalist_12K/.DS_Store": b"x",
+        "inaturalist_12K/train/.DS_Store": b"x",
+        "inaturalist_12K/LICENSE": b"x",
+        "README.txt": b"x",
+    }
+    content = zipped({f"inaturalist_12K/{n}": c for n, c in FILES.items()} | extra, root="")
+    unpack(write(place, content), place / "data", "test")
+    made = place / "data"
+    found = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
+    assert found == FILES.keys() | {"manifest.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("/etc/cron.d/x", 0, "no relative path"),
+        ("../outside.jpg", 0, "leads out"),
+        ("inaturalist_12K/train/Aves/../../../../outside.jpg", 0, "leads out"),
+        ("..\\outside.jpg", 0, "no relative path"),
+        ("C:/windows/x.jpg", 0, "no relative path"),
+        ("inaturalist_12K/train/Aves/link.jpg", stat.S_IFLNK, "link"),
+        ("inaturalist_12K/train/Linked", stat.S_IFLNK, "link"),
+        ("inaturalist_12K/train/Aves/pipe.jpg", stat.S_IFIFO, "special"),
+        ("inaturalist_12K/train/Aves/000.jpg/x.jpg", 0, "a file and a folder"),
+        ("", 0, "empty"),
+        ("inaturalist_12K//train/Aves/000.jpg", 0, "empty"),
+        ("inaturalist_12K/train/Aves/./000.jpg", 0, "odd parts"),
+        (f"inaturalist_12K/train/Aves/{'n' * 300}.jpg", 0, "too long"),
+    ],
+)
+def test_a_member_that_would_leave_the_folder_is_refused_and_leaves_nothing(
+    place: Path, name: str, kind: int, words: str
+) -> None:
+    archive = write(place, with_member(name, b"/etc/passwd", kind))
+    with pytest.raises(Hostile, match=words):
+        unpack(archive, place / "data", "test")
+    assert_nothing_left(place)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_that_comes_twice_is_refused(place: Path) -> None:
+    archive = write(place, with_member("inaturalist_12K/train/Aves/000.jpg"))
+    with pytest.raises(Hostile, match="twice"):
+        unpack(archive, place / "data", "test")
+    assert_nothing_left(place)
+
+
+def test_an_encrypted_member_is_refused(place: Path) -> None:
+    content = bytearray(zipped(FILES))
+    directory = content.index(b"PK\x01\x02")
+    content[directory + 8] |= 1
+    with pytest.raises(Hostile, match="encrypted"):
+        unpack(write(place, bytes(content)), place / "data", "test")
+    assert_nothing_left(place)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_method_that_unpacks_in_blocks_of_any_size_is_refused(place: Path, method: int) -> None:
+    """Such a member may lie about its size, and fill the memory before anybody can look."""
+    archive = write(place, zipped(FILES))
+    with zipfile.ZipFile(archive, "a", method) as opened:
+        opened.writestr("inaturalist_12K/train/Aves/bomb.jpg", bytes(1000))
+    with pytest.raises(Hostile, match=r"bomb.jpg' is packed by method \d+; 0 .* are read"):
+        unpack(archive, place / "data", "test")
+    assert_nothing_left(place)
+
+
+def test_a_damaged_name_is_noticed_where_no_count_is_expected(place: Path) -> None:
+    content = zipped(FILES)
+    directory = content.index(b"PK\x01\x02")
+    content = content[:directory] + content[directory:].replace(
+        b"train/Aves/000", b"trbin/Aves/000"
+    )
+    with pytest.raises(Damaged, match="trbin/Aves/000"):
+        unpack(write(place, content), place / "data", "test")
+    assert_nothing_left(place)
+
+
+def test_damaged_members_that_stand_together_are_fetched_in_one_span(place: Path) -> None:
+    content = bytearray(zipped(FILES))
+    first, after = (
+        content.index(n) - 30 for n in (b"inaturalist_12K/train/Fungi/000", b"inaturalist_12K/val/")
+    )
+    content[first:after] = bytes(after - first)
+    with pytest.raises(Damaged) as caught:
+        unpack(write(place, bytes(content)), place / "data", "test")
+    assert caught.value.spans == [(first, after), (content.index(b"PK\x01\x02"), len(content))]
+
+
+def test_a_bomb_is_refused_by_its_ratio(place: Path) -> None:
+    archive = write(place, with_member("inaturalist_12K/train/Aves/bomb.jpg", b""))
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("inaturalist_12K/train/Aves/zeros.jpg", bytes(20_000_000))
+    with pytest.raises(Hostile, match="100 times its own size"):
+        unpack(archive, place / "data", "test")
+    assert_nothing_left(place)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [(Limits(num_members=9), "10 members; 9"), (Limits(total_bytes=5000), "at most 5000")],
+)
+def test_too_many_members_or_bytes_are_refused(place: Path, limits: Limits, words: str) -> None:
+    archive = write(place, zipped(FILES))
+    with pytest.raises(Hostile, match=words):
+        unpack(archive, place / "data", "test", limits=limits)
+    assert_nothing_left(place)
+
+
+def lying_about_size(content: bytes) -> bytes:
+    """A first member said to be ten bytes long, everywhere that it is said."""
+    lied = bytearray(content)
+    for magic, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        at = lied.index(magic) + offset
+        lied[at : at + 4] = (10).to_bytes(4, "little")
+    return bytes(lied)
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def with_flipped_byte(content: bytes) -> bytes:
+    flipped = bytearray(content)
+    flipped[300] ^= 0xFF
+    return bytes(flipped)
+
+
+def with_other_local_name(content: bytes) -> bytes:
+    return content.replace(b"train/Aves/000.jpg", b"train/Aves/00X.jpg", 1)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lying_about_size, truncated, with_flipped_byte, with_other_local_name]
+)
+def test_a_damaged_archive_is_refused_with_where_and_leaves_nothing(
+    place: Path, spoil: Callable[[bytes], bytes]
+) -> None:
+    archive = write(place, spoil(zipped(FILES)))
+    with pytest.raises(Damaged, match=r"damaged") as caught:
+        unpack(archive, place / "data", "test")
+    assert all(0 <= start < end <= archive.stat().st_size for start, end in caught.value.spans)
+    assert_nothing_left(place)
+
+
+def test_the_manifest_is_written_last(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    write_text = Path.write_text
+
+    def watch(path: Path, *args: object, **options: object) -> int:
+        seen.append({p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*.jpg")})
+        return write_text(path, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", watch)
+    unpack(write(place, zipped(FILES)), place / "data", "test")
+    assert seen == [set(FILES)]
+
+
+def test_what_an_interrupted_unpacking_left_behind_is_no_hindrance(place: Path) -> None:
+    archive = write(place, zipped(FILES))
+    half = place / ".data.unpacking" / "train" / "Aves"
+    half.mkdir(parents=True)
+    (half / "000.jpg").write_bytes(b"half")
+    unpack(archive, place / "data", "test")
+    assert (place / "data/train/Aves/000.jpg").read_bytes() == FILES["train/Aves/000.jpg"]
+    assert not half.exists()
+
+
+def test_an_existing_folder_with_files_is_left_as_it_is(place: Path) -> None:
+    archive = write(place, zipped(FILES))
+    (place / "data").mkdir()
+    (place / "data" / "mine").write_text("mine")
+    with pytest.raises(DataError, match="can't be written"):
+        unpack(archive, place / "data", "test")
+    assert [p.name for p in (place / "data").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a/train/X/1.jpg", "a/val/X/1.jpg", "b/train/X/1.jpg", "b/val/X/1.jpg"], "several"),
+        (["a/train/X/1.jpg", "b/val/X/1.jpg"], "found"),
+        (["train/1.jpg", "val/1.jpg"], "found"),
+        ([], "found"),
+    ],
+)
+def test_an_archive_without_one_pair_of_splits_is_refused(names: list[str], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        find_root(names)
+
+
+def test_a_class_called_train_does_not_confuse_the_layout() -> None:
+    assert find_root(["d/train/train/1.jpg", "d/val/train/1.jpg"]) == "d/"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", json.dumps({"other": 1}), json.dumps({"files": [], "source": "", "pictures": {}})],
+)
+def test_a_foreign_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError):
+        read_manifest(tmp_path)

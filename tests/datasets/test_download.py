@@ -1,0 +1,629 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finetune.datasets import download as room
+from finetune.datasets.download import checkpoints_dir, download, fetch_data, fetch_weights
+from finetune.datasets.fetch import Part, Patience, fetch
+from finetune.datasets.zip_safety import Expected
+from finetune.system.errors import ConfigError, DataError, WeightsError
+from tests.conftest import ROOT
+from tests.support.file_server import FileServer, serve
+from tests.support.loopback import Handler, listening
+from tests.support.picture_trees import tree, zipped
+
+QUICK = Patience((0.01, 0.01, 0.01), stall_seconds=0.3)
+FILES = tree()
+EXPECTED = Expected(frozenset({"Aves", "Fungi"}), {"train": 6, "val": 4})
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with serve(zipped(FILES)) as served:
+        yield served
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "inaturalist_12K"
+
+
+@pytest.fixture(autouse=True)
+def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch"
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != "manifest.json"}
+
+
+def get(server: FileServer, target: Path) -> None:
+    fetch_data(target, server.url, EXPECTED, QUICK)
+
+
+def test_a_download_leaves_the_data_its_manifest_and_nothing_else(
+    server: FileServer, target: Path
+) -> None:
+    get(server, target)
+    assert held(target) == FILES
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert manifest["archive_sha256"] == hashlib.sha256(server.content).hexdigest()
+    assert manifest["files"].keys() == FILES.keys()
+    for name, (size, sha256) in manifest["files"].items():
+        assert (size, sha256) == (len(FILES[name]), hashlib.sha256(FILES[name]).hexdigest())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_download_cut_ten_times_at_random_places_ends_whole(
+    server: FileServer, target: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    server.cuts = [chance.randrange(1, len(server.content) // 11) for _ in range(10)]
+    get(server, target)
+    assert held(target) == FILES
+    assert len(server.requests) == 11
+    assert server.num_sent == len(server.content), "something was sent twice"
+
+
+def test_cuts_over_several_calls_go_on_where_they_broke_off(
+    server: FileServer, target: Path
+) -> None:
+    for _ in range(10):
+        server.cuts = [300, 0, 0, 0]
+        with pytest.raises(
+            DataError, match=r"cut off at \d+ of \d+ bytes.*kept in .*data.zip.part"
+        ):
+            get(server, target)
+    server.cuts = []
+    get(server, target)
+    assert held(target) == FILES
+    assert server.num_sent == len(server.content)
+
+
+def test_a_server_that_ignores_ranges_works_too(server: FileServer, target: Path) -> None:
+    server.ranges = False
+    size = len(server.content)
+    server.cuts = [size // 2, size // 3, size * 3 // 4]
+    get(server, target)
+    assert held(target) == FILES
+    assert server.requests[1] == f"bytes={size // 2}-"
+
+
+def test_a_chunked_answer_without_a_length_works_too(server: FileServer, target: Path) -> None:
+    server.chunked = True
+    get(server, target)
+    assert held(target) == FILES
+
+
+def test_a_server_without_validators_resumes_too(server: FileServer, target: Path) -> None:
+    server.etag = None
+    server.cuts = [500, 700]
+    get(server, target)
+    assert held(target) == FILES
+    assert server.num_sent == len(server.content)
+
+
+def test_a_file_replaced_on_the_server_is_fetched_afresh(server: FileServer, target: Path) -> None:
+    server.cuts = [700, 0, 0, 0]
+    with pytest.raises(DataError, match="kept"):
+        get(server, target)
+    part = target.parent / "data.zip.part"
+    part.write_bytes(b"?" * part.stat().st_size)  # bytes that only another file can have had
+    server.etag = '"two"'
+    get(server, target)
+    assert held(target) == FILES
+
+
+def test_a_stalled_connection_counts_as_broken_and_is_tried_again(
+    server: FileServer, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.stalls_seconds = [1.0]
+    get(server, target)
+    assert held(target) == FILES
+    assert "trying again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_server_error_is_tried_again(server: FileServer, target: Path, status: int) -> None:
+    server.statuses = [status, status]
+    get(server, target)
+    assert held(target) == FILES
+
+
+def test_it_gives_up_once_it_gets_nowhere(server: FileServer, target: Path) -> None:
+    server.statuses = [500] * 100
+    with pytest.raises(DataError, match=r"answers 500.*3 further attempts got nowhere"):
+        get(server, target)
+    assert len(server.requests) == 4
+
+
+def test_a_missing_file_is_refused_at_once(server: FileServer, target: Path) -> None:
+    server.statuses = [404]
+    with pytest.raises(DataError, match="404"):
+        get(server, target)
+    assert len(server.requests) == 1
+
+
+def test_a_length_longer_than_the_file_is_refused_and_what_came_is_kept(
+    server: FileServer, target: Path
+) -> None:
+    server.length_lie = 100
+    with pytest.raises(DataError, match=rf"{len(server.content)} bytes, and said") as caught:
+        get(server, target)
+    part = target.parent / "data.zip.part"
+    assert str(part) in str(caught.value)
+    assert part.read_bytes() == server.content
+    assert not target.exists()
+
+
+def test_a_length_shorter_than_the_file_is_refused_and_what_came_is_kept(
+    server: FileServer, target: Path
+) -> None:
+    server.length_lie = -100
+    with pytest.raises(DataError, match=r"cut off at .* kept in .*data.zip.part"):
+        get(server, target)
+    assert (target.parent / "data.zip.part").read_bytes() == server.content[:-100]
+    assert not target.exists()
+
+
+def middle_of(server: FileServer, name: str) -> int:
+    """A place within a member's bytes in the archive."""
+    return server.content.index(FILES[name][-200:]) + 50
+
+
+def stored(server: FileServer) -> None:
+    import io
+    import zipfile
+
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in FILES.items():
+            archive.writestr(f"inaturalist_12K/{name}", content)
+    server.content = out.getvalue()
+
+
+def test_damage_on_the_way_is_mended_by_fetching_the_damaged_member_again(
+    server: FileServer, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored(server)
+    server.damage = {middle_of(server, "train/Fungi/001.jpg"): 1}
+    get(server, target)
+    assert held(target) == FILES
+    assert "train/Fungi/001.jpg" in capsys.readouterr().out
+    assert server.num_sent < 1.5 * len(server.content), "more than the damaged part was sent again"
+
+
+def test_lasting_damage_is_refused_by_name_and_the_good_part_is_kept(
+    server: FileServer, target: Path
+) -> None:
+    stored(server)
+    server.damage = {middle_of(server, "train/Fungi/001.jpg"): 2}
+    with pytest.raises(DataError, match=r"damaged in '.*train/Fungi/001.jpg'.*CRC.*is kept"):
+        get(server, target)
+    assert not target.exists()
+    before = server.num_sent
+    get(server, target)
+    assert held(target) == FILES
+    assert server.num_sent - before < len(server.content) / 2
+
+
+@pytest.mark.parametrize("from_end", [5, 200])
+def test_damage_in_the_archives_directory_is_mended(
+    server: FileServer, target: Path, from_end: int
+) -> None:
+    server.damage = {len(server.content) - from_end: 1, len(server.content) - 20: 1}
+    get(server, target)
+    assert held(target) == FILES
+
+
+@pytest.mark.parametrize(
+    ("place", "bits"),
+    [(8, 1), (10, 4), (24, 0xFF), (27, 0xFF), (41, 0x20), (46, 0xFF), (63, 0xFF)],
+    ids=["encrypted", "method", "size", "bomb", "link", "name", "split"],
+)
+def test_damage_that_looks_like_malice_or_another_data_set_is_mended(
+    server: FileServer, target: Path, place: int, bits: int
+) -> None:
+    whole = server.content
+    damaged = bytearray(whole)
+    damaged[whole.index(b"PK\x01\x02") + place] ^= bits
+    server.content = bytes(damaged)
+    sent_whole = server.body
+
+    def body(start: int, end: int) -> bytes:
+        sent = sent_whole(start, end)
+        server.content = whole
+        return sent
+
+    server.body = body  # type: ignore[method-assign]
+    get(server, target)
+    assert held(target) == FILES
+    assert server.num_sent < 1.5 * len(whole)
+
+
+def test_a_hostile_archive_is_removed_from_the_disk(target: Path) -> None:
+    with serve(zipped(FILES | {"../../outside.jpg": b"x"})) as server:
+        with pytest.raises(DataError, match="leads out of its folder; it was removed"):
+            get(server, target)
+        assert len(server.requests) == 2, "damage could have looked like this, so it is asked again"
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("page", [b"<html>please log in</html>", b""])
+def test_a_page_instead_of_an_archive_is_refused_and_does_not_stay_in_the_way(
+    server: FileServer, target: Path, page: bytes
+) -> None:
+    archive, server.content = server.content, page
+    words = "no zip archive; it starts with b'<html>please" if page else "sent an empty file"
+    with pytest.raises(DataError, match=words):
+        get(server, target)
+    assert list(target.parent.iterdir()) == []
+    server.content = archive
+    get(server, target)
+    assert held(target) == FILES
+
+
+def test_a_page_in_the_middle_of_a_download_costs_nothing_of_what_came(
+    server: FileServer, target: Path
+) -> None:
+    server.cuts = [4000, 0, 0, 0]
+    with pytest.raises(DataError, match="kept"):
+        get(server, target)
+    archive, server.content = server.content, b"<html>please log in</html>"
+    server.ranges, server.etag, server.chunked = False, None, True
+    with pytest.raises(DataError, match=r"something else.* 4000 bytes are kept"):
+        get(server, target)
+    server.content, server.ranges, server.etag, server.chunked = archive, True, '"one"', False
+    get(server, target)
+    assert held(target) == FILES
+    assert server.requests[-1] == "bytes=4000-"
+
+
+def test_a_part_longer_than_the_servers_file_is_named(server: FileServer, target: Path) -> None:
+    target.parent.mkdir()
+    part = target.parent / "data.zip.part"
+    part.write_bytes(bytes(len(server.content) + 1))
+    with pytest.raises(DataError, match=rf"{part} holds.*another file; remove it"):
+        get(server, target)
+
+
+def test_a_file_replaced_between_download_and_mending_is_fetched_whole(
+    server: FileServer, target: Path
+) -> None:
+    stored(server)
+    server.damage = {middle_of(server, "train/Fungi/001.jpg"): 2}
+    with pytest.raises(DataError, match="is kept"):
+        get(server, target)
+    # The same length, so that only the ETag tells.
+    server.content = server.content.replace(b"inaturalist_12K/", b"inaturalist-12K/")
+    server.etag = '"two"'
+    get(server, target)
+    assert held(target) == FILES
+
+
+@pytest.mark.parametrize("length", ["-5", "many", ""])
+def test_a_length_that_is_no_number_counts_as_none(target: Path, length: str) -> None:
+    content = zipped(FILES)
+
+    class Odd(Handler):
+        def do_GET(self) -> None:
+            self.close_connection = True
+            self.send_response(200)
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            self.wfile.write(content)
+
+    with listening(Odd) as address:
+        fetch_data(target, f"{address}/data.zip", EXPECTED, QUICK)
+    assert held(target) == FILES
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({n: c for n, c in FILES.items() if n != "train/Aves/000.jpg"}, "6 pictures, and has 5"),
+        (FILES | {"train/Aliens/1.jpg": b"x"}, "Aliens"),
+        ({n.replace("val/", "test/"): c for n, c in FILES.items()}, "one train/CLASS"),
+    ],
+)
+def test_another_data_set_under_the_official_url_is_refused(
+    files: dict[str, bytes], words: str, target: Path
+) -> None:
+    part = target.parent / "data.zip.part"
+    with serve(zipped(files)) as server, pytest.raises(DataError, match=words) as caught:
+        get(server, target)
+    assert f"{part} is kept: remove it" in str(caught.value)
+    assert not target.exists()
+    assert part.read_bytes() == server.content
+
+
+def test_once_the_folder_is_there_its_part_is_gone(
+    server: FileServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would remove it later: the next call finds the folder whole."""
+
+    def stop(data_dir: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "_say_what_is_there", stop)
+    with pytest.raises(KeyboardInterrupt):
+        get(server, target)
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
+def test_the_second_time_nothing_is_asked_of_the_server(server: FileServer, target: Path) -> None:
+    get(server, target)
+    before = {p: p.stat().st_mtime_ns for p in target.rglob("*")}
+    server.requests.clear()
+    get(server, target)
+    assert server.requests == []
+    assert {p: p.stat().st_mtime_ns for p in target.rglob("*")} == before
+
+
+def test_data_that_lost_a_file_is_said_not_to_be_whole(server: FileServer, target: Path) -> None:
+    get(server, target)
+    (target / "val/Aves/001.jpg").unlink()
+    with pytest.raises(DataError, match=r"not whole.*1 files.*val/Aves/001.jpg"):
+        get(server, target)
+
+
+def test_a_users_own_files_are_never_overwritten(server: FileServer, target: Path) -> None:
+    target.mkdir(parents=True)
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="something else"):
+        get(server, target)
+    assert (target / "thesis.txt").read_text() == "mine"
+    assert server.requests == []
+
+
+def test_an_archive_of_the_same_name_does_not_pass_for_the_official_one(
+    server: FileServer, target: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "data.zip"
+    archive.write_bytes(zipped(tree(train=1)))
+    room.unpack_archive(target, archive)
+    with pytest.raises(DataError, match="6 pictures, and has 2; pass another --data_dir"):
+        get(server, target)
+
+
+def test_a_file_a_loop_and_an_empty_disk_of_its_own_are_no_place_for_data(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda place: place == tmp_path / "disk")
+    refused = {"thesis.txt": "no folder", "loop": "no folder", "disk": "disk/inaturalist_12K"}
+    for place, words in refused.items():
+        with pytest.raises(DataError, match=words):
+            get(server, tmp_path / place)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert server.requests == []
+
+
+def test_a_link_to_another_disk_is_followed(server: FileServer, target: Path) -> None:
+    elsewhere = target.parent / "elsewhere/data"
+    target.parent.mkdir()
+    target.symlink_to(elsewhere)
+    get(server, target)
+    assert held(elsewhere) == FILES
+    assert target.is_symlink()
+
+
+def test_data_unpacked_by_hand_is_taken_as_it_is_when_its_counts_are_right(
+    server: FileServer, target: Path
+) -> None:
+    get(server, target)
+    (target / "manifest.json").unlink()
+    get(server, target)
+    assert len(server.requests) == 1
+    (target / "val/Aves/001.jpg").unlink()
+    with pytest.raises(DataError, match="4 pictures, and has 3"):
+        get(server, target)
+
+
+def test_too_little_room_is_said_before_anything_is_fetched(
+    server: FileServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nearly_full(path: Path) -> Any:
+        return shutil._ntuple_diskusage(10**12, 10**12, 1000)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(room.shutil, "disk_usage", nearly_full)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="free"):
+        get(server, target)
+    assert list(target.parent.iterdir()) == []
+    assert server.num_sent < 1 << 17, "more than a first block was asked for"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "ftp://host/x.zip", "x.zip", "", "http://", "http:///x.zip"),
+        *("http://[host/x.zip", "http://host:port/x.zip", "http://my host/x.zip", "http://u:p@h/x"),
+    ],
+)
+def test_a_url_that_is_no_web_address_is_refused_at_once(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="url: got"):
+        fetch_data(tmp_path / "data", url, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["my data.zip", "donn\u00e9es.zip", "my%20data.zip", "data.zip?a=b c"]
+)
+def test_a_url_as_people_paste_it_works(server: FileServer, target: Path, name: str) -> None:
+    server.cuts = [400]
+    fetch_data(target, server.url.replace("data.zip", name), EXPECTED, QUICK)
+    assert held(target) == FILES
+    assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
+def test_a_token_in_the_url_stays_out_of_the_manifest(server: FileServer, target: Path) -> None:
+    url = f"{server.url}?signature=5ecret"
+    for _ in range(2):  # the second time, the data is there
+        fetch_data(target, url, EXPECTED, QUICK)
+    assert json.loads((target / "manifest.json").read_text())["source"] == server.url
+    assert b"5ecret" not in b"".join(p.read_bytes() for p in target.rglob("*.json"))
+
+
+def test_two_processes_do_not_fetch_the_same_data(server: FileServer, target: Path) -> None:
+    with room._alone(target), pytest.raises(DataError, match="another process"):
+        get(server, target)
+    get(server, target)
+    assert held(target) == FILES
+
+
+def test_two_folders_side_by_side_do_not_share_a_part(server: FileServer, target: Path) -> None:
+    """Both would write to the same NAME.zip.part."""
+    words = "data.zip.part is being made by another process"
+    with room._alone(target.parent / "data.zip.part"), pytest.raises(DataError, match=words):
+        get(server, target)
+    assert server.requests == []
+
+
+def test_growing_patience_waits_longer_each_time(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("finetune.datasets.fetch.time", SimpleNamespace(sleep=waits.append))
+    server.statuses = [500, 500, 200, 500, 500, 200]
+    server.cuts = [100]
+    fetch(Part(server.url, tmp_path / "part"), Patience((1, 2, 4), 1))
+    assert waits == [1, 2, 1, 2, 4], "a cut that brought bytes starts the count again"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_download_keeps_its_part_and_ends_by_the_signal(
+    server: FileServer, target: Path, signum: signal.Signals
+) -> None:
+    server.slow_block = (256, 0.05)
+    command = [sys.executable, "-m", "finetune", "download", "--data_dir", str(target)]
+    process = subprocess.Popen([*command, "--url", server.url], cwd=ROOT, stderr=subprocess.PIPE)
+    part = target.parent / "data.zip.part"
+    deadline = time.monotonic() + 20
+    while not (part.exists() and part.stat().st_size > 600) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signum
+    assert b"Traceback" not in errors
+    size = part.stat().st_size
+    assert 600 < size < len(server.content)
+    assert part.read_bytes() == server.content[:size]
+    server.slow_block = None
+    get(server, target)
+    assert held(target) == FILES
+    # Not by what was sent: the broken connection's thread may still count a block.
+    assert server.requests[1:] == [f"bytes={size}-"]
+
+
+# the weights
+
+
+@pytest.fixture
+def weights_server() -> Iterator[FileServer]:
+    content = bytes(random.Random(0).randbytes(5000))
+    promised = hashlib.sha256(content).hexdigest()[:8]
+    with serve(content, f"resnet18-{promised}.pth") as served:
+        yield served
+
+
+def test_weights_arrive_where_torch_hub_looks(weights_server: FileServer, torch_home: Path) -> None:
+    import torch
+
+    weights_server.cuts = [1000, 2000]
+    fetch_weights(weights_server.url, QUICK)
+    place = Path(torch.hub.get_dir()) / "checkpoints"
+    (file,) = place.iterdir()
+    assert file.read_bytes() == weights_server.content
+    assert place.is_relative_to(torch_home)
+    fetch_weights(weights_server.url, QUICK)
+    assert len(weights_server.requests) == 3, "the second time asked the server"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"TORCH_HOME": "/a/b"}, {"XDG_CACHE_HOME": "/c"}, {"TORCH_HOME": "~/x"}],
+)
+def test_the_weights_place_follows_torch_hubs_rules(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert checkpoints_dir() == Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def test_our_weights_are_the_ones_that_torchvision_looks_for() -> None:
+    from torchvision.models import ResNet18_Weights
+
+    assert ResNet18_Weights.IMAGENET1K_V1.url == room.WEIGHTS_URL
+
+
+def test_weights_with_another_hash_than_their_name_promises_are_refused(
+    weights_server: FileServer, torch_home: Path
+) -> None:
+    weights_server.damage = {77: 1}
+    with pytest.raises(WeightsError, match="its name promises"):
+        fetch_weights(weights_server.url, QUICK)
+    assert [p for p in torch_home.rglob("*") if p.is_file()] == []
+    fetch_weights(weights_server.url, QUICK)
+
+
+def test_weights_come_along_with_the_data_and_alone(
+    server: FileServer, weights_server: FileServer, target: Path, torch_home: Path
+) -> None:
+    asked = {"weights_url": weights_server.url, "patience": QUICK}
+    download(target, weights_only=True, **asked)  # type: ignore[arg-type]
+    assert not target.exists()
+    shutil.rmtree(torch_home)
+    download(target, url=server.url, **asked)  # type: ignore[arg-type]
+    assert held(target) == FILES
+    assert len(list((torch_home / "hub/checkpoints").iterdir())) == 1
+
+
+def test_a_local_archive_is_unpacked_and_stays(
+    weights_server: FileServer, target: Path, tmp_path: Path
+) -> None:
+    archive = tmp_path / "mine.zip"
+    archive.write_bytes(zipped(FILES, root=""))
+    download(target, archive=archive, weights_url=weights_server.url, patience=QUICK)
+    assert held(target) == FILES
+    assert archive.exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"url": "http://x", "archive": Path("x")}, {"weights_only": True, "url": "http://x"}],
+)
+def test_options_that_contradict_each_other_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        download(Path("nowhere"), **given)
+
+
+def test_downloading_imports_no_torch() -> None:
+    code = "import sys, finetune.download; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
+    )

@@ -1,0 +1,159 @@
+"""Reuse changes the time, not the numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.config.fields import RunConfig
+from finetune.data.images import open_images
+from finetune.data.splits import find_splits
+from finetune.features.feed import Feed
+from finetune.model.network import build, load_source
+from finetune.runs.result import RunResult
+from finetune.runs.run_dir import read_metrics
+from finetune.system.array_store import Cache
+from finetune.system.errors import ConfigError
+from tests.conftest import Train
+
+COMPARED = ("train_loss", "train_acc", "val_loss", "val_acc")
+
+
+def open_feed(config: RunConfig) -> Feed:
+    splits = find_splits(config)
+    cache = Cache(config.cache_dir, 1e9)
+    train, val = (
+        open_images(split, config.image_size, False, cache)[0]
+        for split in (splits.train, splits.val)
+    )
+    return Feed(config, train, val, cache)
+
+
+def prepared(config: RunConfig) -> Feed:
+    network = build(5, config.seed).eval()
+    load_source(network, str(config.weights))
+    feed = open_feed(config)
+    feed.prepare(network, 0)
+    return feed
+
+
+@pytest.mark.parametrize("data_aug", ["y", "n"])
+@pytest.mark.parametrize("strategy", ["freeze", "partial", "gradual", "scratch"])
+def test_cached_and_uncached_runs_are_the_same_to_the_bit(
+    strategy: str, data_aug: str, train: Train
+) -> None:
+    runs = [
+        read_metrics(train(strategy=strategy, data_aug=data_aug, cache=cache).metrics_path)
+        for cache in ("off", "auto", "auto")
+    ]
+    uncached, cold, warm = ([[row[k] for k in COMPARED] for row in rows] for rows in runs)
+    assert cold == warm
+    np.testing.assert_allclose(uncached, cold, atol=1e-6, rtol=0)
+
+
+def test_float16_takes_half_the_room_and_nearly_the_same_numbers(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, sizes = [], []
+    for kept in ("float32", "float16"):
+        place = tmp_path / kept
+        run_dir = train(strategy="freeze", cache_format=kept, cache_dir=place)
+        rows.append([row["val_loss"] for row in read_metrics(run_dir.metrics_path)])
+        stored = [np.load(path) for path in place.glob("activations-*/data.npy")]
+        sizes.append(sum(array.nbytes for array in stored))
+    assert sizes[0] == 2 * sizes[1]
+    assert rows[0] != rows[1]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-2)
+    assert capsys.readouterr().out.count("no longer exact") == 1
+
+
+def test_what_float16_can_not_hold_is_refused(train: Train, weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights, weights_only=True)
+    state["layer4.1.bn2.weight"] = state["layer4.1.bn2.weight"] * 1e7
+    torch.save(state, tmp_path / "large.pth")
+    with pytest.raises(ConfigError, match="pass float32"):
+        train(strategy="freeze", cache_format="float16", weights=tmp_path / "large.pth")
+
+
+def test_freeze_trains_on_512_numbers_a_picture(fields: dict[str, Any]) -> None:
+    config = RunConfig.from_fields(fields | {"strategy": "freeze"})
+    batch = prepared(config).train_epoch(0)[0]
+    assert batch.part == "fc"
+    assert batch.inputs.shape == (5, 512)
+
+
+def test_gradual_moves_to_the_next_boundary_as_it_unfreezes(fields: dict[str, Any]) -> None:
+    config = RunConfig.from_fields(fields | {"strategy": "gradual", "epochs": 40})
+    feed = prepared(config)
+    parts = [feed.train_epoch(epoch)[0].part for epoch in (0, 3, 39)]
+    assert parts == ["fc", "layer2", "layer2"]
+
+
+def test_strong_augmentation_uses_the_pictures_alone(fields: dict[str, Any]) -> None:
+    feed = prepared(RunConfig.from_fields(fields | {"data_aug": "strong"}))
+    batch = feed.train_epoch(0)[0]
+    assert (batch.part, batch.inputs.dtype) == ("stem", torch.uint8)
+    assert not torch.equal(batch.inputs, feed.train_epoch(1)[0].inputs)
+    assert torch.equal(batch.inputs, feed.train_epoch(0)[0].inputs)
+
+
+def test_a_second_run_computes_nothing_again(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(strategy="freeze")
+    before = {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*-*")}
+    assert len(before) == 2 + 3  # two folders' pictures; training both ways round, validation
+    train(strategy="freeze", batch_size=4, learning_rate=0.1, seed=1)
+    assert {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*-*")} == before
+
+
+@pytest.mark.parametrize("change", ["weights", "picture", "image_size"])
+def test_whatever_the_bytes_depend_on_makes_another_entry(
+    change: str, fields: dict[str, Any], tmp_path: Path, digits: Path
+) -> None:
+    import shutil
+
+    folder = tmp_path / "digits"
+    shutil.copytree(digits, folder)
+    config = RunConfig.from_fields(fields | {"strategy": "freeze", "data_dir": folder})
+    before = prepared(config).train_epoch(0)[0].inputs
+    if change == "weights":
+        state = build(5, seed=3).state_dict()
+        torch.save(state, tmp_path / "other.pth")
+        config = config.model_copy(update={"weights": str(tmp_path / "other.pth")})
+    elif change == "image_size":
+        config = config.model_copy(update={"image_size": 48})
+    else:
+        for path in (folder / "train").glob("*/*.png"):
+            times = path.stat()
+            other = next(p for p in sorted(path.parent.iterdir()) if p != path)
+            content = other.read_bytes()
+            path.write_bytes(
+                content.ljust(times.st_size, b"\0")[: max(times.st_size, len(content))]
+            )
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = prepared(config).train_epoch(0)[0].inputs
+    assert not torch.equal(before, after)
+
+
+def test_both_timings_of_a_boundary_are_recorded(train: Train) -> None:
+    result = RunResult.load(train(strategy="partial").path)
+    assert set(result.prefix_timings) == {"layer3/recompute_ms", "layer3/read_ms"}
+    assert all(value > 0 for value in result.prefix_timings.values())
+
+
+def test_too_little_room_means_working_without(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_cache = train(strategy="freeze")
+    without = train(strategy="freeze", cache_gb=0.0001, cache_dir=with_cache.path / "small")
+    assert "going on without" in capsys.readouterr().out
+    for ours, theirs in zip(
+        read_metrics(with_cache.metrics_path), read_metrics(without.metrics_path), strict=True
+    ):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from finetune.__main__ import main
+from finetune.data.decode import decode
+from finetune.inference.predict import open_best_model, predict_logits
+from finetune.model.network import build, load_source
+from finetune.model.weights import write_checkpoint
+from finetune.system.errors import ConfigError, MissingPackage, WeightsError
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory with the little that an export needs."""
+    content = {
+        "state_dict": build(5, seed=3).state_dict(),
+        "class_names": list("56789"),
+        "image_size": 64,
+    }
+    place = tmp_path / "run"
+    place.mkdir()
+    write_checkpoint(content, place / "best.ckpt")
+    return place
+
+
+def test_onnx_gives_the_models_answers_from_pixels(run_dir: Path, digits: Path) -> None:
+    assert not main(["export", str(run_dir), "--format", "onnx"])
+    session = onnxruntime.InferenceSession(str(run_dir / "model.onnx"))
+    paths = sorted((digits / "val").glob("*/*.png"))
+    pictures = np.stack([decode(path, 64).numpy() for path in paths])
+    (found,) = session.run(["logits"], {"pictures": pictures})
+    expected: Any = predict_logits(open_best_model(run_dir), paths)
+    np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["class_names"]) == list("56789")
+    assert about["image_size"] == "64"
+    assert json.loads(about["mean"]) == [0.485, 0.456, 0.406]
+
+
+def test_a_state_dict_fits_torchvisions_resnet18_and_says_how_to_use_it(run_dir: Path) -> None:
+    out = run_dir / "elsewhere" / "winner.pth"
+    assert not main(["export", str(run_dir), "--format", "state_dict", "--out", str(out)])
+    content = torch.load(out, weights_only=True)
+    resnet18(num_classes=5).load_state_dict(content["state_dict"])
+    assert content["class_names"] == list("56789")
+    assert "resized to 64x64" in content["preprocessing"]
+    load_source(build(5, seed=0), str(out))
+
+
+def test_a_file_that_answers_otherwise_is_not_left(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "finetune.inference.export._rebuilt", lambda content: build(5, seed=4).eval()
+    )
+    with pytest.raises(WeightsError, match="differ from the model's"):
+        main(["export", str(run_dir), "--format", "state_dict"])
+    assert not (run_dir / "model.pth").exists()
+
+
+def test_a_missing_package_is_named_with_its_pip_line(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(MissingPackage, match="pip install onnx onnxscript onnxruntime"):
+        main(["export", str(run_dir), "--format", "onnx"])
+
+
+def test_the_formats_are_listed(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"onnx.*state_dict"):
+        main(["export", str(run_dir), "--format", "tflite"])

@@ -1,0 +1,375 @@
+"""A sweep run here from end to end: real processes, real signals, real kills."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from rich.console import Console
+
+from finetune.__main__ import main
+from finetune.runs.result import RunResult, read_failure
+from finetune.runs.run_dir import read_metrics
+from finetune.sweep.confirmation import confirmation
+from finetune.sweep.runner import run_sweep
+from finetune.sweep.spec import Sweep
+from finetune.sweep.storage import open_storage
+from finetune.sweep.table import LiveTable, TrialResult
+from finetune.system.devices import visible_devices
+from finetune.system.errors import ConfigError, FinetuneError
+from tests.support.synthetic import write_run
+
+ROOT = Path(__file__).parents[2]
+METRIC = {"name": "best_val_acc", "goal": "maximize"}
+Fields = dict[str, Any]
+
+
+@pytest.fixture
+def base(digits: Path, weights: Path, tmp_path: Path) -> Fields:
+    """What all trials share: a run of about a second."""
+    return {
+        "data_dir": str(digits),
+        "weights": str(weights),
+        "val_fraction": 0,
+        "image_size": 32,
+        "batch_size": 10,
+        "epochs": 2,
+        "accelerator": "cpu",
+        "cache_dir": str(tmp_path / "cache"),
+    }
+
+
+def content(base: Fields, **values: Any) -> Fields:
+    parameters = {name: {"value": value} for name, value in base.items() if name not in values}
+    parameters |= {name: {"values": list(value)} for name, value in values.items()}
+    program = {"name": "small", "program": "agent.py", "method": "grid", "metric": METRIC}
+    return program | {"parameters": parameters}
+
+
+def command(folder: Path, given: Fields, *flags: str) -> list[str]:
+    (folder / "small.yaml").write_text(yaml.safe_dump(given))
+    return [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--out", "runs", *flags]
+
+
+def environment(**changed: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), **changed}
+
+
+def start(folder: Path, given: Fields, *flags: str, **changed: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(folder, given, *flags),
+        cwd=folder,
+        env=environment(**changed),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def complete(folder: Path, given: Fields, *flags: str, code: int = 0, **changed: str) -> str:
+    output, _ = start(folder, given, *flags, **changed).communicate(timeout=900)
+    assert _ is None
+    return output
+
+
+def check_complete(folder: Path, cells: int) -> None:
+    """Every cell has one accepted result, and each result is its run directory's."""
+    study = optuna.load_study(
+        study_name="small", storage=open_storage(f"sqlite:///{folder / 'runs' / 'small.db'}")
+    )
+    done = [t for t in study.get_trials() if t.state.name == "COMPLETE"]
+    assert Counter(t.user_attrs["key"] for t in done) == {f"cell-{i}": 1 for i in range(cells)}
+    assert len({json.dumps(t.params, sort_keys=True) for t in done}) == cells
+    results = [RunResult.load(p.parent) for p in (folder / "runs").glob("*/result.json")]
+    assert len(results) == cells
+    assert sorted(r.best_val_acc for r in results) == sorted(t.value for t in done)
+    assert not any(t.state.name in ("RUNNING", "WAITING") for t in study.get_trials())
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(place.name))
+    return found
+
+
+def workers_of(pid: int) -> list[int]:
+    """The fork server's children: each leads a process group of its own."""
+    return [w for c in children(pid) for w in children(c) if os.getpgid(w) == w]
+
+
+def await_epoch(folder: Path, count: int) -> Path:
+    """A running trial's directory, once it has `count` epochs behind it."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for path in (folder / "runs").glob("*/metrics.csv"):
+            going = not (path.parent / "result.json").exists()
+            if going and (path.parent / "last.ckpt").exists() and len(read_metrics(path)) >= count:
+                return path.parent
+        time.sleep(0.02)
+    raise AssertionError("no trial came so far")
+
+
+def await_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}/stat").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.1)
+
+
+def log_records(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format after a header of seven bytes."""
+    block, place, parts = 32768, 7, b""
+    while place + 7 <= len(content):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        length = int.from_bytes(content[place + 4 : place + 6], "little")
+        kind = content[place + 6]
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last of several
+            yield parts
+            parts = b""
+
+
+# the door
+
+
+def test_a_small_grid_runs_with_two_workers_and_again_does_nothing(
+    base: Fields, tmp_path: Path
+) -> None:
+    given = content(base, strategy=["freeze"], learning_rate=[0.001, 0.1])
+    outcomes = run_sweep(given, out=tmp_path / "runs", workers=2)
+    assert [o.state for o in outcomes] == ["finished", "finished"]
+    assert outcomes[0].value is not None and outcomes[1].value is not None
+    assert outcomes[0].value >= outcomes[1].value
+    assert {o.setting["learning_rate"] for o in outcomes} == {0.001, 0.1}
+    for outcome in outcomes:
+        result = RunResult.load(outcome.run_dir)
+        assert result.config["group"] == "small"
+        assert outcome.value == outcome.best_val_acc == result.best_val_acc
+        assert outcome.best_epoch == result.best_epoch
+        assert "epoch  1/1" in (outcome.run_dir / "output.log").read_text()
+    check_complete(tmp_path, 2)
+    started = time.monotonic()
+    assert run_sweep(given, out=tmp_path / "runs", workers=2) == outcomes
+    assert time.monotonic() - started < 5
+
+
+def test_the_parent_imports_no_torch_and_a_missing_optuna_is_named(tmp_path: Path) -> None:
+    code = "import sys, finetune.sweep.drive; assert not {'torch', 'wandb'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    code = (
+        "import sys; sys.modules['optuna'] = None; from finetune.__main__ import main\n"
+        "from finetune.system.shutdown import run_cli\n"
+        "run_cli(lambda: main(['sweep', 'sweep.yaml']))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "needs optuna: pip install optuna (or '.[sweep]')" in ended.stderr
+
+
+def test_trials_that_all_fail_end_the_sweep_with_the_reason(base: Fields, tmp_path: Path) -> None:
+    base["data_dir"] = str(tmp_path / "nothing")
+    given = content(base, seed=range(6))
+    console = Console(file=(tmp_path / "said").open("w"))
+    with pytest.raises(FinetuneError, match=r"the first 3 trials all failed.*does not exist"):
+        run_sweep(given, out=tmp_path / "runs", console=console)
+    console.file.close()
+
+
+def test_devices_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-5")
+    assert visible_devices() == ["2", "GPU-5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_devices() == []
+
+
+def test_a_hopeless_trial_is_pruned_and_gradual_is_judged_late(
+    base: Fields, tmp_path: Path
+) -> None:
+    base |= {"epochs": 6, "batch_size": 20}
+    given = content(base, strategy=["gradual"], learning_rate=[0.02, 1e-7, 1e-8])
+    given["metric"] = {"name": "train_loss", "goal": "minimize"}
+    given["early_terminate"] = {"type": "hyperband", "min_iter": 4, "eta": 2}
+    output = complete(tmp_path, given)
+    rows = {p.parent.name: read_metrics(p) for p in (tmp_path / "runs").glob("*/metrics.csv")}
+    assert sorted(map(len, rows.values())) == [4, 4, 6], output
+    failures = [f for n in rows if (f := read_failure(tmp_path / "runs" / n / "failure.json"))]
+    assert [f["state"] for f in failures] == ["pruned", "pruned"]
+    assert "1 finished, 2 pruned" in output
+    assert complete(tmp_path, given).count("pruned") == 3  # the table again, and nothing ran
+
+
+def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    complete(tmp_path, content(base, strategy=["freeze"]), WANDB_MODE="offline")
+    (log,) = (tmp_path / "runs").glob("*/wandb/offline-run-*/*.wandb")
+    groups = set()
+    for data in log_records(log.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            groups.add((record.run.run_group, record.run.run_id))
+    assert groups == {("small", log.parents[2].name)}
+
+
+def test_the_live_table_knows_what_was_done_before() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    view = LiveTable(8, "best_val_acc", "maximize", console)
+    setting: dict[str, Any] = {"learning_rate": 0.01}
+    view.found(3, TrialResult("x-000", Path("x-000"), "freeze", setting, "finished", 0.5333))
+    with view:
+        pass
+    title = "3 of 8 done; best so far: freeze learning_rate=0.01, best_val_acc 0.5333"
+    assert title in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+# interrupted
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGINT",
+        "kill parent",
+        pytest.param("SIGUSR1", marks=pytest.mark.slow),
+        pytest.param("SIGUSR1 to all", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", marks=pytest.mark.slow),
+        pytest.param("kill worker", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_trial_goes_on_from_its_last_epoch(
+    how: str, base: Fields, tmp_path: Path
+) -> None:
+    base |= {"strategy": "scratch", "epochs": 6, "patience": 0}
+    given = content(base, seed=[1, 2])
+    process = start(tmp_path, given)
+    run_dir = await_epoch(tmp_path, 2)
+    workers = workers_of(process.pid)
+    assert workers
+    if how == "kill worker":
+        os.kill(workers[0], signal.SIGKILL)
+    else:
+        expected = (
+            signal.SIGKILL if how == "kill parent" else signal.Signals[how.removesuffix(" to all")]
+        )
+        if how == "SIGUSR1 to all":  # as Slurm does
+            for child in children(process.pid):
+                os.kill(child, expected)
+        process.send_signal(expected)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == -expected, output
+        told = "trials put back: 1; the same command goes on with them" in output
+        assert told == (how != "kill parent"), output
+        if how != "kill parent":
+            assert not any(Path(f"/proc/{worker}/fd").exists() for worker in workers)
+        await_end(workers)
+        assert not (run_dir / "result.json").exists()
+        failure = read_failure(run_dir / "failure.json")
+        assert failure is not None and failure["state"] == "stopped"
+        process = start(tmp_path, given)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    check_complete(tmp_path, 2)
+    assert "going on after epoch" in (run_dir / "output.log").read_text()
+    result = RunResult.load(run_dir)
+    assert result.epochs_run == 6 and not (run_dir / "failure.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_grid_of_48_survives_ctrl_c_and_kills(
+    workers: int, base: Fields, tmp_path: Path
+) -> None:
+    given = content(
+        base,
+        strategy=["freeze", "partial", "gradual", "scratch"],
+        learning_rate=[0.001, 0.01, 0.1],
+        batch_size=[5, 10],
+        data_aug=["y", "n"],
+    )
+    for count, how in ((6, signal.SIGINT), (14, signal.SIGKILL)):
+        process = start(tmp_path, given, "--workers", str(workers))
+        while len(list((tmp_path / "runs").glob("*/result.json"))) < count:
+            assert process.poll() is None
+            time.sleep(0.05)
+        if how == signal.SIGKILL and (found := workers_of(process.pid)):
+            os.kill(found[0], signal.SIGKILL)
+            time.sleep(1)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == -how, output
+    output = complete(tmp_path, given, "--workers", str(workers))
+    assert "48 finished" in output
+    check_complete(tmp_path, 48)
+
+
+# confirm
+
+
+def test_confirm_repeats_each_strategy_s_best_with_fresh_seeds_equally_often(
+    base: Fields, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    base["epochs"] = 1
+    given = content(base, strategy=["freeze", "scratch"], learning_rate=[0.001, 0.1])
+    outcomes = run_sweep(given, out=runs, fields={"seed": 3})
+    best = {o.strategy: o.setting["learning_rate"] for o in reversed(outcomes)}
+    assert main(["confirm", str(runs), "--seeds", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "standard deviation" in shown
+    table = shown.partition("setting")[2]
+    assert "seed=4" in table and "=1" not in table  # not what all have, such as epochs
+    results = [RunResult.load(p.parent) for p in (runs / "confirm").glob("*/result.json")]
+    found = Counter((r.strategy, r.config["learning_rate"], r.seed) for r in results)
+    assert found == {(s, best[s], seed): 1 for s in best for seed in (4, 5)}
+    assert confirmation(runs, 3).num_cells == 6
+    assert confirmation(runs, 3).name == confirmation(runs, 2).name
+
+
+def test_a_second_confirmation_takes_seeds_that_no_other_run_had(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    write_run(runs, "a", 0.8, learning_rate=0.01, seed=3)
+    first = confirmation(runs, 2)
+    assert seeds(first) == [4, 5]
+    for seed in seeds(first):
+        write_run(runs / "confirm", f"fresh{seed}", learning_rate=0.01, seed=seed, group=first.name)
+    write_run(runs, "worse", 0.5, learning_rate=0.1, seed=9)
+    assert confirmation(runs, 3).name == first.name
+    assert seeds(confirmation(runs, 3)) == [4, 5, 6]
+    write_run(runs, "better", 0.9, learning_rate=0.03, seed=3)
+    second = confirmation(runs, 2)
+    assert second.name != first.name
+    assert seeds(second) == [10, 11]
+
+
+def seeds(sweep: Sweep) -> list[object]:
+    assert sweep.listed
+    return [cell["seed"] for cell in sweep.listed]
+
+
+def test_confirm_without_runs_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no finished runs"):
+        main(["confirm", str(tmp_path)])

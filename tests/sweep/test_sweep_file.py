@@ -1,0 +1,257 @@
+"""Sweep files: read, checked, and what their parameters mean."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune.__main__ import main
+from finetune.config.fields import RunConfig, read_mapping
+from finetune.runs.run_dir import RunDir
+from finetune.sweep import sampling
+from finetune.sweep.distributions import DISTRIBUTIONS, Constant, Dimension, read_parameter
+from finetune.sweep.spec import Sweep
+from finetune.sweep.sweep_file import read_sweep
+from finetune.system.errors import ConfigError, FinetuneError
+
+ROOT = Path(__file__).parents[2]
+METRIC = {"name": "best_val_acc", "goal": "maximize"}
+
+
+def sweep(**changed: Any) -> Sweep:
+    content = {"method": "grid", "metric": METRIC, "parameters": {"seed": {"values": [1, 2]}}}
+    return read_sweep({k: v for k, v in (content | changed).items() if v is not None})
+
+
+def read_config_of_a_run(path: Path) -> dict[str, Any]:
+    return RunDir(path.parent).read_config().to_fields()
+
+
+def draws(entry: dict[str, Any], count: int = 4000) -> list[Any]:
+    dimension = read_parameter("x", entry)
+    assert isinstance(dimension, Dimension)
+    chance = random.Random(5)
+
+    def point() -> Any:
+        if dimension.choices:
+            return chance.choice(dimension.choices)
+        if dimension.whole:
+            return chance.randint(int(dimension.low), int(dimension.high))
+        if dimension.log:
+            ends = math.log(dimension.low), math.log(dimension.high)
+            return math.exp(chance.uniform(*ends))
+        return chance.uniform(dimension.low, dimension.high)
+
+    return [dimension.meaning(point()) for _ in range(count)]
+
+
+def test_the_repository_s_sweep_is_the_grid_of_48() -> None:
+    found = read_sweep(ROOT / "sweep.yaml")
+    cells = list(found.cells())
+    assert found.num_cells == len(cells) == 48
+    assert len({tuple(cell.values()) for cell in cells}) == 48
+    assert {cell["data_aug"] for cell in cells} == {"y", "n"}
+    assert found.metric.name == "best_val_acc" and found.metric.goal == "maximize"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_file_under_sweeps_is_fine(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--check", str(path)]) == 0
+    assert "is fine" in capsys.readouterr().out
+
+
+def test_wandb_s_forms_mean_what_wandb_means() -> None:
+    assert read_parameter("x", {"value": 3}) == Constant(3)
+    assert set(draws({"values": [1, "a", True]})) == {1, "a"}
+    weighted = draws({"values": ["a", "b"], "probabilities": [0.8, 0.2]})
+    assert 0.77 < weighted.count("a") / len(weighted) < 0.83
+    assert set(draws({"min": 1, "max": 4})) == {1, 2, 3, 4}
+    assert 0.45 < statistics.mean(draws({"min": 0.0, "max": 1.0})) < 0.55
+    exponents = draws({"distribution": "log_uniform", "min": -4, "max": 0})
+    assert math.exp(-4) <= min(exponents) and max(exponents) <= 1
+    assert -2.2 < statistics.mean(map(math.log, exponents)) < -1.8
+    values = draws({"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2})
+    assert -3.1 < statistics.mean(math.log10(v) for v in values) < -2.9
+    inverse = draws({"distribution": "inv_log_uniform", "min": 0, "max": 4})
+    assert math.exp(-4) <= min(inverse) and max(inverse) <= 1
+    normal = draws({"distribution": "normal", "mu": 3, "sigma": 2})
+    assert 2.8 < statistics.mean(normal) < 3.2 and 1.8 < statistics.stdev(normal) < 2.2
+    steps = draws({"distribution": "q_uniform", "min": 16.0, "max": 64.0, "q": 16})
+    assert set(steps) == {16, 32, 48, 64}
+    assert set(draws({"distribution": "q_log_uniform_values", "min": 1, "max": 9, "q": 4})) == {
+        0, 4, 8,
+    }  # fmt: skip
+    assert all(v % 1 == 0 for v in draws({"distribution": "q_normal"}))
+    assert min(draws({"distribution": "log_normal"})) > 0
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_every_distribution_is_mapped_to_one_of_optuna_s(name: str) -> None:
+    settings = {"value": 1, "values": [1, 2], "probabilities": [0.5, 0.5], "min": 1, "max": 2}
+    entry = {key: settings[key] for key in DISTRIBUTIONS[name].needs}
+    read = read_parameter("x", {"distribution": name, **entry})
+    if isinstance(read, Dimension):
+        sampling.distribution(read)
+    else:
+        assert name == "constant"
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"methd": "grid"}, "unknown key 'methd'; did you mean method"),
+    ({"method": "gird"}, "method: got 'gird'; must be one of grid, random, bayes"),
+    ({"parameters": None}, "parameters: got None"),
+    ({"parameters": {"learning_rte": {"value": 1}}}, "unknown field 'learning_rte'; did you mean"),
+    ({"parameters": {"seed": {"vales": [1]}}}, "seed: unknown key 'vales'; did you mean value"),
+    ({"parameters": {"seed": 3}}, "seed: got 3; W&B wants a mapping"),
+    ({"parameters": {"learning_rate": {"values": [0.1, "1e-3"]}}}, "YAML reads 1e-3 as a text"),
+    ({"parameters": {"learning_rate": {"min": "1e-3", "max": 0.1}}}, "write 1.0e-3 or 0.001"),
+    ({"parameters": {"learning_rate": {"values": [0.1, -1]}}}, "learning_rate: got -1; must be"),
+    ({"parameters": {"strategy": {"values": ["frieze"]}}}, "did you mean freeze?"),
+    ({"parameters": {"seed": {"values": [1, 1]}}}, "seed: values: 1 stands there more than once"),
+    ({"parameters": {"seed": {"min": 1, "max": 2.5}}}, "one is a whole number and one isn't"),
+    ({"parameters": {"seed": {"min": 2, "max": 1}}}, "min: got 2; it must be below max, 1"),
+    ({"parameters": {"momentum": {"min": 0.1, "max": 0.9}}}, "a grid can't go through"),
+    ({"parameters": {"seed": {"distribution": "beta"}}}, "distribution beta can't be mapped"),
+    ({"parameters": {"seed": {"distribution": "unifrm"}}}, "unknown distribution 'unifrm'; did"),
+    ({"parameters": {"seed": {"parameters": {}}}}, "nested parameters can't be mapped"),
+    (
+        {"parameters": {"seed": {"values": [1, 2], "probabilities": [0.5, 0.6]}}},
+        "2 numbers from 0 on that sum to 1",
+    ),
+    ({"parameters": {"resume": {"value": "runs/x"}}}, "unknown field 'resume'"),
+    ({"metric": {"name": "val_accuracy", "goal": "maximize"}}, "which no run logs"),
+    ({"metric": {"name": "val_loss"}}, "metric.goal: is missing (W&B would minimize)"),
+    ({"metric": {"name": "val_loss", "gaol": "minimize"}}, "metric: unknown key 'gaol'"),
+    ({"method": "bayes", "metric": None}, "metric: missing"),
+    ({"run_cap": 0}, "run_cap: got 0"),
+    ({"early_terminate": {"type": "median"}}, "only 'type: hyperband' can be mapped"),
+    ({"early_terminate": {"type": "hyperband"}}, "either min_iter, or max_iter and s"),
+    ({"early_terminate": {"type": "hyperband", "min_iter": 3, "eta": 2.5}}, "eta: got 2.5"),
+    (
+        {"early_terminate": {"type": "hyperband", "min_iter": 3, "strict": True}},
+        "strict: can't be mapped",
+    ),
+    ({"controller": {"type": "local"}}, "controller: can't be mapped"),
+    ({"job": "x"}, "job: can't be mapped: it belongs to W&B Launch"),
+    ({"program": "train.py"}, "program: got 'train.py'; only agent.py can be run"),
+    ({"command": ["bash", "x.sh"]}, "'bash' can't be mapped"),
+    ({"command": ["python", "${program}", "--epcohs", "2"]}, "unknown field 'epcohs'"),
+    (
+        {
+            "parameters": {"strategy": {"values": ["freeze", "gradual"]}},
+            "early_terminate": {"type": "hyperband", "min_iter": 3},
+        },
+        "with strategy gradual the last part opens at epoch 3; min_iter must be 4 or more",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG, ids=lambda x: str(x)[:40])
+def test_a_wrong_file_is_refused_by_name(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    content = {"program": "agent.py", "method": "grid", "metric": METRIC}
+    content["parameters"] = {"seed": {"values": [1, 2]}}
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in (content | changed).items() if v is not None}))
+    for arguments in (["sweep", "--check", str(path)], ["sweep", str(path)]):
+        with pytest.raises(ConfigError) as refused:
+            main(arguments)
+        assert message in str(refused.value)
+    assert sorted(tmp_path.iterdir()) == [path], "something ran or was written"
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        sweep(methd=1, run_cap=-1, parameters={"lerning_rate": {"value": 1}})
+    assert str(refused.value).startswith("sweep: 3 faults:")
+
+
+@pytest.mark.parametrize("read", [read_sweep, read_mapping, read_config_of_a_run])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + "".join(
+            f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n"
+            for a, b in zip("abcdefg", "bcdefgh", strict=True)
+        ),
+        "[" * 5000,
+        "!!python/object/apply:os.system ['touch owned']",
+        "a: &a {k: 1}\n"
+        + "".join(
+            f"{b}: &{b} {{<<: [{','.join(['*' + a] * 9)}]}}\n"
+            for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "epochs: &a [*a]",
+        "!!python/name:os.system",
+        "epochs: !!int nonsense",
+        "epochs: 2001-99-99",
+        f"epochs: {'9' * 10_000}",
+        f"epochs: 0x{'f' * 10_000}",
+        "epochs: 1\n? [a, {b: c}]\n: 2",
+        f"a: {'x' * 2_000_000}",
+        "- a list",
+        "\x00",
+        "\ud800",
+    ],
+    ids=["alias bomb", "deep", "object", "merge bomb", "loop", "name", "tag", "date", "long number",
+         "long hex", "key", "long", "list", "binary", "no text"],
+)  # fmt: skip
+def test_a_hostile_or_broken_file_is_one_message(
+    text: str, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(FinetuneError) as refused:
+        RunConfig.from_fields(read(path))
+    assert len(str(refused.value)) < 2000
+    assert not Path("owned").exists()
+
+
+def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can't be read as a sweep file"):
+        read_sweep(tmp_path / "none.yaml")
+
+
+def test_a_search_without_end_asks_for_a_number() -> None:
+    found = sweep(method="random")
+    with pytest.raises(ConfigError, match="pass --max_runs N"):
+        found.num_trials()
+    assert found.num_trials(7) == 7
+    assert sweep(method="random", run_cap=5).num_trials(7) == 5
+    assert sweep().num_trials() == 2 and sweep().num_trials(1) == 1
+
+
+def test_flags_of_a_custom_command_are_fields() -> None:
+    command = ["${env}", "python3", "-u", "${program}", "${args}", "--epochs=3", "--cache", "off"]
+    assert sweep(command=command).config({"seed": 1}).epochs == 3
+
+
+def test_a_config_file_among_the_parameters_is_read(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("epochs: 4\nmomentum: 0.5\n")
+    found = sweep(
+        parameters={
+            "config": {"value": str(tmp_path / "base.yaml")},
+            "momentum": {"value": 0.8},
+            "seed": {"values": [1, 2]},
+        }
+    )
+    config = found.config({"seed": 2})
+    assert (config.epochs, config.momentum, config.seed) == (4, 0.8, 2)
+
+
+def test_max_iter_and_s_are_wandb_s_brackets() -> None:
+    early = {"type": "hyperband", "max_iter": 27, "s": 2}
+    early_termination = sweep(early_terminate=early).early_termination
+    assert early_termination is not None and (
+        early_termination.min_iter,
+        early_termination.eta,
+    ) == (3, 3)

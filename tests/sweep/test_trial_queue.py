@@ -1,0 +1,398 @@
+"""Trials on Optuna's storages: claimed once, ended once, taken up again."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from finetune.sweep.spec import Sweep
+from finetune.sweep.storage import is_gone, open_storage, this_process
+from finetune.sweep.sweep_file import read_sweep
+from finetune.sweep.trial_queue import MAX_DEATHS, Claim, TrialQueue
+from finetune.sweep.trials import copy
+from finetune.system.errors import ConfigError, FinetuneError, MissingPackage
+
+METRIC = {"name": "best_val_acc", "goal": "maximize"}
+ELSEWHERE = {"machine": "elsewhere/boot/pid", "pid": 1, "started": "1"}
+
+
+def grid(cells: int = 6, **changed: Any) -> Sweep:
+    content = {"name": "grid", "method": "grid", "metric": METRIC}
+    content["parameters"] = {"seed": {"values": list(range(cells))}}
+    return read_sweep(content | changed)
+
+
+def drawn(method: str, **changed: Any) -> Sweep:
+    parameters = {
+        "learning_rate": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1.0},
+        "momentum": {"min": 0.0, "max": 0.95},
+        "data_aug": {"values": ["y", "n"]},
+    }
+    content = {"name": "drawn", "method": method, "metric": METRIC, "parameters": parameters}
+    return read_sweep(content | changed)
+
+
+def score(values: dict[str, Any]) -> float:
+    """A known function with one peak, at 1e-2, 0.7 and n."""
+    off = (math.log10(values["learning_rate"]) + 2) ** 2 / 4 + (values["momentum"] - 0.7) ** 2
+    return 1 - off - 0.1 * (values["data_aug"] == "y")
+
+
+def work_off(trial_queue: TrialQueue, limit: int = 10_000) -> list[Claim]:
+    done = []
+    while len(done) < limit and (claim := trial_queue.claim()):
+        value = score(claim.values) if "learning_rate" in claim.values else 0.5
+        assert trial_queue.finish(claim, "finished", value, {})
+        done.append(claim)
+    return done
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'sweep.db'}"
+
+
+@pytest.fixture(params=["sqlite", "journal"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "journal":
+        return f"journal:{tmp_path / 'sweep.journal'}"
+    return f"sqlite:///{tmp_path / 'sweep.db'}"
+
+
+def trials(where: str, name: str = "grid") -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=open_storage(where)).get_trials()
+
+
+def states(where: str, name: str = "grid") -> Counter[str]:
+    return Counter(trial.state.name for trial in trials(where, name))
+
+
+# one process
+
+
+def test_each_cell_has_one_trial_and_one_result(storage: str) -> None:
+    trial_queue = TrialQueue.open(grid(), storage, 6)
+    claims = work_off(trial_queue)
+    assert [claim.values for claim in claims] == [{"seed": i} for i in range(6)]
+    assert len({claim.run_id for claim in claims}) == 6
+    assert trial_queue.settled() and states(storage) == {"COMPLETE": 6}
+    assert work_off(TrialQueue.open(grid(), storage, 6)) == []
+
+
+def test_a_trial_that_was_put_back_keeps_its_run_id(storage: str) -> None:
+    trial_queue = TrialQueue.open(grid(2), storage, 2)
+    first = trial_queue.claim()
+    assert first is not None and trial_queue.requeue(first)
+    again = work_off(trial_queue)
+    assert sorted(claim.run_id for claim in again) == sorted({c.run_id for c in again})
+    assert first.run_id in {claim.run_id for claim in again}
+    assert states(storage) == {"COMPLETE": 2, "FAIL": 1}
+
+
+def test_failed_trials_wait_for_retry_failed(storage: str) -> None:
+    trial_queue = TrialQueue.open(grid(2), storage, 2)
+    claim = trial_queue.claim()
+    assert claim is not None
+    trial_queue.finish(claim, "failed", None, {"reason": "no"})
+    work_off(trial_queue)
+    assert trial_queue.settled()
+    assert sorted(s.state for s in trial_queue.standings()) == ["failed", "finished"]
+    later = TrialQueue.open(grid(2), storage, 2)
+    assert later.claim() is None
+    assert later.retry_failed() == 1
+    assert [c.run_id for c in work_off(later)] == [claim.run_id]
+    assert later.retry_failed() == 0
+
+
+def test_a_worker_that_dies_again_and_again_costs_one_trial(storage: str) -> None:
+    trial_queue = TrialQueue.open(grid(1), storage, 1)
+    for _ in range(MAX_DEATHS - 1):
+        claim = trial_queue.claim()
+        assert claim is not None and trial_queue.requeue(claim, died=True)
+    claim = trial_queue.claim()
+    assert claim is not None and not trial_queue.requeue(claim, died=True)
+
+
+def test_a_late_result_is_discarded_and_noted(storage: str) -> None:
+    said: list[str] = []
+    late = TrialQueue.open(grid(1), storage, 1, said.append, ELSEWHERE)
+    slow = late.claim()
+    assert slow is not None
+    storage_object = open_storage(storage)
+    trial_queue = TrialQueue.open(grid(1), storage, 1)
+    storage_object.set_trial_state_values(slow.trial_id, optuna.trial.TrialState.FAIL)
+    copy(storage_object, 1 - 1 * storage.startswith("journal"), _trial(storage, slow))
+    quick = work_off(trial_queue)
+    assert [c.run_id for c in quick] == [slow.run_id]
+    assert late.finish(slow, "finished", 0.9, {}) is False
+    assert "discarded" in said[0]
+    assert states(storage) == {"COMPLETE": 1, "FAIL": 1}
+    assert [s.value for s in trial_queue.standings()] == [0.5]
+
+
+def _trial(where: str, claim: Claim) -> optuna.trial.FrozenTrial:
+    return next(t for t in trials(where) if t._trial_id == claim.trial_id)
+
+
+def test_of_two_copies_of_a_trial_one_alone_runs(storage: str) -> None:
+    trial_queue = TrialQueue.open(grid(1), storage, 1)
+    claim = trial_queue.claim()
+    assert claim is not None
+    trial = _trial(storage, claim)
+    trial_queue.requeue(claim)
+    trial_queue._enqueue_copy(trial)  # as a second process would that saw the same
+    assert len(work_off(trial_queue)) == 1
+    assert trial_queue.settled()
+    assert states(storage) == {"COMPLETE": 1, "FAIL": 2}
+
+
+def test_another_sweep_of_the_same_name_is_refused(storage: str) -> None:
+    TrialQueue.open(grid(2), storage, 2)
+    with pytest.raises(ConfigError, match="with other parameters; pass another --name"):
+        TrialQueue.open(grid(3), storage, 3)
+
+
+def test_a_larger_cap_goes_on_where_the_smaller_ended(storage: str) -> None:
+    assert len(work_off(TrialQueue.open(grid(), storage, 2))) == 2
+    assert [c.values["seed"] for c in work_off(TrialQueue.open(grid(), storage, 6))] == [2, 3, 4, 5]
+    assert work_off(TrialQueue.open(grid(), storage, 3)) == []
+
+
+def test_a_target_that_is_reached_ends_the_sweep(sqlite: str) -> None:
+    trial_queue = TrialQueue.open(grid(metric={**METRIC, "target": 0.5}), sqlite, 6)
+    assert len(work_off(trial_queue)) == 1
+    assert trial_queue.claim() is None
+
+
+# search
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_a_search_repeats_itself_also_after_an_interruption(method: str, tmp_path: Path) -> None:
+    sweep = drawn(method)
+    urls = [f"sqlite:///{tmp_path / f'{i}.db'}" for i in range(2)]
+    straight = [c.values for c in work_off(TrialQueue.open(sweep, urls[0], 16))]
+    in_pieces = [
+        c.values for _ in range(4) for c in work_off(TrialQueue.open(sweep, urls[1], 16), 4)
+    ]
+    assert straight == in_pieces and len(straight) == 16
+    assert len({str(values) for values in straight}) == 16
+    other = drawn(method, parameters={**_parameters(sweep), "seed": {"value": 7}})
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    assert [c.values for c in work_off(TrialQueue.open(other, url, 16))] != straight
+
+
+def _parameters(sweep: Sweep) -> dict[str, Any]:
+    return dict(sweep.source["parameters"])
+
+
+def test_bayes_beats_random_on_a_known_function_with_the_same_budget(tmp_path: Path) -> None:
+    best: dict[str, list[float]] = {"random": [], "bayes": []}
+    for method, found in best.items():
+        for seed in range(3):
+            sweep = drawn(method, name=f"{method}{seed}")
+            sweep = sweep.amended(None, {"seed": seed}, {})
+            trial_queue = TrialQueue.open(sweep, f"journal:{tmp_path / 'all.journal'}", 40)
+            found.append(max(score(claim.values) for claim in work_off(trial_queue)))
+    assert all(b > r for b, r in zip(best["bayes"], best["random"], strict=True)), best
+
+
+def test_a_hopeless_trial_is_ended_at_the_first_rung_and_not_before(sqlite: str) -> None:
+    early = {"type": "hyperband", "min_iter": 4, "eta": 3}
+    trial_queue = TrialQueue.open(grid(9, early_terminate=early), sqlite, 9)
+    ended: dict[int, int] = {}
+    for i in range(9):
+        claim = trial_queue.claim()
+        assert claim is not None
+        for iteration in range(1, 13):
+            value = (0.9 if i in (0, 5) else 0.1 - i / 100) + iteration / 1000
+            if reason := trial_queue.report(claim, iteration, value, judge=True):
+                assert "is not among the best 1 in 3" in reason
+                ended[i] = iteration
+                break
+        trial_queue.finish(claim, "pruned" if i in ended else "finished", value, {"reason": ""})
+    assert ended == dict.fromkeys((1, 2, 3, 4, 6, 7, 8), 4)
+    assert states(sqlite) == {"COMPLETE": 2, "PRUNED": 7}
+
+
+# several processes
+
+OTHER_PROCESS = """
+import sys, time
+from finetune.sweep.board import TrialQueue
+from finetune.sweep.reading import read_sweep
+import json
+content, where, count, pause = json.loads(sys.argv[1])
+trial_queue = TrialQueue.open(read_sweep(content), where, count)
+print("open", flush=True)
+while claim := trial_queue.claim():
+    print(claim.key, flush=True)
+    time.sleep(pause)
+    trial_queue.finish(claim, "finished", 0.5, {})
+print("done", flush=True)
+"""
+
+
+def other_process(content: dict[str, Any], where: str, count: int, pause: float) -> Any:
+    import json
+
+    return subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROCESS, json.dumps([content, where, count, pause])],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def content(cells: int) -> dict[str, Any]:
+    parameters = {"seed": {"values": list(range(cells))}}
+    return {"name": "grid", "method": "grid", "metric": METRIC, "parameters": parameters}
+
+
+def share(where: str, cells: int = 12) -> None:
+    """Two processes work on a sweep; one is killed with a trial in its hands."""
+    slow = other_process(content(cells), where, cells, 60)
+    with slow.stdout:
+        assert slow.stdout.readline() == "open\n"
+        held = slow.stdout.readline().strip()
+        quick = other_process(content(cells), where, cells, 0.01)
+        assert quick.stdout.readline() == "open\n"
+        slow.kill()
+        slow.wait()
+    quick.communicate(timeout=120)
+    trial_queue = TrialQueue.open(read_sweep(content(cells)), where, cells)
+    finished = [t for t in trials(where) if t.state.name == "COMPLETE"]
+    work_off(trial_queue)
+    assert trial_queue.settled()
+    found = trials(where)
+    done = Counter(t.user_attrs["key"] for t in found if t.state.name == "COMPLETE")
+    assert done == dict.fromkeys((f"cell-{i}" for i in range(cells)), 1)
+    assert held in done and len(finished) >= cells - 1
+    trial_queue.close()
+    assert len([t for t in found if "copy_of" not in t.user_attrs]) == cells, "enqueued twice"
+
+
+def test_two_processes_share_a_journal_and_one_is_killed(tmp_path: Path) -> None:
+    share(f"journal:{tmp_path / 'shared.journal'}")
+
+
+def test_two_processes_share_sqlite_and_one_is_killed(sqlite: str) -> None:
+    share(sqlite)
+
+
+def test_a_cap_holds_for_two_processes_that_draw(sqlite: str) -> None:
+    sweep = {"name": "drawn", "method": "random", "metric": METRIC}
+    sweep["parameters"] = {"momentum": {"min": 0.0, "max": 0.9}}  # type: ignore[assignment]
+    both = [other_process(sweep, sqlite, 15, 0) for _ in range(2)]
+    for process in both:
+        process.communicate(timeout=120)
+    assert states(sqlite, "drawn")["COMPLETE"] == 15
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """A server of its own, from Debian's package, on a socket in a temporary directory."""
+    found = shutil.which("pg_ctl") or next(
+        (str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None
+    )
+    assert found, "PostgreSQL is needed: apt-get install postgresql"
+    programs = Path(found).resolve().parent
+    place = Path(tempfile.mkdtemp(prefix="pg"))
+    runner = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if runner:
+        shutil.chown(place, "postgres")
+
+    def call(*words: str) -> None:
+        subprocess.run([*runner, *words], check=True, capture_output=True, cwd="/")
+
+    data = str(place / "data")
+    call(str(programs / "initdb"), "-D", data, "-A", "trust", "-U", "tester")
+    options = f"-c listen_addresses='' -k {place}"
+    call(
+        str(programs / "pg_ctl"), "-D", data, "-w", "-l", str(place / "log"), "-o", options, "start"
+    )
+    try:
+        yield f"postgresql://tester@/postgres?host={place}"
+    finally:
+        call(str(programs / "pg_ctl"), "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(place)
+
+
+@pytest.mark.slow
+def test_two_processes_share_postgresql_and_one_is_killed(postgresql: str) -> None:
+    share(postgresql)
+
+
+# other machines
+
+
+@pytest.mark.slow
+def test_a_trial_without_a_heartbeat_is_taken_over(sqlite: str) -> None:
+    beats = {"heartbeat_seconds": 1, "grace_seconds": 5}
+    gone = TrialQueue.open(grid(1), sqlite, 1, owner=ELSEWHERE, **beats)
+    claim = gone.claim()
+    here = TrialQueue.open(grid(1), sqlite, 1, **beats)
+    assert here.claim() is None and not here.settled()
+    deadline = time.monotonic() + 6
+    while time.monotonic() < deadline:
+        gone.beat()
+        time.sleep(0.2)
+    assert here.claim() is None and not here.settled(), "it was alive"
+    time.sleep(6.5)
+    assert not here.settled()
+    again = here.claim()
+    assert again is not None and claim is not None and again.run_id == claim.run_id
+
+
+def test_a_journal_s_trial_of_another_machine_waits_for_retry_failed(tmp_path: Path) -> None:
+    where = f"journal:{tmp_path / 'x.journal'}"
+    assert TrialQueue.open(grid(1), where, 1, owner=ELSEWHERE).claim() is not None
+    here = TrialQueue.open(grid(1), where, 1)
+    assert here.claim() is None and not here.settled()
+    assert here.held_elsewhere() == ["elsewhere"]
+    assert here.retry_failed() == 1
+    assert here.claim() is not None
+
+
+def test_a_process_is_told_from_a_later_one_with_its_id() -> None:
+    ours = this_process()
+    assert not is_gone(ours)
+    assert is_gone({**ours, "started": "1"})
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
+    process.start()
+    pid = process.pid
+    process.join()
+    assert is_gone({**ours, "pid": pid})
+    assert not is_gone({**ours, "pid": pid, "machine": "elsewhere"})
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "message"),
+    [
+        ("nonsense", ConfigError, "it is no URL; pass sqlite:///FILE.db"),
+        ("oracul://x/y", ConfigError, "knows no database 'oracul'"),
+        ("mysql://u:secret@h/d", MissingPackage, "pip install mysqlclient"),
+        ("sqlite:////nonexistent/x.db", FinetuneError, "unable to open database file"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_message(
+    where: str, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.sweep.storage._TRIES", 1)
+    with pytest.raises(kind) as refused:
+        open_storage(where)
+    assert message in str(refused.value)
+    assert "secret" not in str(refused.value)

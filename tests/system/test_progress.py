@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+READING = """
+import time
+from finetune.system import progress
+from finetune.system.errors import DataError
+from finetune.system.shutdown import run_cli
+
+progress.PATIENCE_SECONDS = 0
+
+def read():
+    done = progress.bar("reading", 1000)
+    for number in range(1000):
+        done()
+        time.sleep(0.01)
+        if number == {breaks_at}:
+            raise DataError("no more")
+
+run_cli(progress.close_bars()(read))
+"""
+HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"
+
+
+@pytest.mark.parametrize(
+    ("breaks_at", "last_words"), [(5, b"error: no more"), (-1, b"stopped by SIGINT")]
+)
+def test_a_bar_that_breaks_off_gives_the_terminal_back(breaks_at: int, last_words: bytes) -> None:
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", READING.format(breaks_at=breaks_at)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        stderr=its_end,
+    )
+    os.close(its_end)
+    seen = b""
+    while chunk := read(terminal):
+        seen += chunk
+        if breaks_at < 0 and HIDDEN in seen and process.poll() is None:
+            process.send_signal(signal.SIGINT)  # again and again, as an impatient user does
+    process.wait(20)
+    os.close(terminal)
+    assert seen.count(HIDDEN) == seen.count(SHOWN) == 1, "the cursor stays hidden"
+    assert seen.endswith(last_words + b"\r\n"), "the bar comes after the last words"
+
+
+def read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # nobody holds its other end any more
+        return b""
