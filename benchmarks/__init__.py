@@ -1,1 +1,1 @@
-"""This project's figures, measured beside an ordinary pipeline: benchmarks, not gates."""
+"""Measurements of this project beside an ordinary pipeline. They assert nothing."""

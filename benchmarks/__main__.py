@@ -1,7 +1,6 @@
-"""This project beside the plain way, alternating, and what limits both.
+"""Speed and memory of this project, beside an ordinary Lightning pipeline where that makes sense.
 
-Turns made-up 800x600 JPEGs into images a second, seconds to the result, peak memory and ratios, as
-a table and as JSON.
+Prints tables and writes all figures as JSON.
 
     python -m benchmarks [--quick] [--only freeze sweep]
 """
@@ -14,7 +13,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,51 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.transforms import v2
 
+from benchmarks.commands import commands, commands_table
+from benchmarks.complete_sweep import complete_sweep
 from benchmarks.memory import peak_bytes
-from benchmarks.ways import Bench
-from benchmarks.whole_sweep import whole_sweep
+from benchmarks.pipelines import Bench
+from benchmarks.sweep_overhead import sweep_overhead
 from finetune.data.decode import decode
 from finetune.data.images import open_images
 from finetune.data.pictures import find_pictures
 from finetune.model.network import normalise
 from finetune.system.array_store import Cache
 
+EPOCHS = {"freeze": 2, "partial": 2, "gradual": 10, "scratch": 1}
 
-def compare_strategy(
-    bench: Bench, strategy: str, sizes: tuple[int, int], plain_sizes: tuple[int, int], epochs: int,
-    alternations: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Alternating runs of both, caches filled before the first, which tells the memory."""
-    data_dir, plain_dir = bench.pictures(*sizes), bench.pictures(*plain_sizes)
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured. Sizes are (training pictures, validation pictures)."""
+
+    small: tuple[int, int] = (160, 32)
+    large: tuple[int, int] = (2000, 400)
+    sweep: tuple[int, int] = (120, 40)
+    gradual_epochs: int = 10
+    alternations: int = 5
+    num_trials: int = 8
+
+
+QUICK = Scale((32, 32), (320, 64), (40, 20), 4, 1, 3)
+
+
+def compare_strategy(strategy: str, bench: Bench, scale: Scale) -> dict[str, Any]:
+    """Alternating runs of both pipelines with filled caches; peak memory from a run before."""
+    sizes = scale.large if strategy == "freeze" else scale.small
+    epochs = scale.gradual_epochs if strategy == "gradual" else EPOCHS[strategy]
+    data_dir, plain_dir = bench.pictures(*sizes), bench.pictures(*scale.small)
     our_bytes = peak_bytes(bench.ours, strategy, data_dir, epochs)
     plain_bytes = peak_bytes(bench.plain, strategy, plain_dir, 1)
     pairs = []
-    for _ in range(alternations):
+    for _ in range(scale.alternations):
         theirs = bench.plain(strategy, plain_dir, epochs)
         ours = bench.ours(strategy, data_dir, epochs).images_per_second
         pairs.append((ours, theirs))
-        print(f"  {strategy}: {ours:.1f} against {theirs:.1f} images/s", flush=True)
-    return {
+        print(f"  {strategy}: {ours:.1f}, plain {theirs:.1f} images/s", flush=True)
+    figures: dict[str, Any] = {
         "pictures": sizes,
-        "plain_pictures": plain_sizes,
+        "plain_pictures": scale.small,
         "epochs": epochs,
         "ours_images_per_second": statistics.median(ours for ours, _ in pairs),
         "plain_images_per_second": statistics.median(theirs for _, theirs in pairs),
@@ -61,10 +80,13 @@ def compare_strategy(
         "ours_peak_bytes": our_bytes,
         "plain_peak_bytes": plain_bytes,
     }
+    if strategy == "freeze":
+        figures["first_run"] = first_freeze_run(bench, sizes, figures["plain_images_per_second"])
+    return figures
 
 
 def first_freeze_run(bench: Bench, sizes: tuple[int, int], plain_rate: float) -> dict[str, Any]:
-    """Ten epochs from nothing, caches included, against the plain way's time at its rate."""
+    """Ten epochs with empty caches; the plain pipeline's time is computed from its rate."""
     started = time.perf_counter()
     result = bench.ours("freeze", bench.pictures(*sizes), 10, cache="cold")
     seconds = time.perf_counter() - started
@@ -77,25 +99,27 @@ def first_freeze_run(bench: Bench, sizes: tuple[int, int], plain_rate: float) ->
     }
 
 
-def store_figures(bench: Bench, sizes: tuple[int, int]) -> dict[str, float]:
-    """Building the decoded store, batches from it on one thread, and likeness to PIL's pictures."""
-    pictures = find_pictures(bench.pictures(*sizes) / "train")
-    cache = Cache(bench.place / "store", 1e11)
+def image_store(bench: Bench, scale: Scale) -> dict[str, float]:
+    """Building the store of decoded pictures, batches from it, and PSNR to Pillow's pictures."""
+    pictures = find_pictures(bench.pictures(*scale.large) / "train")
+    cache = Cache(bench.folder / "store", 1e11)
     started = time.perf_counter()
     images, _ = open_images(pictures, bench.image_size, False, cache)
     build_seconds = time.perf_counter() - started
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    started, num_batches = time.perf_counter(), 60
-    for _ in range(num_batches):
-        images.batch(rng.integers(0, len(pictures), 32))
-    gather = 32 * num_batches / (time.perf_counter() - started)
-    started = time.perf_counter()
-    for _ in range(num_batches):
-        batch = images.batch(rng.integers(0, len(pictures), 32))
-        normalise(batch, torch.from_numpy(rng.choice(32, 16, replace=False)))
-    whole = 32 * num_batches / (time.perf_counter() - started)
+
+    def images_per_second(use: Callable[[torch.Tensor], Any], num_batches: int = 60) -> float:
+        started = time.perf_counter()
+        for _ in range(num_batches):
+            use(images.batch(rng.integers(0, len(pictures), 32)))
+        return 32 * num_batches / (time.perf_counter() - started)
+
+    gathered = images_per_second(lambda batch: None)
+    normalised = images_per_second(
+        lambda batch: normalise(batch, torch.from_numpy(rng.choice(32, 16, replace=False)))
+    )
     torch.set_num_threads(num_threads)
     resize = v2.Resize((bench.image_size, bench.image_size))
     errors = []
@@ -105,18 +129,18 @@ def store_figures(bench: Bench, sizes: tuple[int, int]) -> dict[str, float]:
         errors.append(((ours - theirs) ** 2).mean())
     return {
         "build_images_per_second_per_core": len(pictures) / build_seconds / (os.cpu_count() or 1),
-        "batches_images_per_second_one_thread": gather,
-        "flipped_and_normalised_one_thread": whole,
+        "batches_images_per_second_one_thread": gathered,
+        "flipped_and_normalised_one_thread": normalised,
         "psnr_db": float(10 * np.log10(255**2 / np.mean(errors))),
     }
 
 
-def memory_by_size(place: Path, small: int, large: int) -> dict[str, float]:
-    """Peak memory of a freeze run at 64 pixels, on few pictures and on many."""
-    bench = Bench(place, 64)
+def memory_by_size(bench: Bench, scale: Scale) -> dict[str, float]:
+    """Peak memory of a freeze run at 64 pixels, on 2,000 pictures and on 20,000."""
+    small_images = Bench(bench.folder / "memory", 64)
     peaks = [
-        peak_bytes(bench.ours, "freeze", bench.pictures(count, 200, (64, 64)), 2)
-        for count in (small, large)
+        peak_bytes(small_images.ours, "freeze", small_images.pictures(count, 200, (64, 64)), 2)
+        for count in (2000, 20_000)
     ]
     return {
         "small_peak_bytes": peaks[0],
@@ -125,46 +149,26 @@ def memory_by_size(place: Path, small: int, large: int) -> dict[str, float]:
     }
 
 
-SECTIONS = ("store", "freeze", "partial", "gradual", "scratch", "memory", "sweep")
-EPOCHS = {"freeze": 2, "partial": 2, "gradual": 10, "scratch": 1}
+def measure_sweep(bench: Bench, scale: Scale) -> dict[str, Any]:
+    data_dir = bench.pictures(*scale.sweep)
+    return complete_sweep(bench.folder / "sweeps", bench.weights, data_dir, bench.image_size)
 
 
-def measure(
-    bench: Bench, sections: Sequence[str], alternations: int, quick: bool
-) -> dict[str, Any]:
-    """The figures of each section, printed as they come."""
-    small, large = ((32, 32), (320, 64)) if quick else ((160, 32), (2000, 400))
-    figures: dict[str, Any] = {}
-
-    def show(name: str, values: dict[str, Any]) -> None:
-        figures[name] = values
-        print(f"{name}: {json.dumps(values)}", flush=True)
-
-    for name in sections:
-        print(f"{name} ...", flush=True)
-        if name == "store":
-            show(name, store_figures(bench, large))
-        elif name == "memory":
-            show(name, memory_by_size(bench.place / "memory", 2000, 20_000))
-        elif name == "sweep":
-            data_dir = bench.pictures(*((40, 20) if quick else (120, 40)))
-            show(
-                name, whole_sweep(bench.place / "sweeps", bench.weights, data_dir, bench.image_size)
-            )
-        else:
-            sizes = large if name == "freeze" else small
-            epochs = 4 if quick and name == "gradual" else EPOCHS[name]
-            show(name, compare_strategy(bench, name, sizes, small, epochs, alternations))
-        if name == "freeze":
-            rate = figures[name]["plain_images_per_second"]
-            show("first_freeze_run", first_freeze_run(bench, large, rate))
-    return figures
+SECTIONS: dict[str, Callable[[Bench, Scale], dict[str, Any]]] = {
+    "store": image_store,
+    **{strategy: partial(compare_strategy, strategy) for strategy in EPOCHS},
+    "commands": lambda bench, scale: commands(bench.folder / "commands", scale.alternations),
+    "overhead": lambda bench, scale: sweep_overhead(bench.folder / "trials", scale.num_trials),
+    "memory": memory_by_size,
+    "sweep": measure_sweep,
+}
+IN_QUICK = ("store", *EPOCHS)
 
 
 def strategies_table(figures: dict[str, Any]) -> Table:
-    """What was measured of each strategy, epochs with the caches there."""
+    """One row per strategy: images per second with filled caches, and peak memory."""
     table = Table(box=None, pad_edge=False)
-    for head in ("strategy", "images/s", "plain", "times", "raw loop", "peak MB", "plain MB"):
+    for head in ("strategy", "images/s", "plain", "ratio", "raw loop", "peak MB", "plain MB"):
         table.add_column(head, justify="left" if head == "strategy" else "right")
     for strategy in (name for name in EPOCHS if name in figures):
         found = figures[strategy]
@@ -184,17 +188,22 @@ def strategies_table(figures: dict[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="about two minutes, rough figures")
-    parser.add_argument("--alternations", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="only these sections")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/latest.json"))
     given = parser.parse_args()
     os.environ["WANDB_MODE"] = "disabled"
-    alternations = 1 if given.quick else given.alternations
-    sections = given.only or (SECTIONS[:-2] if given.quick else SECTIONS)
-    with tempfile.TemporaryDirectory() as place:
-        figures = measure(Bench(Path(place), 256), sections, alternations, given.quick)
+    sections = given.only or (IN_QUICK if given.quick else SECTIONS)
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), 256)
+        for name in sections:
+            print(f"{name} ...", flush=True)
+            figures[name] = SECTIONS[name](bench, QUICK if given.quick else Scale())
+            print(f"{name}: {json.dumps(figures[name])}", flush=True)
     if EPOCHS.keys() & figures.keys():
         Console().print(strategies_table(figures))
+    if "commands" in figures:
+        Console().print(commands_table(figures["commands"]))
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(figures, indent=2))
 

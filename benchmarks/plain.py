@@ -1,8 +1,4 @@
-"""The plain way: an ordinary Lightning, ImageFolder and PIL pipeline, as tutorials write it.
-
-Turns a data folder and a strategy into trained epochs and the seconds that each took. Knows
-nothing of this project; it is what the project is measured against.
-"""
+"""The plain pipeline: Lightning, ImageFolder and Pillow, as in tutorials, without `finetune`."""
 
 from __future__ import annotations
 
@@ -27,16 +23,16 @@ GRADUAL = ("fc", "layer4", "layer3", "layer2")
 
 @dataclass
 class PlainRun:
-    """What a run came to."""
+    """What is measured of a run."""
 
     images_per_second: float
-    """Of its epochs, training and validation."""
+    """Training and validation pictures over the wall time of the epochs."""
     seconds: float
     val_accuracies: list[float]
 
 
 class Plain(pl.LightningModule):
-    """Frozen parameters lose their gradients; everything else is left to Lightning."""
+    """Frozen parameters have requires_grad=False; the rest is Lightning's default."""
 
     def __init__(
         self, strategy: str, weights: Path, num_classes: int, learning_rate: float

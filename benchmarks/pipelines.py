@@ -1,16 +1,15 @@
-"""The two ways on the same made-up pictures: this project's and the plain one.
+"""This project's pipeline, the plain one and a bare loop, on the same generated pictures.
 
-Turns a strategy and a number of pictures into a run of either way. Apart from the command, because
-a child process that measures one can't find what stands there.
-
-    >>> Bench(place, 256).ours("freeze", data_dir, epochs=2)  # doctest: +SKIP
+A module of its own, because the child processes that measure memory import it by name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ NUM_CLASSES = 10
 
 
 def make_pictures(folder: Path, num_train: int, num_val: int, size: tuple[int, int]) -> None:
-    """JPEGs of this width and height: coarse shapes, tinted by class, under fine noise."""
+    """Write JPEGs of this width and height: coarse shapes in a colour per class, and noise."""
     rng = np.random.default_rng(0)
     for split, count in (("train", num_train), ("val", num_val)):
         for i in range(count):
@@ -38,36 +37,41 @@ def make_pictures(folder: Path, num_train: int, num_val: int, size: tuple[int, i
             coarse = rng.integers(0, 128, (6, 8, 3)) + tint
             image = Image.fromarray(coarse.astype(np.uint8)).resize(size, Image.BICUBIC)
             noisy = np.asarray(image, dtype=np.int16) + rng.integers(-12, 13, (size[1], size[0], 3))
-            place = folder / split / f"class{label}"
-            place.mkdir(parents=True, exist_ok=True)
+            class_dir = folder / split / f"class{label}"
+            class_dir.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(
-                place / f"{i:05d}.jpg", quality=88
+                class_dir / f"{i:05d}.jpg", quality=88
             )
 
 
-def quietly(call: Callable[[], Any]) -> Any:
+def _silent(call: Callable[[], Any]) -> Any:
+    """The call's value, without its printed lines and Lightning's log messages."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         return call()
 
 
 class Bench:
-    """The two ways on the same pictures."""
+    """The pipelines on the same pictures, with one folder for all files."""
 
-    def __init__(self, place: Path, image_size: int) -> None:
-        self.place, self.image_size = place, image_size
-        place.mkdir(exist_ok=True)
-        self.weights = place / "weights.pth"
+    def __init__(self, folder: Path, image_size: int) -> None:
+        self.folder, self.image_size = folder, image_size
+        folder.mkdir(exist_ok=True)
+        self.weights = folder / "weights.pth"
         torch.save(build(1000, seed=1).state_dict(), self.weights)
 
     def pictures(self, num_train: int, num_val: int, size: tuple[int, int] = (800, 600)) -> Path:
-        folder = self.place / f"pictures-{num_train}-{num_val}-{size[0]}x{size[1]}"
+        folder = self.folder / f"pictures-{num_train}-{num_val}-{size[0]}x{size[1]}"
         if not folder.exists():
             make_pictures(folder, num_train, num_val, size)
         return folder
 
     def ours(self, strategy: str, data_dir: Path, epochs: int, cache: str = "cache") -> Any:
-        """The result of one run."""
-        model = quietly(
+        """One run of this project; returns its RunResult."""
+        model = _silent(
             lambda: train_and_finetune(
                 strategy=strategy,
                 epochs=epochs,
@@ -76,21 +80,21 @@ class Bench:
                 image_size=self.image_size,
                 val_fraction=0,
                 patience=0,
-                out=self.place / "runs",
-                cache_dir=self.place / cache,
+                out=self.folder / "runs",
+                cache_dir=self.folder / cache,
             )
         )
         return model.result
 
     def plain(self, strategy: str, data_dir: Path, epochs: int) -> float:
-        """Images a second."""
-        run = quietly(
+        """Images per second of the plain pipeline."""
+        run = _silent(
             lambda: plain.train(data_dir, self.weights, strategy, epochs, self.image_size)
         )
         return run.images_per_second
 
     def raw(self, strategy: str, num_steps: int) -> float:
-        """Images a second of a bare training loop on the whole network, in channels_last."""
+        """Images per second of a bare training loop on the complete network, in channels_last."""
         model = build(NUM_CLASSES, seed=0)
         for part in PARTS:
             for parameter in part_parameters(model, part):

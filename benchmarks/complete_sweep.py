@@ -1,10 +1,7 @@
-"""A whole sweep, from nothing to its winner: the local sweep beside the plain way.
+"""A complete sweep with empty caches: the local sweep beside the plain pipeline.
 
-Turns one folder of pictures into the seconds that four strategies x two learning rates x ten epochs
-take. The plain way runs in this process, so that it pays for its imports once; the local sweep is
-the command that users type, its imports and caches included.
-
-    python -m benchmarks --only sweep
+Four strategies x two learning rates x ten epochs. The plain pipeline runs in this process and so
+imports once; the local sweep is the command that users type, imports included.
 """
 
 from __future__ import annotations
@@ -25,12 +22,14 @@ STRATEGIES = ("freeze", "partial", "gradual", "scratch")
 LEARNING_RATES = (0.001, 0.01)
 EPOCHS = 10
 EARLY_TERMINATE = {"type": "hyperband", "min_iter": 4, "eta": 3}
-"""The earliest that a sweep with gradual may judge: its last part opens at epoch 3."""
+"""The least min_iter that a sweep with gradual accepts: its last part starts at epoch 3."""
 
 
-def whole_sweep(place: Path, weights: Path, data_dir: Path, image_size: int) -> dict[str, Any]:
-    """Seconds and winners of the same eight runs, ours three times: all, without scratch, and with
-    early termination."""
+def complete_sweep(folder: Path, weights: Path, data_dir: Path, image_size: int) -> dict[str, Any]:
+    """Seconds and best accuracies of the same eight runs.
+
+    This project runs them three times: all, without scratch, and all with early termination.
+    """
     plain_seconds: dict[str, float] = {}
     plain_accuracies: dict[str, float] = {}
     for strategy in STRATEGIES:
@@ -43,7 +42,7 @@ def whole_sweep(place: Path, weights: Path, data_dir: Path, image_size: int) -> 
     common = {"data_dir": str(data_dir), "weights": str(weights), "image_size": image_size}
 
     def ours(name: str, strategies: tuple[str, ...], **more: Any) -> tuple[float, float]:
-        taken = _local_sweep(place / name, common, strategies, **more)
+        taken = _local_sweep(folder / name, common, strategies, **more)
         print(f"  ours {name}: {taken[0]:.0f} s, {taken[1]:.3f}", flush=True)
         return taken
 
@@ -69,12 +68,12 @@ def whole_sweep(place: Path, weights: Path, data_dir: Path, image_size: int) -> 
 
 
 def _local_sweep(
-    place: Path, common: dict[str, Any], strategies: tuple[str, ...], **more: Any
+    folder: Path, common: dict[str, Any], strategies: tuple[str, ...], **more: Any
 ) -> tuple[float, float]:
-    """(seconds from typing the command to its end, the winner's accuracy), caches cold."""
+    """(wall time of the command in seconds, the best accuracy), with empty caches."""
     fixed = common | {"val_fraction": 0, "patience": 0, "epochs": EPOCHS}
-    fixed |= {"cache_dir": str(place / "cache"), "out": str(place / "runs")}
-    # The grid's order is the file's, here sweep.yaml's: the cheap strategies first.
+    fixed |= {"cache_dir": str(folder / "cache"), "out": str(folder / "runs")}
+    # A grid's order is the file's. As in sweep.yaml, the cheap strategies come first.
     parameters: dict[str, Any] = {
         "strategy": {"values": list(strategies)},
         "learning_rate": {"values": list(LEARNING_RATES)},
@@ -87,15 +86,15 @@ def _local_sweep(
         "metric": metric,
         "parameters": parameters,
     } | more
-    place.mkdir(parents=True)
-    (place / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
+    folder.mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "finetune", "sweep", place / "sweep.yaml", "--workers", "1"],
+        [sys.executable, "-m", "finetune", "sweep", folder / "sweep.yaml", "--workers", "1"],
         check=True,
         env=os.environ | {"WANDB_MODE": "disabled"},
         stdout=subprocess.DEVNULL,
     )
     seconds = time.perf_counter() - started
-    results = [RunResult.load(path.parent) for path in (place / "runs").glob("*/result.json")]
+    results = [RunResult.load(path.parent) for path in (folder / "runs").glob("*/result.json")]
     return seconds, max(result.best_val_acc for result in results)
