@@ -83,10 +83,10 @@ def run_sweep(
             return runner.outcomes()
 
 
-def sweep_command(path: Path, **given: Any) -> int:
+def sweep_command(sweep: Path, **given: Any) -> int:
     """`python -m finetune sweep`: run, print the final table; the exit code."""
     console = open_console()
-    spec = read_sweep(path)
+    spec = read_sweep(sweep)
     outcomes = run_sweep(spec, console=console, **given)
     return conclude(outcomes, spec.metric.name, console)
 

@@ -1,11 +1,4 @@
-"""Everything that a sweep does, as a value.
-
-Turns dimensions and fields into cells, trials and configs. Knows nothing about sweep files, Optuna
-or processes.
-
-    >>> sweep.config(next(sweep.cells())).strategy  # doctest: +SKIP
-    'freeze'
-"""
+"""What a sweep does, as a value: its dimensions, its grid's cells and its trials' configs."""
 
 from __future__ import annotations
 
@@ -29,7 +22,7 @@ DEFAULT_SEED = 42
 
 @dataclass(frozen=True)
 class Metric:
-    """What a sweep looks for: the last value that a run logs under this name."""
+    """What a sweep optimizes: the last value that a run logs under this name."""
 
     name: str = DEFAULT_METRIC
     goal: str = "maximize"
@@ -43,9 +36,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class EarlyTermination:
-    """Successive halving: judged at min_iter, min_iter*eta, ... iterations; 1 in eta goes on.
+    """Successive halving: judges at min_iter, min_iter*eta, ... iterations; 1 in eta continues.
 
-    An iteration is one logged value of the metric, which is an epoch; they count from 1.
+    An iteration is one logged value of the metric, which is one epoch; iterations count from 1.
     """
 
     min_iter: int
@@ -54,7 +47,7 @@ class EarlyTermination:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything that a sweep does."""
+    """One sweep: what varies, what is fixed, what is optimized and when it ends."""
 
     name: str
     method: str
@@ -64,13 +57,13 @@ class Sweep:
     run_cap: int | None = None
     early_termination: EarlyTermination | None = None
     listed: tuple[Mapping[str, Value], ...] | None = None
-    """A grid's cells one by one, where they are no product of dimensions."""
+    """A grid's cells, where they are not the product of dimensions."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """What makes two sweeps the same: as the file has it."""
+    """Identifies the sweep: two sweeps with equal sources are the same."""
 
     @property
     def seed(self) -> int:
-        """Of the search: the file's `seed` where it has one."""
+        """The seed of the search: the file's `seed`, or the default."""
         seed = self.fixed.get("seed")
         return seed if isinstance(seed, int) else DEFAULT_SEED
 
@@ -81,24 +74,24 @@ class Sweep:
 
     @property
     def slug(self) -> str:
-        """The name, fit for a file and for W&B's ids."""
+        """The name with the characters that files and W&B's ids allow."""
         return re.sub(r"[^A-Za-z0-9_]+", "-", self.name).strip("-")[:60] or "sweep"
 
     def amended(
-        self, name: str | None, defaults: Mapping[str, Any], wins: Mapping[str, Any]
+        self, name: str | None, defaults: Mapping[str, Any], overrides: Mapping[str, Any]
     ) -> Sweep:
-        """The same sweep under another name, with fields below and above its own."""
+        """The same sweep with another name, defaults for missing fields, and overrides."""
         below = {k: v for k, v in defaults.items() if k not in self.varied}
         return replace(
             self,
             name=name or self.name,
-            fixed={**below, **self.fixed, **wins},
+            fixed={**below, **self.fixed, **overrides},
             source={**self.source, **({"fields": below} if below else {})},
         )
 
     @cached_property
     def varied(self) -> tuple[str, ...]:
-        """The fields that differ between trials that have them."""
+        """The fields whose values differ between trials."""
         if self.listed is None:
             return tuple(dimension.name for dimension in self.dimensions)
         names = dict.fromkeys(name for cell in self.listed for name in cell)
@@ -106,7 +99,7 @@ class Sweep:
 
     @property
     def num_cells(self) -> int | None:
-        """The grid's size; None where values are drawn."""
+        """The size of a grid; None for the other methods."""
         if self.method != "grid":
             return None
         if self.listed is not None:
@@ -116,15 +109,14 @@ class Sweep:
     def summary(self) -> str:
         """What the sweep will do, in one line."""
         cells = f"{self.num_cells} cells" if self.num_cells is not None else "values drawn"
-        words = [f"{self.name}: {self.method}, {cells}"]
-        words.append(f"{self.metric.goal} {self.metric.name}")
+        words = [f"{self.name}: {self.method}, {cells}, {self.metric.goal} {self.metric.name}"]
         words += [f"at most {self.run_cap} runs"] if self.run_cap else []
         if rule := self.early_termination:
-            words.append(f"1 in {rule.eta} goes on after {rule.min_iter} epochs")
+            words.append(f"1 in {rule.eta} continues after {rule.min_iter} epochs")
         return ", ".join(words)
 
     def cells(self) -> Iterator[dict[str, Value]]:
-        """A grid's cells, always in the same order, the first parameter slowest."""
+        """A grid's cells in a fixed order; the first parameter changes most slowly."""
         if self.listed is not None:
             yield from map(dict, self.listed)
             return
@@ -133,7 +125,7 @@ class Sweep:
             yield dict(zip(names, values, strict=True))
 
     def num_trials(self, max_runs: int | None = None) -> int:
-        """How many trials there are to be in all. Raises `ConfigError` for a sweep without end."""
+        """The number of trials in total. Raises `ConfigError` if nothing limits it."""
         limits = [n for n in (self.num_cells, self.run_cap, max_runs) if n is not None]
         if not limits:
             raise ConfigError(
@@ -142,7 +134,7 @@ class Sweep:
             )
         return min(limits)
 
-    def config(self, values: Mapping[str, Value], **more: Any) -> RunConfig:
+    def config(self, values: Mapping[str, Value], **defaults: Any) -> RunConfig:
         """The config of a trial with these values. Raises `ConfigError`."""
-        given = {**more, **self.fixed, **values}
+        given = {**defaults, **self.fixed, **values}
         return RunConfig.from_fields({k: v for k, v in given.items() if v not in (None, "None")})

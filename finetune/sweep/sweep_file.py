@@ -1,25 +1,17 @@
-"""A W&B sweep file -> a checked `Sweep`.
-
-Turns sweep.yaml, or the same as a mapping, into everything that a local sweep does, and names all
-that is wrong with it before anything runs. The verdict is the same for W&B's agents. Knows nothing
-about Optuna, processes or W&B's client.
-
-    >>> read_sweep(Path("sweep.yaml")).num_cells  # doctest: +SKIP
-    48
-"""
+"""Reads and checks W&B sweep files: what passes here is valid for W&B's agents too."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from finetune.config.fields import RunConfig, read_mapping, unknown_field
 from finetune.config.flags import given_fields
 from finetune.runs.result import METRICS
-from finetune.sweep.distributions import Constant, Dimension, Value, number_as_text, read_parameter
+from finetune.sweep.distributions import Constant, Dimension, Value, is_number, read_parameter
 from finetune.sweep.spec import DEFAULT_METRIC, EarlyTermination, Metric, Sweep
 from finetune.system.errors import ConfigError
 from finetune.system.files import load_yaml
@@ -32,292 +24,280 @@ DEFAULT_ETA = 3
 _MAX_CELLS = 100_000
 _MAX_CHECKED = 2_000
 
-_MAPPED = ("program", "method", "metric", "parameters", "run_cap", "early_terminate", "command")
-_NOTED = ("name", "description", "project", "entity")
-_UNMAPPED = {
+_KEYS = (
+    *("program", "method", "metric", "parameters", "run_cap", "early_terminate", "command"),
+    *("name", "description", "project", "entity"),
+)
+_NOT_IN_SOURCE = ("run_cap", "name", "description", "project", "entity")
+"""Keys that may change before a sweep is resumed."""
+_UNSUPPORTED = {
     "controller": "the local sweep is its own controller",
-    "job": "it belongs to W&B Launch",
-    "image_uri": "it belongs to W&B Launch",
-    "scheduler": "it belongs to W&B Launch",
-    "launch": "it belongs to W&B Launch",
+    **dict.fromkeys(("job", "image_uri", "scheduler", "launch"), "it belongs to W&B Launch"),
     "prior_runs": "runs of a W&B project can't be read here",
 }
+_TIMING = ("strategy", "unfreeze_from", "unfreeze_every", "lr_decay")
 
 
 def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
-    """The sweep that a file or a mapping describes. Raises `ConfigError` with all its faults."""
+    """The sweep that a file or a mapping describes.
+
+    Raises `ConfigError`, which lists everything that is wrong with it.
+    """
     if isinstance(source, Mapping):
-        content, where, plain_name = dict(source), "sweep", "sweep"
-    else:
-        content, where, plain_name = _load(source), str(source), source.stem
-    reader = _Reader(content)
-    sweep = reader.read(str(content.get("name") or plain_name), isinstance(source, Path))
-    if reader.problems:
-        count = f"{len(reader.problems)} fault{'s' * (len(reader.problems) > 1)}"
-        raise ConfigError("\n  ".join([f"{where}: {count}:", *reader.problems]))
-    assert sweep is not None
-    return sweep
-
-
-def _load(path: Path) -> dict[str, Any]:
-    content = load_yaml(path, "a sweep file")
+        return _Reader(source, "sweep").read("sweep", needs_program=False)
+    content = load_yaml(source, "a sweep file")
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} is no sweep file: it holds no mapping with method, parameters")
-    return content
+        raise ConfigError(
+            f"{source} is not a sweep file: it must be a mapping with method and parameters"
+        )
+    return _Reader(content, str(source)).read(source.stem, needs_program=True)
+
+
+def check_command(sweep: Path, **_: object) -> int:
+    """`python -m finetune sweep --check`: read a sweep file and say what it does."""
+    print(f"{sweep} is valid. {read_sweep(sweep).summary()}")
+    return 0
 
 
 class _Reader:
-    """Reads one sweep's mapping and gathers everything that is wrong with it."""
+    """Reads the mapping of one sweep and collects its faults."""
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
+    def __init__(self, content: Mapping[str, Any], where: str) -> None:
         self.content = content
-        self.problems: list[str] = []
+        self.where = where
+        self.faults: list[str] = []
 
-    def _fault(self, text: str) -> None:
-        if text not in self.problems:
-            self.problems.append(text)
-
-    def read(self, name: str, needs_program: bool) -> Sweep | None:
-        self._check_keys(needs_program)
-        method = self._method()
-        metric = self._metric(method)
+    def read(self, default_name: str, needs_program: bool) -> Sweep:
+        content = self.content
+        self._check_top_level(needs_program)
+        if content.get("method") not in METHODS:
+            self._unknown("method", content.get("method"), METHODS)
+        metric = self._metric()
         early_termination = self._early_termination()
-        fixed = self._command() | {
-            key: self.content[key] for key in ("project", "entity") if self.content.get(key)
-        }
+        fixed = self._command()
+        fixed |= {key: content[key] for key in ("project", "entity") if content.get(key)}
         dimensions, constants = self._parameters()
-        run_cap = self._run_cap()
-        fixed |= constants
-        source = {key: self.content[key] for key in self.content if key not in ("run_cap", *_NOTED)}
-        if self.problems:
-            return None
+        run_cap = self._integer("run_cap", content.get("run_cap"), 1)
+        self._raise_faults()
         sweep = Sweep(
-            name, method, dimensions, fixed, metric, run_cap, early_termination, source=source
+            name=str(content.get("name") or default_name),
+            method=content["method"],
+            dimensions=dimensions,
+            fixed=fixed | constants,
+            metric=metric,
+            run_cap=run_cap,
+            early_termination=early_termination,
+            source={key: content[key] for key in content if key not in _NOT_IN_SOURCE},
         )
-        if method == "grid":
-            self._check_grid(sweep)
-        if not self.problems:
-            self._check_configs(sweep)
-        if not self.problems and early_termination is not None:
-            self._check_early_termination(sweep, early_termination)
+        for check in (self._check_grid, self._check_configs, self._check_early_termination):
+            check(sweep)
+            self._raise_faults()
         return sweep
 
-    def _check_keys(self, needs_program: bool) -> None:
-        known = (*_MAPPED, *_NOTED)
-        for key in self.content:
-            if key in _UNMAPPED:
-                self._fault(f"{key}: can't be mapped: {_UNMAPPED[key]}")
-            elif key not in known:
-                self._fault(f"unknown key {key!r}{nearest(str(key), known)}")
+    def _raise_faults(self) -> None:
+        if faults := list(dict.fromkeys(self.faults)):
+            count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+            raise ConfigError("\n  ".join([f"{self.where}: {count}:", *faults]))
+
+    def _unknown(self, where: str, found: object, choices: Iterable[str]) -> None:
+        near = nearest(str(found), choices)
+        self.faults.append(f"{where}: got {found!r}; must be one of {', '.join(choices)}{near}")
+
+    def _check_keys(self, where: str, given: Iterable[object], known: tuple[str, ...]) -> None:
+        self.faults += [
+            f"{where}unknown key {key!r}{nearest(str(key), known)}"
+            for key in given
+            if key not in known
+        ]
+
+    def _integer(self, where: str, value: object, least: int) -> int | None:
+        if value is None:
+            return None
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        self.faults.append(f"{where}: got {value!r}; must be an integer >= {least}")
+        return None
+
+    def _check_top_level(self, needs_program: bool) -> None:
+        self._check_keys("", [key for key in self.content if key not in _UNSUPPORTED], _KEYS)
+        for key, reason in _UNSUPPORTED.items():
+            if key in self.content:
+                self.faults.append(f"{key}: not supported: {reason}")
         program = self.content.get("program")
         if program is None and needs_program and "command" not in self.content:
-            self._fault(f"program: missing; W&B's agents need 'program: {PROGRAM}'")
+            self.faults.append(f"program: missing; W&B's agents need 'program: {PROGRAM}'")
         elif program is not None and Path(str(program)).name != PROGRAM:
-            self._fault(f"program: got {program!r}; only {PROGRAM} can be run")
+            self.faults.append(f"program: got {program!r}; must be {PROGRAM}")
 
-    def _method(self) -> str:
-        method = self.content.get("method")
-        if method not in METHODS:
-            self._fault(
-                f"method: got {method!r}; must be one of {', '.join(METHODS)}"
-                f"{nearest(str(method), METHODS)}"
-            )
-        return str(method)
-
-    def _metric(self, method: str) -> Metric:
+    def _metric(self) -> Metric:
         given = self.content.get("metric")
         if given is None:
-            if method == "bayes" or "early_terminate" in self.content:
-                self._fault(
-                    f"metric: missing; method bayes and early_terminate need 'metric: {{name: "
+            if self.content.get("method") == "bayes" or "early_terminate" in self.content:
+                self.faults.append(
+                    "metric: missing; method bayes and early_terminate need 'metric: {name: "
                     f"{DEFAULT_METRIC}, goal: maximize}}'"
                 )
             return Metric()
         if not isinstance(given, dict):
-            self._fault(f"metric: got {given!r}; a mapping with name and goal is needed")
+            self.faults.append(f"metric: got {given!r}; must be a mapping with name and goal")
             return Metric()
-        for key in given:
-            if key not in ("name", "goal", "target"):
-                self._fault(
-                    f"metric: unknown key {key!r}{nearest(str(key), ('name', 'goal', 'target'))}"
-                )
+        self._check_keys("metric: ", given, ("name", "goal", "target"))
         name, goal, target = given.get("name"), given.get("goal"), given.get("target")
         if name not in METRICS:
-            self._fault(
+            self.faults.append(
                 f"metric.name: got {name!r}, which no run logs; the metrics are "
-                f"{', '.join(METRICS[:8])}{nearest(str(name), METRICS)}"
+                f"{', '.join(m for m in METRICS if '/' not in m)}{nearest(str(name), METRICS)}"
             )
-        if goal not in GOALS:
-            found = "is missing (W&B would minimize)" if goal is None else f"got {goal!r}"
-            self._fault(f"metric.goal: {found}; write maximize or minimize")
-        if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
-            self._fault(f"metric.target: got {target!r}; a number is needed")
-            target = None
+        if goal is None:
+            self.faults.append(
+                "metric.goal: missing (W&B would minimize); pass maximize or minimize"
+            )
+        elif goal not in GOALS:
+            self._unknown("metric.goal", goal, GOALS)
+        if target is not None and not is_number(target):
+            self.faults.append(f"metric.target: got {target!r}; must be a number")
         return Metric(str(name), str(goal), target)
-
-    def _run_cap(self) -> int | None:
-        cap = self.content.get("run_cap")
-        if cap is None or (isinstance(cap, int) and not isinstance(cap, bool) and cap > 0):
-            return cap
-        self._fault(f"run_cap: got {cap!r}; a whole number from 1 on is needed")
-        return None
 
     def _early_termination(self) -> EarlyTermination | None:
         given = self.content.get("early_terminate")
         if given is None:
             return None
-        known = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+        where = "early_terminate"
         if not isinstance(given, dict) or given.get("type") != "hyperband":
-            self._fault(f"early_terminate: got {given!r}; only 'type: hyperband' can be mapped")
+            self.faults.append(f"{where}: got {given!r}; only 'type: hyperband' is supported")
             return None
-        for key in given:
-            if key not in known:
-                self._fault(f"early_terminate: unknown key {key!r}{nearest(str(key), known)}")
+        known = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+        self._check_keys(f"{where}: ", given, known)
         if given.get("strict"):
-            self._fault("early_terminate.strict: can't be mapped; leave it out")
-        numbers = {}
-        for key, default, least in (
-            ("eta", DEFAULT_ETA, 2), ("min_iter", None, 1), ("max_iter", None, 1), ("s", None, 1),
-        ):  # fmt: skip
-            number = given.get(key, default)
-            whole = isinstance(number, int) and not isinstance(number, bool) and number >= least
-            if number is not None and not whole:
-                self._fault(
-                    f"early_terminate.{key}: got {number!r}; a whole number from {least} on is "
-                    "needed"
-                )
-                return None
-            numbers[key] = number
-        eta, min_iter, max_iter, s = (numbers[k] for k in ("eta", "min_iter", "max_iter", "s"))
-        assert eta is not None
-        if (min_iter is None) == (max_iter is None) or (max_iter is None) != (s is None):
-            self._fault("early_terminate: either min_iter, or max_iter and s, is needed")
-            return None
-        if min_iter is None:
-            assert max_iter is not None and s is not None
-            min_iter = max(1, max_iter // eta**s)
-        return EarlyTermination(min_iter, eta)
+            self.faults.append(f"{where}.strict: not supported; remove it")
+        eta = self._integer(f"{where}.eta", given.get("eta", DEFAULT_ETA), 2) or DEFAULT_ETA
+        numbers = {
+            key: self._integer(f"{where}.{key}", given[key], 1)
+            for key in ("min_iter", "max_iter", "s")
+            if given.get(key) is not None
+        }
+        if numbers.keys() not in ({"min_iter"}, {"max_iter", "s"}):
+            self.faults.append(f"{where}: must have either min_iter, or max_iter and s")
+        max_iter, s = numbers.get("max_iter") or 1, numbers.get("s") or 0
+        return EarlyTermination(numbers.get("min_iter") or max(1, max_iter // eta**s), eta)
 
     def _command(self) -> dict[str, Value]:
-        """The fields that a custom command fixes, besides what W&B fills in."""
-        command = self.content.get("command")
-        if command is None:
-            return {}
+        """The fields that a custom command sets, apart from W&B's own placeholders."""
+        command = self.content.get("command", [])
         if not isinstance(command, list) or not all(isinstance(w, str | int) for w in command):
-            self._fault(f"command: got {command!r}; a list of words is needed")
+            self.faults.append(f"command: got {command!r}; must be a list of words")
             return {}
         words = [str(word) for word in command if not re.fullmatch(r"\$\{\w+\}", str(word))]
-        starts = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-        for word in words[:starts]:
-            plain = Path(word).name
-            if not (re.fullmatch(r"python[\d.]*", plain) or plain in ("env", "-u", PROGRAM)):
-                self._fault(f"command: {word!r} can't be mapped; {PROGRAM} and its flags can")
+        program = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
+        for word in program:
+            if not re.fullmatch(rf"python[\d.]*|env|-u|{re.escape(PROGRAM)}", Path(word).name):
+                self.faults.append(
+                    f"command: {word!r} is not supported; use {PROGRAM} and its flags"
+                )
         try:
-            given = given_fields(words[starts:])
+            return self._read_config_file(given_fields(words[len(program) :]))
         except ConfigError as error:
-            self._fault(f"command: {error}")
+            self.faults.append(f"command: {error}")
             return {}
-        return self._read_config_file(given)
 
     def _read_config_file(self, given: dict[str, Value]) -> dict[str, Value]:
-        """Replace `config`, a file of fields, by the fields; given ones win."""
+        """Replace `config`, a file of fields, by these fields; other given values win."""
         if "resume" in given:
-            self._fault("resume: a sweep starts its own runs; leave it out")
+            self.faults.append("resume: a sweep starts new runs; remove it")
         file = given.pop("config", None)
         if file is None:
             return given
-        try:
-            return read_mapping(Path(str(file))) | given
-        except ConfigError as error:
-            self._fault(str(error))
-            return given
+        return read_mapping(Path(str(file))) | given
 
     def _parameters(self) -> tuple[tuple[Dimension, ...], dict[str, Value]]:
         given = self.content.get("parameters")
         if not isinstance(given, dict) or not given:
-            self._fault(f"parameters: got {given!r}; a mapping from fields to values is needed")
+            self.faults.append(f"parameters: got {given!r}; must map fields to values")
             return (), {}
         dimensions, constants = [], {}
         for name, entry in given.items():
-            if name not in RunConfig.model_fields and name != "config":
-                self._fault(f"parameters: {unknown_field(str(name))}")
-                continue
             try:
-                read = read_parameter(str(name), entry)
-                for value in [read.value] if isinstance(read, Constant) else read.examples():
-                    self._check_text(str(name), value)
+                read = _read_field(str(name), entry)
             except ConfigError as error:
-                self._fault(f"parameters: {error}")
+                self.faults.append(f"parameters: {error}")
                 continue
             if isinstance(read, Constant):
                 constants[str(name)] = read.value
-            elif name in ("config", "out", "group"):
-                self._fault(f"parameters: {name}: it can't vary; give it one value")
             else:
                 dimensions.append(read)
-        return tuple(dimensions), self._read_config_file(constants)
-
-    def _check_text(self, name: str, value: Value) -> None:
-        """A number that YAML made a text is a different value to W&B."""
-        if name in _NUMBERS and isinstance(value, str) and (said := number_as_text(value)):
-            raise ConfigError(f"{name}: {said}")
+        try:
+            return tuple(dimensions), self._read_config_file(constants)
+        except ConfigError as error:
+            self.faults.append(str(error))
+            return (), {}
 
     def _check_grid(self, sweep: Sweep) -> None:
-        for dimension in sweep.dimensions:
-            if dimension.steps is None:
-                self._fault(
-                    f"parameters: {dimension.name}: a grid can't go through its distribution; "
-                    "write values, whole min and max, or q_uniform"
-                )
-        if not self.problems and (sweep.num_cells or 0) > _MAX_CELLS:
-            self._fault(f"parameters: the grid has {sweep.num_cells} cells; {_MAX_CELLS} at most")
+        if sweep.method != "grid":
+            return
+        self.faults += [
+            f"parameters: {dimension.name}: its distribution has no finite list of values, which "
+            "a grid needs; use values, integers for min and max, or q_uniform"
+            for dimension in sweep.dimensions
+            if dimension.steps is None
+        ]
+        if not self.faults and (sweep.num_cells or 0) > _MAX_CELLS:
+            self.faults.append(
+                f"parameters: got a grid of {sweep.num_cells} cells; must be at most {_MAX_CELLS}"
+            )
 
     def _check_configs(self, sweep: Sweep) -> None:
-        """Each value must make a config, with each strategy."""
+        """Each value must give a valid config, with each strategy."""
         for values in _samples(sweep):
             try:
                 sweep.config(values)
             except ConfigError as error:
-                self._fault(f"parameters: {error}")
+                self.faults.append(f"parameters: {error}")
 
-    def _check_early_termination(self, sweep: Sweep, rule: EarlyTermination) -> None:
-        """No run may be judged before everything that will train has trained for an epoch."""
+    def _check_early_termination(self, sweep: Sweep) -> None:
+        """No run may be judged before all parts that will train have trained for one epoch."""
+        rule = sweep.early_termination
+        if rule is None:
+            return
         timing = [d for d in sweep.dimensions if d.name in _TIMING]
         names = [d.name for d in timing]
         for values in itertools.product(*(d.examples() for d in timing)):
             config = sweep.config(dict(zip(names, values, strict=True)))
-            least = config.plan.all_open_epoch + 1
-            if rule.min_iter < least:
-                said = ", ".join(
-                    f"{name} {getattr(config, name)}"
-                    for name in dict.fromkeys(("strategy", *names))
-                )
-                self._fault(
-                    f"early_terminate: it would judge after epoch {rule.min_iter - 1} "
-                    f"(iteration {rule.min_iter}), but with {said} the last part opens at epoch "
-                    f"{config.plan.all_open_epoch}; min_iter must be {least} or more"
+            last_start = config.plan.all_open_epoch
+            if rule.min_iter <= last_start:
+                fields = dict.fromkeys(("strategy", *names))
+                setting = ", ".join(f"{name} {getattr(config, name)}" for name in fields)
+                self.faults.append(
+                    f"early_terminate: it would judge after epoch {rule.min_iter - 1} (iteration "
+                    f"{rule.min_iter}), but with {setting} the last part starts to train at epoch "
+                    f"{last_start}; min_iter must be >= {last_start + 1}"
                 )
                 return
 
 
-_TIMING = ("strategy", "unfreeze_from", "unfreeze_every", "lr_decay")
-_NUMBERS = frozenset(
-    {"epochs", "batch_size", "learning_rate", "lr_decay", "momentum", "weight_decay"}
-    | {"label_smoothing", "unfreeze_every", "image_size", "val_fraction", "patience", "seed"}
-    | {"cache_gb"}
-)
+def _read_field(name: str, entry: object) -> Dimension | Constant:
+    """One entry of `parameters`. Raises `ConfigError`."""
+    if name not in RunConfig.model_fields and name != "config":
+        raise ConfigError(unknown_field(name))
+    field = RunConfig.model_fields.get(name)
+    read = read_parameter(name, entry, field is not None and _is_numeric(field.annotation))
+    if isinstance(read, Dimension) and name in ("config", "out", "group"):
+        raise ConfigError(f"{name}: must have the same value in all trials")
+    return read
+
+
+def _is_numeric(annotation: object) -> bool:
+    return annotation in (int, float) or any(map(_is_numeric, get_args(annotation)))
 
 
 def _samples(sweep: Sweep) -> Iterator[dict[str, Value]]:
-    """Values to check: every cell of a grid that isn't huge, else each value by each strategy."""
+    """All cells of a grid, up to `_MAX_CHECKED`; else each value combined with each strategy."""
     if sweep.num_cells is not None and sweep.num_cells <= _MAX_CHECKED:
         yield from sweep.cells()
         return
-    first = {d.name: d.examples()[0] for d in sweep.dimensions}
-    strategies = [d.examples() for d in sweep.dimensions if d.name == "strategy"]
-    for strategy in strategies[0] if strategies else [None]:
-        base = first | ({"strategy": strategy} if strategies else {})
-        for dimension in sweep.dimensions:
-            if dimension.name != "strategy" or len(sweep.dimensions) == 1:
-                for value in dimension.examples():
-                    yield base | {dimension.name: value}
+    examples = {dimension.name: dimension.examples() for dimension in sweep.dimensions}
+    first = {name: values[0] for name, values in examples.items()}
+    strategies = examples.pop("strategy", [])
+    for base in [first | {"strategy": strategy} for strategy in strategies] or [first]:
+        yield base
+        for name, values in examples.items():
+            yield from (base | {name: value} for value in values)
