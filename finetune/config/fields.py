@@ -1,8 +1,7 @@
-"""One run's config: every field, its default, its range and its meaning.
+"""One run's config: every field with its default, range, meaning and role.
 
-Turns flags, a YAML file, W&B's parameters or keyword arguments into one frozen, checked
-`RunConfig`. Knows nothing about torch, the machine or the data: what only those can answer stays
-`auto` here and is resolved in `train.py` before anything is recorded.
+What only the machine or the data can tell stays `auto` here; `finetune.runs.resolve` replaces it
+before anything is recorded.
 
     >>> RunConfig.from_fields({"strategy": "gradual", "learning_rate": "1e-2"}).lr_decay
     0.5
@@ -16,75 +15,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import annotated_types as at
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from finetune.config.field_types import (
+    Augmentation,
+    AutoOrNumber,
+    AutoOrOff,
+    Count,
+    Directory,
+    Integer,
+    Number,
+    Precision,
+    Weights,
+    environment,
+    field,
+    label,
+    one_of,
+    searched,
+)
 from finetune.config.strategies import PARTS, SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
 from finetune.system.files import load_yaml
 from finetune.system.text import nearest
-
-_YES = {"y", "yes", "on", "true"}
-_NO = {"n", "no", "off", "false"}
-
-
-def _switch(on: str, off: str) -> BeforeValidator:
-    """YAML's and W&B's many spellings of a boolean -> this field's two words."""
-
-    def read(value: object) -> object:
-        word = str(value).lower() if isinstance(value, bool | str) else value
-        return on if word in _YES else off if word in _NO else value
-
-    return BeforeValidator(read)
-
-
-def _not_a_boolean(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("must be a number of a usual size")
-    return value
-
-
-def _one_of(choices: Mapping[str, object] | tuple[str, ...]) -> AfterValidator:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}{nearest(value, choices)}")
-        return value
-
-    return AfterValidator(check)
-
-
-def _auto_or_number(value: object) -> object:
-    if isinstance(value, str) and value != "auto":
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError("must be auto or a number") from None
-    return _not_a_boolean(value)
-
-
-def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))
-
-
-def _absolute_weights(value: object) -> object:
-    if value == "imagenet" or not isinstance(value, str | Path):
-        return value
-    return str(_absolute(Path(value)))
-
-
-_number = BeforeValidator(_not_a_boolean)
-Count = Annotated[int, _number, at.Ge(1)]
-Number = Annotated[float, _number, Field(allow_inf_nan=False)]
-Directory = Annotated[Path, AfterValidator(_absolute)]
 
 SCHEDULED_PATIENCE, CONSTANT_PATIENCE = 0, 3
 
@@ -98,107 +50,104 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    strategy: Annotated[str, _one_of(STRATEGIES)] = Field(
-        "partial",
-        description="; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items()),
+    strategy: Annotated[str, one_of(STRATEGIES)] = searched(
+        "partial", "; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items())
     )
-    epochs: Count = Field(10, description="passes over the training pictures, at the most")
-    batch_size: Count = Field(
-        32,
-        description="pictures a step; a last batch of a single picture joins the one before",
+    epochs: Count = searched(10, "maximum number of passes over the training pictures")
+    batch_size: Count = searched(
+        32, "pictures per step; a last batch of a single picture is merged with the previous one"
     )
-    data_aug: Annotated[Literal["y", "n", "strong"], _switch("y", "n")] = Field(
+    data_aug: Augmentation = searched(
         "y",
-        description="y: flip each picture with probability 1/2; n: nothing; strong: random "
-        "resized crop (scale 0.35 to 1), flip, TrivialAugment",
+        "y: flip each picture horizontally with probability 1/2; n: none; strong: random resized "
+        "crop (scale 0.35 to 1), flip, TrivialAugment",
+        title="augmentation",
+        shown={"n": "none", "y": "flip", "strong": "strong"},
     )
-    learning_rate: Annotated[Number, at.Gt(0)] = Field(
-        0.001, description="SGD's learning rate of the head, fc"
+    learning_rate: Annotated[Number, at.Gt(0)] = searched(
+        0.001, "SGD's learning rate of the head, fc"
     )
-    lr_decay: Annotated[Number, at.Gt(0), at.Le(1)] | None = Field(
+    lr_decay: Annotated[Number, at.Gt(0), at.Le(1)] | None = searched(
         None,
-        description="a part's share of the learning rate of the part above it; default: "
+        "factor from a part's learning rate to that of the next part towards the input; default: "
         "0.5 for gradual, else 1.0",
+        title="learning rate decay",
     )
-    lr_schedule: Annotated[str, _one_of(SCHEDULES)] = Field(
+    lr_schedule: Annotated[str, one_of(SCHEDULES)] = searched(
         "constant",
-        description=f"multiplier of all learning rates over the run: {', '.join(SCHEDULES)}",
+        f"multiplier of all learning rates over the run: {', '.join(SCHEDULES)}",
+        title="schedule",
     )
-    momentum: Annotated[Number, at.Ge(0), at.Lt(1)] = Field(0.9, description="SGD's momentum")
-    weight_decay: Annotated[Number, at.Ge(0)] = Field(0.0, description="SGD's L2 penalty")
-    label_smoothing: Annotated[Number, at.Ge(0), at.Lt(1)] = Field(
-        0.0, description="share of the target spread over all classes, in training only"
+    momentum: Annotated[Number, at.Ge(0), at.Lt(1)] = searched(0.9, "SGD's momentum")
+    weight_decay: Annotated[Number, at.Ge(0)] = searched(0.0, "SGD's L2 penalty")
+    label_smoothing: Annotated[Number, at.Ge(0), at.Lt(1)] = searched(
+        0.0, "share of the target that is spread over all classes, in training only"
     )
-    unfreeze_from: Annotated[str, _one_of(PARTS[:-1])] | None = Field(
+    unfreeze_from: Annotated[str, one_of(PARTS[:-1])] | None = searched(
         None,
-        description=f"the deepest part that trains: {', '.join(PARTS[:-1])}; default: layer3 for "
+        f"the part nearest the input that trains: {', '.join(PARTS[:-1])}; default: layer3 for "
         "partial, layer2 for gradual",
     )
-    unfreeze_every: Count | None = Field(
-        None, description="gradual: epochs between two unfreezings; default: 1"
+    unfreeze_every: Count | None = searched(
+        None, "gradual: epochs from one unfreezing to the next; default: 1"
     )
-    image_size: Annotated[int, _number, at.Ge(32), at.Le(1024)] = Field(
-        256, description="pixels a side; pictures become squares, their aspect isn't kept"
+    image_size: Annotated[Integer, at.Ge(32), at.Le(1024)] = searched(
+        256, "pixels per side; pictures are resized to a square without keeping their aspect ratio"
     )
-    data_dir: Directory = Field(
+    data_dir: Directory = environment(
         Path("data/inaturalist_12K"),
-        description="holds train/CLASS/* and val/CLASS/*, perhaps test/CLASS/*",
+        "holds train/CLASS/* and val/CLASS/*, and optionally test/CLASS/*",
     )
-    val_fraction: Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_number)] = Field(
+    val_fraction: AutoOrNumber = searched(
         "auto",
-        description="from 0 to 0.9; above 0: this stratified share of train/ validates and val/ "
-        "is kept as the test set; 0: val/ validates; auto: 0 where test/ exists, else 0.2",
+        "0 to 0.9; above 0: this stratified share of train/ is the validation set and val/ is kept "
+        "as the test set; 0: val/ is the validation set; auto: 0 where test/ exists, else 0.2",
     )
-    skip_unreadable: bool = Field(
-        False, description="go on without the pictures that can't be read, and record them"
+    skip_unreadable: bool = environment(
+        False, "continue without the pictures that can't be read, and record them"
     )
-    weights: Annotated[str, BeforeValidator(_absolute_weights)] | None = Field(
+    weights: Weights | None = searched(
         None,
-        description="imagenet (torchvision's ResNet18 weights, the default), or the path of a "
-        "state dict (.pth, .safetensors) or of a run directory",
+        "imagenet (torchvision's ResNet18 weights, the default), or the path of a state dict "
+        "(.pth, .safetensors) or of a run directory",
     )
-    patience: Annotated[int, _number, at.Ge(0)] | None = Field(
+    patience: Annotated[Integer, at.Ge(0)] | None = searched(
         None,
-        description="stop after so many epochs without a better val_loss, counted once everything "
-        "that will train is training; 0: never; default: 3, with a schedule 0",
+        "stop after this many epochs without a better val_loss, counted from the epoch at which "
+        "every part that will train is training; 0: never; default: 3, with a schedule 0",
     )
-    seed: Annotated[int, _number, at.Ge(0), at.Lt(2**32)] = Field(
-        42, description="of the new layers, the order of the pictures and their augmentation"
+    seed: Annotated[Integer, at.Ge(0), at.Lt(2**32)] = field(
+        "seed", 42, "seed of the new layers, the order of the pictures and their augmentation"
     )
-    cache: Annotated[Literal["auto", "on", "off"], _switch("on", "off")] = Field(
+    cache: AutoOrOff = environment(
         "auto",
-        description="auto or off; auto keeps decoded pictures and the frozen layers' outputs, and "
-        "shares them between runs",
+        "auto or off; auto keeps decoded pictures and the outputs of the frozen layers, and shares "
+        "them between runs",
+        shown={True: "auto", False: "off"},
     )
-    cache_dir: Directory = Field(Path(".cache"), description="where they are kept")
-    cache_gb: Annotated[Number, at.Ge(0)] | None = Field(
-        None,
-        description="gigabytes that they may take; default: 20, at most half of the free space",
+    cache_dir: Directory = environment(Path(".cache"), "directory of the cache")
+    cache_gb: Annotated[Number, at.Ge(0)] | None = environment(
+        None, "maximum size of the cache in gigabytes; default: 20, at most half of the free space"
     )
-    cache_format: Literal["float32", "float16"] = Field(
+    cache_format: Literal["float32", "float16"] = environment(
         "float32",
-        description="of the frozen layers' outputs as they are kept; float32 is exact; float16 "
-        "takes half the room, rounds to 11 bits, and may move an accuracy by a picture or two",
+        "data type of the frozen layers' outputs in the cache; float32 is exact; float16 needs "
+        "half the space, rounds to 11 bits, and may change an accuracy by one or two pictures",
     )
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
-        "auto", description="Lightning's accelerator; a run uses one device"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = environment(
+        "auto", "Lightning's accelerator; a run uses one device"
     )
-    precision: Annotated[
-        Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
-        BeforeValidator(lambda v: "32-true" if str(v) == "32" else v),
-    ] = Field(
+    precision: Precision = environment(
         "auto",
-        description="auto: bf16-mixed on CUDA from compute capability 8.0, 16-mixed on older "
-        "ones, else 32-true",
+        "auto: bf16-mixed on CUDA from compute capability 8.0, 16-mixed on older GPUs, else "
+        "32-true",
     )
-    out: Directory = Field(Path("runs"), description="where run directories go")
-    project: str | None = Field(
-        None, description="W&B's project; default: WANDB_PROJECT, else finetune"
-    )
-    entity: str | None = Field(None, description="W&B's entity; default: WANDB_ENTITY")
-    group: str | None = Field(None, description="W&B's group; default: WANDB_RUN_GROUP")
-    name: str | None = Field(
-        None, description="the run's name; default: WANDB_NAME, else made from the settings"
+    out: Directory = environment(Path("runs"), "parent of the run directories")
+    project: str | None = label(None, "W&B's project; default: WANDB_PROJECT, else finetune")
+    entity: str | None = label(None, "W&B's entity; default: WANDB_ENTITY")
+    group: str | None = label(None, "W&B's group; default: WANDB_RUN_GROUP")
+    name: str | None = label(
+        None, "the run's name; default: WANDB_NAME, else made from the settings"
     )
 
     @model_validator(mode="before")

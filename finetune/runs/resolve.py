@@ -80,7 +80,6 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Splits]:
         "val_fraction": splits.val_fraction,
         "accelerator": accelerator,
         "precision": _precision(accelerator) if config.precision == "auto" else config.precision,
-        "cache": "on" if config.cache == "auto" else config.cache,
         "cache_gb": cache_gb,
     }
     return config.model_copy(update=resolved), splits

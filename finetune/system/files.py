@@ -20,6 +20,11 @@ from finetune.system.errors import ConfigError
 _MAX_BYTES, _MAX_VALUES = 1_000_000, 20_000
 
 
+def absolute(path: Path) -> Path:
+    """The path from the root on, `~` replaced; links are kept as they are."""
+    return Path(os.path.abspath(path.expanduser()))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: beside its place, synced, then renamed.
 

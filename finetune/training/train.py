@@ -159,7 +159,7 @@ class _Attempt:
         config = self.config
         started = time.perf_counter()
         cache = None
-        if config.cache == "on" and config.cache_gb:
+        if config.cache and config.cache_gb:
             cache = Cache(config.cache_dir, config.cache_gb * 1e9, say)
         opened = [
             open_images(split, config.image_size, config.skip_unreadable, cache, bar)

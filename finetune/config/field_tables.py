@@ -1,0 +1,78 @@
+"""Lists of fields and their names and values as tables and figures show them.
+
+>>> title("data_aug"), shown("data_aug", "y"), shown("learning_rate", 1e-3)
+('augmentation', 'flip', '0.001')
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
+
+from finetune.config.field_types import Role
+from finetune.config.fields import RunConfig
+from finetune.config.strategies import STRATEGIES, plan
+
+
+def fields_with_role(role: Role) -> tuple[str, ...]:
+    """The fields of this role, in the order of `RunConfig`."""
+    return tuple(name for name in RunConfig.model_fields if _about(name)["role"] == role)
+
+
+def title(name: str) -> str:
+    """A field's name in a table's head or along an axis."""
+    field = RunConfig.model_fields.get(name)
+    return (field and field.title) or name.replace("_", " ")
+
+
+def shown(name: str, value: object) -> str:
+    """A field's value in a table or figure; "–" for None."""
+    words = _words(name)
+    if isinstance(value, str | bool) and value in words:
+        return words[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "–" if value is None else str(value)
+
+
+def in_order(name: str, values: Iterable[Any]) -> list[Any]:
+    """A field's values as a figure lists them: numbers by size, words as the field lists them."""
+    known = [*_words(name)] or [*STRATEGIES]
+
+    def rank(value: Any) -> tuple[int, Any]:
+        if value in known:
+            return 1, known.index(value)
+        return (2, value) if isinstance(value, str) else (0, -1 if value is None else value)
+
+    return sorted(values, key=rank)
+
+
+def _about(name: str) -> Mapping[str, Any]:
+    field = RunConfig.model_fields.get(name)
+    extra = field.json_schema_extra if field else {}
+    assert isinstance(extra, dict)
+    return extra
+
+
+def _words(name: str) -> Mapping[Any, str]:
+    words: Mapping[Any, str] = _about(name).get("shown", {})
+    return words
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """The plain types within unions and `Annotated`."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _types(argument)
+
+
+NUMERIC_FIELDS = frozenset(
+    name
+    for name, field in RunConfig.model_fields.items()
+    if {int, float} & {kind for kind in _types(field.annotation) if isinstance(kind, type)}
+)
+"""The fields that hold a number."""
+
+TIMING_FIELDS = tuple(inspect.signature(plan).parameters)
+"""The fields that decide when each part starts to train."""

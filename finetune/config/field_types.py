@@ -1,0 +1,96 @@
+"""The types of a config's values, and what each field says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import annotated_types as at
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from finetune.system.files import absolute
+from finetune.system.text import nearest
+
+Role = Literal["searched", "environment", "label", "seed"]
+"""`searched` fields make a setting; `environment` is where and on what a run computes; `label` is
+how it is named and filed; the seed makes a repeat of the same setting."""
+
+
+def field(
+    role: Role,
+    default: Any,
+    description: str,
+    title: str | None = None,
+    shown: Mapping[Any, str] | None = None,
+) -> Any:
+    """A field with its role.
+
+    `title` is its name in tables and figures, if that is not the field's name with spaces. `shown`
+    has the words for its values, in the order in which figures list them.
+    """
+    extra: dict[str, Any] = {"role": role, "shown": shown or {}}
+    return Field(default, description=description, title=title, json_schema_extra=extra)
+
+
+searched = partial(field, "searched")
+environment = partial(field, "environment")
+label = partial(field, "label")
+
+
+def _refuse_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("must be a number below 2**63")
+    return value
+
+
+def one_of(choices: Iterable[str]) -> AfterValidator:
+    names = tuple(choices)
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}{nearest(value, names)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _auto_or_number(value: object) -> object:
+    if isinstance(value, str) and value != "auto":
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("must be auto or a number") from None
+    return _refuse_boolean(value)
+
+
+_YES, _NO = {"y", "yes", "on", "true"}, {"n", "no", "off", "false"}
+
+
+def _augmentation(value: object) -> object:
+    """YAML and W&B spell a boolean in many ways."""
+    word = str(value).lower() if isinstance(value, bool | str) else value
+    return "y" if word in _YES else "n" if word in _NO else value
+
+
+def _weights(value: object) -> object:
+    is_path = isinstance(value, str | Path) and value != "imagenet"
+    return str(absolute(Path(str(value)))) if is_path else value
+
+
+_number = BeforeValidator(_refuse_boolean)
+Integer = Annotated[int, _number]
+Count = Annotated[Integer, at.Ge(1)]
+Number = Annotated[float, _number, Field(allow_inf_nan=False)]
+AutoOrNumber = Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_number)]
+Directory = Annotated[Path, AfterValidator(absolute)]
+Augmentation = Annotated[Literal["y", "n", "strong"], BeforeValidator(_augmentation)]
+AutoOrOff = Annotated[bool, BeforeValidator(lambda value: True if value == "auto" else value)]
+Weights = Annotated[str, BeforeValidator(_weights)]
+Precision = Annotated[
+    Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
+    BeforeValidator(lambda value: "32-true" if str(value) == "32" else value),
+]
