@@ -51,8 +51,8 @@ def demo(out: Path, seed: int = 42) -> int:
     started = time.perf_counter()
     console = open_console()
     source, target = out / "data" / "digits-0-4", out / "data" / "digits-5-9"
-    write_digits(source, SOURCE_DIGITS, train_per_class=140, val_per_class=10, num_inks=3)
-    write_digits(target, TARGET_DIGITS, train_per_class=5, val_per_class=30, num_inks=1)
+    write_digits(source, SOURCE_DIGITS, train_per_class=140, val_per_class=10, num_colours=3)
+    write_digits(target, TARGET_DIGITS, train_per_class=5, val_per_class=30, num_colours=1)
     places = {"cache_dir": out / "cache", "seed": seed}
     weights = out / "resnet18-digits-0-4.pth"
     if not weights.exists():

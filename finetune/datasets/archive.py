@@ -1,67 +1,73 @@
-"""A zip archive from anywhere -> a folder with a manifest, whole or not at all.
-
-Turns an archive whose directory was found harmless into `train/CLASS/*` and `val/CLASS/*`, and
-checks every member's CRC. Knows nothing about where archives come from.
-
-    >>> unpack(Path("nature_12K.zip"), Path("data/inaturalist_12K"), "the web")  # doctest: +SKIP
-"""
+"""Unpack a data set from a zip archive into a folder with a manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from finetune.datasets.zip_safety import (
-    BAD_ZIP,
-    LIMITS,
-    Damaged,
-    Expected,
-    Foreign,
-    Limits,
-    chosen_members,
-    count_pictures,
-    directory_of,
-    open_zip,
-    spans_of,
-)
+from finetune.data.layout import is_picture_name
+from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive, select_members
 from finetune.system.errors import DataError
+from finetune.system.progress import bar
 
 MANIFEST = "manifest.json"
-BLOCK_BYTES = 1 << 20
-Progress = Callable[[str, int], Callable[[], None]]
+_MANIFEST_TYPES = {"source": str, "pictures": dict, "files": dict}
+Counts = Mapping[str, Mapping[str, int]]
+"""Number of pictures by split and class."""
+_ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    *(RuntimeError, ValueError, OverflowError, OSError),
+)
+"""What zipfile raises for damaged archives."""
+
+
+@dataclass(frozen=True)
+class ExpectedDataset:
+    """What the archive of a known data set must hold."""
+
+    class_names: frozenset[str]
+    num_pictures: Mapping[str, int]
+    """By split."""
+
+    def difference(self, counts: Counts) -> str | None:
+        """How the counts differ from the expected ones; None if they do not."""
+        for split, number in self.num_pictures.items():
+            found = counts.get(split, {})
+            if differing := sorted(found.keys() ^ self.class_names):
+                return f"{split}/ has other classes: {', '.join(differing[:5])}"
+            if sum(found.values()) != number:
+                return f"{split}/ must have {number} pictures, but has {sum(found.values())}"
+        return None
 
 
 def unpack(
-    archive: Path,
-    into: Path,
-    source: str,
-    expected: Expected | None = None,
-    limits: Limits = LIMITS,
-    progress: Progress = lambda what, total: lambda: None,
-) -> None:
-    """Unpack the data set in a zip archive to `into`, which must not exist or be empty.
+    archive: Path, data_dir: Path, source: str, expected: ExpectedDataset | None = None
+) -> Counts:
+    """Unpack train/, val/ and test/ of an archive to `data_dir`, which must be missing or empty.
 
-    Folders around train/ and val/ are left out, and so is whatever stands beside them. Raises
-    `Refused`, or `DataError` where `into` can't be written; then nothing is left.
+    Folders around them and files beside them are left out. Returns the number of pictures. Raises
+    `ArchiveError`, or `DataError` if a file cannot be read or written; then nothing is left.
     """
-    aside = into.with_name(f".{into.name}.unpacking")
-    shutil.rmtree(aside, ignore_errors=True)
+    unpacking = data_dir.with_name(f".{data_dir.name}.unpacking")
+    shutil.rmtree(unpacking, ignore_errors=True)
     try:
-        with open_zip(archive) as opened:
-            chosen = chosen_members(opened, archive, limits)
-            counts = count_pictures(chosen)
+        with _open_zip(archive) as opened:
+            members = select_members(opened.infolist(), archive.stat().st_size)
+            counts = count_pictures(members)
             if expected and (difference := expected.difference(counts)):
-                raise Foreign(
-                    f"{archive} isn't the data set it should be: {difference}",
-                    [directory_of(opened, archive)],
-                )
-            _check_room(into, sum(m.file_size + 4096 for m in chosen.values()))
-            files = _extract(opened, archive, chosen, aside, progress)
+                raise UnexpectedArchive(f"is not the expected data set: {difference}")
+            check_free_space(data_dir.parent, sum(m.file_size + 4096 for m in members.values()))
+            files = _extract(opened, members, unpacking)
         manifest = {
             "source": source,
             "archive_bytes": archive.stat().st_size,
@@ -69,40 +75,94 @@ def unpack(
             "pictures": counts,
             "files": files,
         }
-        # The manifest is written last, so its existence means that the data is whole.
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=0), encoding="utf-8")
-        aside.rename(into)
+        # The manifest is written last, so its existence means that the data is complete.
+        (unpacking / MANIFEST).write_text(json.dumps(manifest, indent=0), encoding="utf-8")
+        unpacking.rename(data_dir)
+        return counts
+    except ArchiveError as error:
+        raise type(error)(f"{archive}: {error}") from None
     except OSError as error:
-        raise DataError(f"{into} can't be written: {error.strerror or error}") from None
+        place = error.filename or data_dir
+        raise DataError(f"{place}: {error.strerror or error}; cannot unpack {archive}") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unpacking, ignore_errors=True)
+
+
+def _open_zip(archive: Path) -> zipfile.ZipFile:
+    with archive.open("rb") as file:
+        start = file.read(60)
+    try:
+        return zipfile.ZipFile(archive)
+    except _ZIP_ERRORS as error:
+        raise ArchiveError(
+            f"is damaged or not a zip file ({error}); it starts with {start!r}"
+        ) from None
+
+
+def _extract(
+    opened: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], folder: Path
+) -> dict[str, tuple[int, str]]:
+    """Write the members; return their sizes and hashes. Raises `ArchiveError` for a wrong CRC."""
+    targets = {info.filename: name for name, info in members.items()}
+    infos = [info for info in opened.infolist() if not info.is_dir()]
+    done = bar(f"unpacking {opened.filename}", len(infos))
+    files: dict[str, tuple[int, str]] = {}
+    for info in infos:
+        name = targets.get(info.filename)
+        # All others are read too: a picture with a damaged name may be among them.
+        target = folder / name if name else Path(os.devnull)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with target.open("xb" if name else "wb") as file:
+            for block in _content(opened, info):
+                digest.update(block)
+                file.write(block)
+            if name:
+                files[name] = (file.tell(), digest.hexdigest())
+        done()
+    return files
+
+
+def _content(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
+    try:
+        with opened.open(info) as member:
+            while block := member.read(1 << 20):
+                yield block
+    except _ZIP_ERRORS as error:
+        raise ArchiveError(f"is damaged in {info.filename!r}: {error}") from None
 
 
 def read_manifest(data_dir: Path) -> Mapping[str, Any] | None:
-    """The manifest of a data set that `unpack` made, or None. Raises `DataError`."""
+    """The manifest that `unpack` wrote; None if there is none. Raises `DataError`."""
     path = data_dir / MANIFEST
     try:
         manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        if {key: type(manifest[key]) for key in _MANIFEST_TYPES} == _MANIFEST_TYPES:
+            return dict(manifest)
+    except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} can't be read ({error}); remove {data_dir} and fetch it") from None
-    kinds = {"source": str, "pictures": dict, "files": dict}
-    if not isinstance(manifest, dict) or any(type(manifest.get(k)) is not kinds[k] for k in kinds):
-        raise DataError(f"{path} was not written by this program; move it elsewhere")
-    return manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{path} is damaged or of another program; pass another --data_dir")
 
 
 def changed_files(data_dir: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Files that are gone or of another size than the manifest says."""
-    return [name for name, (size, _) in manifest["files"].items() if _size(data_dir / name) != size]
+    """Files that are missing or have another size than in the manifest."""
+
+    def size(name: str) -> int | None:
+        return (data_dir / name).stat().st_size if (data_dir / name).is_file() else None
+
+    return [name for name, (num_bytes, _) in manifest["files"].items() if size(name) != num_bytes]
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+def count_pictures(names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Number of pictures among SPLIT/CLASS/... by split and class."""
+    counts: dict[str, Counter[str]] = {}
+    for name in names:
+        parts = name.split("/")
+        if len(parts) > 2 and is_picture_name(name):
+            counts.setdefault(parts[0], Counter())[parts[1]] += 1
+    return {split: dict(sorted(classes.items())) for split, classes in sorted(counts.items())}
 
 
 def sha256(path: Path) -> str:
@@ -110,81 +170,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def existing_parent(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _check_room(into: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(existing_parent(into)).free
-    if free < num_bytes:
+def check_free_space(folder: Path, num_bytes: float) -> None:
+    """Raises `DataError` unless `num_bytes` fit on the folder's disk."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < num_bytes:
         raise DataError(
-            f"{into}: unpacking needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB; "
-            "make room and run the same command again"
+            f"{folder}: {num_bytes / 1e9:.2f} GB are needed, but only {free_bytes / 1e9:.2f} GB of "
+            "the disk are free; free some space or choose a folder on another disk"
         )
-
-
-# unpacking
-
-
-def _extract(
-    opened: zipfile.ZipFile,
-    archive: Path,
-    chosen: Mapping[str, zipfile.ZipInfo],
-    aside: Path,
-    progress: Progress,
-) -> dict[str, tuple[int, str]]:
-    """Write the files; their sizes and hashes. Raises `Damaged`, naming all that are."""
-    names = {info.filename: name for name, info in chosen.items()}
-    members = [info for info in opened.infolist() if not info.is_dir()]
-    done = progress(f"unpacking {archive.name}", len(members))
-    files: dict[str, tuple[int, str]] = {}
-    damaged: dict[str, str] = {}
-    for info in members:
-        try:
-            if name := names.get(info.filename):
-                target = aside / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("xb") as file:
-                    files[name] = _copy(opened, info, file)
-            else:  # a picture whose name is damaged may be among what isn't wanted
-                _copy(opened, info, None)
-        except _BadMember as error:
-            damaged[info.filename] = str(error)
-        done()
-    if damaged:
-        first, reason = next(iter(damaged.items()))
-        more = f" and {len(damaged) - 1} more members" if len(damaged) > 1 else ""
-        spans = [*spans_of(opened, damaged), directory_of(opened, archive)]
-        raise Damaged(f"{archive} is damaged in {first!r}{more}: {reason}", spans)
-    return files
-
-
-class _BadMember(Exception):
-    """One member's bytes can't be right."""
-
-
-def _copy(
-    opened: zipfile.ZipFile, info: zipfile.ZipInfo, file: IO[bytes] | None
-) -> tuple[int, str]:
-    """One member to a file: its size and sha256. zipfile checks the CRC at its end."""
-    found = hashlib.sha256()
-    num_bytes = 0
-    try:
-        member = opened.open(info)
-    except BAD_ZIP as error:
-        raise _BadMember(str(error)) from None
-    with member:
-        while True:
-            try:
-                block = member.read(BLOCK_BYTES)
-            except BAD_ZIP as error:
-                raise _BadMember(str(error)) from None
-            if not block:
-                break
-            num_bytes += len(block)
-            found.update(block)
-            if file:
-                file.write(block)
-    if num_bytes != info.file_size:
-        raise _BadMember(f"{num_bytes} bytes instead of {info.file_size}")
-    return num_bytes, found.hexdigest()

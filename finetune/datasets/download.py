@@ -1,16 +1,8 @@
-"""iNaturalist-12K and ImageNet's weights, fetched once for machines without a network later.
-
-Turns a URL or a local zip into a checked `data_dir`, and torchvision's URL into the file where
-torch.hub looks for it. Knows nothing about training, and imports no torch.
-
-    python -m finetune download --data_dir data/inaturalist_12K
-"""
+"""Download iNaturalist-12K and ImageNet's weights, for machines that have no network later."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +10,23 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from finetune.data.layout import SPLITS, class_dirs, find_data_dir, pictures_of_class
-from finetune.datasets.archive import changed_files, existing_parent, read_manifest, sha256, unpack
-from finetune.datasets.fetch import PATIENCE, Part, Patience, fetch, fetch_again, name_of
-from finetune.datasets.zip_safety import Damaged, Expected, Foreign, Refused, count_pictures
+from finetune.datasets.archive import (
+    MANIFEST,
+    Counts,
+    ExpectedDataset,
+    changed_files,
+    check_free_space,
+    count_pictures,
+    read_manifest,
+    sha256,
+    unpack,
+)
+from finetune.datasets.fetch import DEFAULT_RETRIES, PartialDownload, RetryPolicy, fetch
+from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive
 from finetune.system.errors import ConfigError, DataError, WeightsError
-from finetune.system.progress import bar
 
 INATURALIST_URL = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
-INATURALIST = Expected(
+INATURALIST = ExpectedDataset(
     frozenset(
         {"Amphibia", "Animalia", "Arachnida", "Aves", "Fungi"}
         | {"Insecta", "Mammalia", "Mollusca", "Plantae", "Reptilia"}
@@ -43,180 +44,84 @@ def download(
     weights_only: bool = False,
     *,
     weights_url: str = WEIGHTS_URL,
-    patience: Patience = PATIENCE,
+    retries: RetryPolicy = DEFAULT_RETRIES,
 ) -> None:
-    """Fetch the data, from `url` or a local `archive` where one is given, and the weights.
+    """Download the data set, from `url` or a local `archive` if given, and the weights.
 
-    Tests point `url` and `weights_url` at a server of their own. Raises `FinetuneError`.
+    Raises `FinetuneError`.
     """
     if url is not None and archive is not None:
-        raise ConfigError("url, archive: got both; pass one")
+        raise ConfigError("url, archive: only one of them may be given")
     if weights_only and (url is not None or archive is not None):
-        raise ConfigError("weights_only: fetches no data; leave --url and --archive out")
+        raise ConfigError("weights_only: downloads no data; remove --url and --archive")
     if archive is not None:
         unpack_archive(data_dir, archive)
+    elif url is not None:
+        fetch_data(data_dir, url, None, retries)
     elif not weights_only:
-        fetch_data(
-            data_dir,
-            INATURALIST_URL if url is None else url,
-            INATURALIST if url is None else None,
-            patience,
-        )
-    fetch_weights(weights_url, patience)
-
-
-# the data
+        fetch_data(data_dir, INATURALIST_URL, INATURALIST, retries)
+    fetch_weights(weights_url, retries)
 
 
 def fetch_data(
-    data_dir: Path, url: str, expected: Expected | None, patience: Patience = PATIENCE
+    data_dir: Path,
+    url: str,
+    expected: ExpectedDataset | None,
+    retries: RetryPolicy = DEFAULT_RETRIES,
 ) -> None:
     """Make `data_dir` hold the data set in the zip at `url`. Raises `DataError`.
 
-    What was fetched waits in NAME.zip.part beside `data_dir` until it is unpacked.
+    The archive is kept in NAME.zip.part beside `data_dir` until it is unpacked.
     """
-    data_dir = _place(data_dir)
-    part = Part(url, data_dir.parent / f"{name_of(url) or 'data.zip'}.part")
-    with _alone(data_dir):
-        if _is_there(data_dir, part.source, expected):
+    data_dir = _real_path(data_dir)
+    partial = PartialDownload(url, data_dir.parent)
+
+    def check_space(missing_bytes: int) -> None:  # unpacked, pictures are hardly larger
+        check_free_space(data_dir.parent, missing_bytes + 1.05 * (partial.total_bytes or 0))
+
+    with _locked(data_dir.parent):
+        if _is_complete(data_dir, partial.source, expected):
             return
-        with _alone(part.path):  # another data_dir beside this one has the same part
-            fetch(part, patience, lambda missing: _check_room(data_dir, missing, part))
-            try:
-                _unpack_mending(part, data_dir, expected, patience)
-            except Refused as refused:
-                raise DataError(f"{refused}; {_dispose(part, refused)}") from None
-            part.remove()
-            _say_what_is_there(data_dir)
-
-
-def _dispose(part: Part, refused: Refused) -> str:
-    """Remove what would be refused for ever; what a user can do about the rest."""
-    match refused:
-        case Damaged():
-            advice = "run the same command again to fetch the bad part again"
-        case Foreign():
-            advice = f"remove it to fetch afresh, or pass --archive {part.path} to use it as it is"
-        case _:
-            part.remove()
-            return "it was removed"
-    return f"{part.path} is kept: {advice}"
+        fetch(partial, retries, check_space)
+        try:
+            counts = unpack(partial.path, data_dir, partial.source, expected)
+        except UnexpectedArchive as error:
+            raise DataError(
+                f"{error}; {partial.path} is kept: remove it to download it again, or pass "
+                f"--archive {partial.path} to use it as it is"
+            ) from None
+        except ArchiveError as error:
+            partial.remove()
+            raise DataError(
+                f"{error}; it was removed: run the same command again to download it again"
+            ) from None
+        partial.remove()
+        _print_summary(data_dir, counts)
 
 
 def unpack_archive(data_dir: Path, archive: Path) -> None:
-    """Make `data_dir` hold the data set in a local zip, which stays. Raises `DataError`."""
-    data_dir, archive = _place(data_dir), archive.expanduser().absolute()
-    with _alone(data_dir):
-        if not _is_there(data_dir, str(archive), None):
-            unpack(archive, data_dir, str(archive), progress=bar)
-            _say_what_is_there(data_dir)
+    """Make `data_dir` hold the data set in a local zip, which is kept. Raises `DataError`."""
+    data_dir, archive = _real_path(data_dir), archive.expanduser().absolute()
+    with _locked(data_dir.parent):
+        if not _is_complete(data_dir, str(archive), None):
+            _print_summary(data_dir, unpack(archive, data_dir, str(archive)))
 
 
-def _unpack_mending(
-    part: Part, data_dir: Path, expected: Expected | None, patience: Patience
-) -> None:
-    """Unpack; the bytes for which it is refused are fetched again, once."""
-    try:
-        unpack(part.path, data_dir, part.source, expected, progress=bar)
-    except Refused as refused:
-        num_bytes = sum(end - start for start, end in refused.spans)
-        print(f"{refused}; fetching {num_bytes} bytes again", flush=True)
-        fetch_again(part, refused.spans, patience)
-        unpack(part.path, data_dir, part.source, expected, progress=bar)
-
-
-def _is_there(data_dir: Path, source: str, expected: Expected | None) -> bool:
-    """Whether the data is in place already. Raises `DataError` where something else is."""
-    try:
-        is_empty = not any(data_dir.iterdir())
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise DataError(f"data_dir: {data_dir} can't be read: {error.strerror}") from None
-    if is_empty:
-        if data_dir.is_mount():  # nothing can be moved into its place
-            raise DataError(
-                f"data_dir: {data_dir} is a disk of its own; pass a folder in it: "
-                f"{data_dir / 'inaturalist_12K'}"
-            )
-        return False
-    manifest = read_manifest(data_dir)
-    if manifest is None:
-        return _is_there_unmanaged(data_dir, expected)
-    if Path(manifest["source"]).name != Path(source).name:
-        raise DataError(
-            f"{data_dir} holds the data of {manifest['source']}, not of {source}; pass another "
-            "--data_dir"
-        )
-    if expected and (difference := expected.difference(manifest["pictures"])):
-        raise DataError(f"{data_dir} holds another data set: {difference}; pass another --data_dir")
-    if changed := changed_files(data_dir, manifest):
-        raise DataError(
-            f"{data_dir} is not whole any more: {len(changed)} files are gone or changed, such as "
-            f"{changed[0]}; remove the folder and run the same command again"
-        )
-    _say_what_is_there(data_dir)
-    return True
-
-
-def _is_there_unmanaged(data_dir: Path, expected: Expected | None) -> bool:
-    """Whether a folder that this program did not make holds what is expected."""
-    try:
-        found = find_data_dir(data_dir)
-    except DataError:
-        raise DataError(
-            f"data_dir: {data_dir} holds something else already; pass a new or an empty folder"
-        ) from None
-    difference = expected.difference(_counts_of(found)) if expected else "nothing says which one"
-    if difference:
-        raise DataError(
-            f"data_dir: {found} holds a data set already, which this command did not make "
-            f"({difference}); pass another --data_dir, or `python -m finetune check` this one"
-        )
-    print(f"{found}: class names and counts are right; `python -m finetune check` reads it all")
-    return True
-
-
-def _counts_of(data_dir: Path) -> dict[str, dict[str, int]]:
-    return count_pictures(
-        f"{split}/{place.name}/{name}"
-        for split in SPLITS
-        if (data_dir / split).is_dir()
-        for place in class_dirs(data_dir / split)
-        for name in pictures_of_class(place)
-    )
-
-
-def _say_what_is_there(data_dir: Path) -> None:
-    counts = _counts_of(data_dir)
-    listed = ", ".join(f"{split}/ {sum(held.values())}" for split, held in counts.items())
-    num_classes = len(counts.get("train", {}))
-    print(f"{data_dir}: whole; {num_classes} classes; pictures: {listed}", flush=True)
-
-
-def _check_room(data_dir: Path, missing_bytes: int, part: Part) -> None:
-    """Room for the rest of the archive and, beside it, for pictures, which zip hardly shrinks."""
-    assert part.total_bytes is not None
-    needed = missing_bytes + 1.05 * part.total_bytes
-    free = shutil.disk_usage(existing_parent(data_dir)).free
-    if free < needed:
-        raise DataError(
-            f"data_dir: {data_dir} needs {needed / 1e9:.2f} GB, for the archive and for what is in "
-            f"it; the disk has {free / 1e9:.2f} GB free. Pass a --data_dir on another disk"
-        )
+def _real_path(data_dir: Path) -> Path:
+    return Path(os.path.realpath(data_dir.expanduser()))
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Raises `DataError` while another process makes the same folder or file."""
-    lock = FileLock(target.parent / f".{target.name}.lock", timeout=0)
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises `DataError` while another process downloads into the same folder."""
+    lock = FileLock(folder / ".download.lock", timeout=0)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise DataError(f"{target} is being made by another process; wait for it") from None
+        raise DataError(f"{folder}: another process is downloading into it; wait for it") from None
     except OSError as error:
-        raise DataError(f"{target.parent} can't be written: {error.strerror}") from None
+        raise DataError(f"{folder} cannot be written: {error.strerror}") from None
     try:
         yield
     finally:
@@ -224,19 +129,54 @@ def _alone(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _place(data_dir: Path) -> Path:
-    """Where the folder is or will be, links followed. Raises `DataError` where it can't be."""
-    place = Path(os.path.realpath(data_dir.expanduser()))
+def _is_complete(data_dir: Path, source: str, expected: ExpectedDataset | None) -> bool:
+    """Whether the data set exists already. Raises `DataError` if anything else does."""
     try:
-        stands = place.lstat()
-    except OSError:  # nothing is there yet, or making it will say why it can't be
-        return place
-    if not stat.S_ISDIR(stands.st_mode):
-        raise DataError(f"data_dir: {data_dir} is no folder; pass a new or an empty one")
-    return place
+        is_empty = not any(data_dir.iterdir())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DataError(f"data_dir: {data_dir} cannot be read: {error.strerror}") from None
+    if is_empty and data_dir.is_mount():  # no folder can be renamed to it
+        raise DataError(f"data_dir: {data_dir} is a mount point; pass a folder in it")
+    if is_empty:
+        return False
+    manifest = read_manifest(data_dir)
+    counts = manifest["pictures"] if manifest else _count_files(data_dir)
+    problem = expected.difference(counts) if expected else None
+    if manifest and Path(manifest["source"]).name != Path(source).name:
+        problem = f"it was made from {manifest['source']}"
+    elif not manifest and not expected:
+        problem = f"it has no {MANIFEST}"
+    if problem:
+        raise DataError(
+            f"data_dir: {data_dir} holds other data than {source}: {problem}; pass another "
+            "--data_dir"
+        )
+    if manifest and (changed := changed_files(data_dir, manifest)):
+        raise DataError(
+            f"{data_dir} is incomplete: {len(changed)} files are missing or changed, such as "
+            f"{changed[0]}; remove the folder and run the same command again"
+        )
+    _print_summary(data_dir, counts)
+    return True
 
 
-# the weights
+def _count_files(data_dir: Path) -> Counts:
+    root = find_data_dir(data_dir)
+    return count_pictures(
+        f"{split}/{class_dir.name}/{name}"
+        for split in SPLITS
+        if (root / split).is_dir()
+        for class_dir in class_dirs(root / split)
+        for name in pictures_of_class(class_dir)
+    )
+
+
+def _print_summary(data_dir: Path, counts: Counts) -> None:
+    listed = ", ".join(f"{split}/ {sum(classes.values())}" for split, classes in counts.items())
+    num_classes = len(counts.get("train", {}))
+    print(f"{data_dir}: complete; {num_classes} classes; pictures: {listed}", flush=True)
 
 
 def checkpoints_dir() -> Path:
@@ -246,34 +186,29 @@ def checkpoints_dir() -> Path:
     return home.expanduser() / "hub" / "checkpoints"
 
 
-def fetch_weights(url: str = WEIGHTS_URL, patience: Patience = PATIENCE) -> None:
-    """Make torch.hub's file of these weights exist, its hash the one that its name promises.
+def fetch_weights(url: str = WEIGHTS_URL, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
+    """Make torch.hub's file of these weights exist, with the hash that its name promises.
 
     Raises `DataError` or `WeightsError`.
     """
-    place = checkpoints_dir() / name_of(url)
-    promised = place.stem.rpartition("-")[2]
-    with _alone(place):
-        if place.exists():
-            if not sha256(place).startswith(promised):
-                raise WeightsError(f"weights: {place} is damaged; remove it and run this again")
-            print(f"weights: {place} is there, and whole")
+    folder = checkpoints_dir()
+    partial = PartialDownload(url, folder)
+    path = folder / partial.name
+    promised = path.stem.rpartition("-")[2]
+    with _locked(folder):
+        if path.exists():
+            if not sha256(path).startswith(promised):
+                raise WeightsError(f"weights: {path} is damaged; remove it and run this again")
+            print(f"weights: {path} exists already")
             return
-        part = Part(url, place.with_name(f"{place.name}.part"))
-        fetch(part, patience, lambda missing: _check_room_for_weights(place, missing))
-        found = sha256(part.path)
+        fetch(partial, retries, lambda missing_bytes: check_free_space(folder, missing_bytes))
+        found = sha256(partial.path)
         if not found.startswith(promised):
-            part.remove()
+            partial.remove()
             raise WeightsError(
-                f"weights: what {url} sent has the sha256 {found[:12]}..., and its name promises "
-                f"{promised}; it was removed"
+                f"weights: {partial.source} has the sha256 {found[:12]}..., but its name promises "
+                f"{promised}; it was removed: run the same command again to download it again"
             )
-        part.path.replace(place)
-        part.remove()
-        print(f"weights: {place}", flush=True)
-
-
-def _check_room_for_weights(place: Path, missing_bytes: int) -> None:
-    free = shutil.disk_usage(existing_parent(place)).free
-    if free < missing_bytes:
-        raise DataError(f"{place}: {missing_bytes} bytes don't fit; the disk has {free} free")
+        partial.path.replace(path)
+        partial.remove()
+        print(f"weights: {path}", flush=True)

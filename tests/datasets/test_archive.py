@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from finetune.data.layout import find_data_dir
+from finetune.datasets import zip_safety
 from finetune.datasets.archive import read_manifest, unpack
-from finetune.datasets.zip_safety import Damaged, Hostile, Limits, find_root
+from finetune.datasets.zip_safety import ArchiveError, find_root
 from finetune.system.errors import DataError
 from tests.support.picture_trees import tree, zipped
 
@@ -74,18 +75,18 @@ def test_what_stands_beside_the_splits_is_left_out(place: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
-        ("/etc/cron.d/x", 0, "no relative path"),
+        ("/etc/cron.d/x", 0, "not a relative path"),
         ("../outside.jpg", 0, "leads out"),
         ("inaturalist_12K/train/Aves/../../../../outside.jpg", 0, "leads out"),
-        ("..\\outside.jpg", 0, "no relative path"),
-        ("C:/windows/x.jpg", 0, "no relative path"),
+        ("..\\outside.jpg", 0, "not a relative path"),
+        ("C:/windows/x.jpg", 0, "not a relative path"),
         ("inaturalist_12K/train/Aves/link.jpg", stat.S_IFLNK, "link"),
         ("inaturalist_12K/train/Linked", stat.S_IFLNK, "link"),
         ("inaturalist_12K/train/Aves/pipe.jpg", stat.S_IFIFO, "special"),
-        ("inaturalist_12K/train/Aves/000.jpg/x.jpg", 0, "a file and a folder"),
+        ("inaturalist_12K/train/Aves/000.jpg/x.jpg", 0, "also a file"),
         ("", 0, "empty"),
         ("inaturalist_12K//train/Aves/000.jpg", 0, "empty"),
-        ("inaturalist_12K/train/Aves/./000.jpg", 0, "odd parts"),
+        ("inaturalist_12K/train/Aves/./000.jpg", 0, "invalid parts"),
         (f"inaturalist_12K/train/Aves/{'n' * 300}.jpg", 0, "too long"),
     ],
 )
@@ -93,7 +94,7 @@ def test_a_member_that_would_leave_the_folder_is_refused_and_leaves_nothing(
     place: Path, name: str, kind: int, words: str
 ) -> None:
     archive = write(place, with_member(name, b"/etc/passwd", kind))
-    with pytest.raises(Hostile, match=words):
+    with pytest.raises(ArchiveError, match=words):
         unpack(archive, place / "data", "test")
     assert_nothing_left(place)
 
@@ -101,7 +102,7 @@ def test_a_member_that_would_leave_the_folder_is_refused_and_leaves_nothing(
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_member_that_comes_twice_is_refused(place: Path) -> None:
     archive = write(place, with_member("inaturalist_12K/train/Aves/000.jpg"))
-    with pytest.raises(Hostile, match="twice"):
+    with pytest.raises(ArchiveError, match="twice"):
         unpack(archive, place / "data", "test")
     assert_nothing_left(place)
 
@@ -110,7 +111,7 @@ def test_an_encrypted_member_is_refused(place: Path) -> None:
     content = bytearray(zipped(FILES))
     directory = content.index(b"PK\x01\x02")
     content[directory + 8] |= 1
-    with pytest.raises(Hostile, match="encrypted"):
+    with pytest.raises(ArchiveError, match="encrypted"):
         unpack(write(place, bytes(content)), place / "data", "test")
     assert_nothing_left(place)
 
@@ -121,7 +122,9 @@ def test_a_method_that_unpacks_in_blocks_of_any_size_is_refused(place: Path, met
     archive = write(place, zipped(FILES))
     with zipfile.ZipFile(archive, "a", method) as opened:
         opened.writestr("inaturalist_12K/train/Aves/bomb.jpg", bytes(1000))
-    with pytest.raises(Hostile, match=r"bomb.jpg' is packed by method \d+; 0 .* are read"):
+    with pytest.raises(
+        ArchiveError, match=r"bomb.jpg' is packed by method \d+; 0 and 8 are allowed"
+    ):
         unpack(archive, place / "data", "test")
     assert_nothing_left(place)
 
@@ -132,39 +135,31 @@ def test_a_damaged_name_is_noticed_where_no_count_is_expected(place: Path) -> No
     content = content[:directory] + content[directory:].replace(
         b"train/Aves/000", b"trbin/Aves/000"
     )
-    with pytest.raises(Damaged, match="trbin/Aves/000"):
+    with pytest.raises(ArchiveError, match="trbin/Aves/000"):
         unpack(write(place, content), place / "data", "test")
     assert_nothing_left(place)
-
-
-def test_damaged_members_that_stand_together_are_fetched_in_one_span(place: Path) -> None:
-    content = bytearray(zipped(FILES))
-    first, after = (
-        content.index(n) - 30 for n in (b"inaturalist_12K/train/Fungi/000", b"inaturalist_12K/val/")
-    )
-    content[first:after] = bytes(after - first)
-    with pytest.raises(Damaged) as caught:
-        unpack(write(place, bytes(content)), place / "data", "test")
-    assert caught.value.spans == [(first, after), (content.index(b"PK\x01\x02"), len(content))]
 
 
 def test_a_bomb_is_refused_by_its_ratio(place: Path) -> None:
     archive = write(place, with_member("inaturalist_12K/train/Aves/bomb.jpg", b""))
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr("inaturalist_12K/train/Aves/zeros.jpg", bytes(20_000_000))
-    with pytest.raises(Hostile, match="100 times its own size"):
+    with pytest.raises(ArchiveError, match="100 times its own size"):
         unpack(archive, place / "data", "test")
     assert_nothing_left(place)
 
 
 @pytest.mark.parametrize(
-    ("limits", "words"),
-    [(Limits(num_members=9), "10 members; 9"), (Limits(total_bytes=5000), "at most 5000")],
+    ("limit", "value", "words"),
+    [("MAX_MEMBERS", 9, "10 members; at most 9"), ("MAX_BYTES", 5000, "at most 5000")],
 )
-def test_too_many_members_or_bytes_are_refused(place: Path, limits: Limits, words: str) -> None:
+def test_too_many_members_or_bytes_are_refused(
+    place: Path, limit: str, value: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zip_safety, limit, value)
     archive = write(place, zipped(FILES))
-    with pytest.raises(Hostile, match=words):
-        unpack(archive, place / "data", "test", limits=limits)
+    with pytest.raises(ArchiveError, match=words):
+        unpack(archive, place / "data", "test")
     assert_nothing_left(place)
 
 
@@ -198,9 +193,8 @@ def test_a_damaged_archive_is_refused_with_where_and_leaves_nothing(
     place: Path, spoil: Callable[[bytes], bytes]
 ) -> None:
     archive = write(place, spoil(zipped(FILES)))
-    with pytest.raises(Damaged, match=r"damaged") as caught:
+    with pytest.raises(ArchiveError, match="damaged"):
         unpack(archive, place / "data", "test")
-    assert all(0 <= start < end <= archive.stat().st_size for start, end in caught.value.spans)
     assert_nothing_left(place)
 
 
@@ -231,7 +225,7 @@ def test_an_existing_folder_with_files_is_left_as_it_is(place: Path) -> None:
     archive = write(place, zipped(FILES))
     (place / "data").mkdir()
     (place / "data" / "mine").write_text("mine")
-    with pytest.raises(DataError, match="can't be written"):
+    with pytest.raises(DataError, match="not empty"):
         unpack(archive, place / "data", "test")
     assert [p.name for p in (place / "data").iterdir()] == ["mine"]
 
@@ -239,7 +233,7 @@ def test_an_existing_folder_with_files_is_left_as_it_is(place: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["a/train/X/1.jpg", "a/val/X/1.jpg", "b/train/X/1.jpg", "b/val/X/1.jpg"], "several"),
+        (["a/train/X/1.jpg", "a/val/X/1.jpg", "b/train/X/1.jpg", "b/val/X/1.jpg"], "found.*a/.*b/"),
         (["a/train/X/1.jpg", "b/val/X/1.jpg"], "found"),
         (["train/1.jpg", "val/1.jpg"], "found"),
         ([], "found"),

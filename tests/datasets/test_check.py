@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +120,8 @@ def test_folders_that_break_a_run_are_all_named(data_dir: Path) -> None:
     faults = examine(data_dir).faults
     assert len(faults) == 3
     assert "train/Empty is a class without pictures" in faults
-    assert "class 'Empty' is in train/ and not in val/" in faults
-    assert "class 'Only' is in val/ and not in train/" in faults
+    assert "class 'Empty' is in train/ but not in val/" in faults
+    assert "class 'Only' is in val/ but not in train/" in faults
 
 
 def test_too_few_pictures_to_validate_on_are_a_fault_as_they_are_in_a_run(tmp_path: Path) -> None:
@@ -139,14 +138,14 @@ def test_too_few_pictures_to_validate_on_are_a_fault_as_they_are_in_a_run(tmp_pa
 def test_a_class_that_skip_unreadable_would_empty_is_a_fault(data_dir: Path) -> None:
     write(data_dir, {f"val/Fungi/{number:03d}.jpg": b"" for number in range(2)})
     found = examine(data_dir)
-    assert found.faults == ["val/Fungi has no picture that can be read"]
+    assert found.faults == ["val/Fungi has no readable picture"]
     assert len(found.unreadable) == 2
 
 
 def test_a_test_folder_is_checked_like_the_others(data_dir: Path) -> None:
     write(data_dir, {"test/Aves/leak.jpg": tree()["val/Aves/000.jpg"]})
     found = examine(data_dir)
-    assert found.faults == ["class 'Fungi' is in train/, val/ and not in test/"]
+    assert found.faults == ["class 'Fungi' is in train/, val/ but not in test/"]
     (repeated,) = found.repeated
     assert repeated["files"] == ["val/Aves/000.jpg", "test/Aves/leak.jpg"]
 
@@ -157,7 +156,7 @@ def test_imbalance_is_measured_and_noted(
     write(data_dir, {f"train/Aves/more{i}.jpg": jpeg(3000 + i) for i in range(9)})
     assert examine(data_dir).imbalance == {"train": 4.0, "val": 1.0}
     check(data_dir)
-    assert "largest class is 4 times its smallest" in capsys.readouterr().out
+    assert "largest class has 4 times the pictures" in capsys.readouterr().out
 
 
 def test_files_that_no_run_reads_are_listed_and_hidden_ones_are_not(data_dir: Path) -> None:
@@ -188,7 +187,7 @@ def test_names_of_any_bytes_stay_on_one_line(
         (data_dir / "train/Aves" / os.fsdecode(name)).write_bytes(b"no picture")
     assert check(data_dir) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert sum("can't be read" in line and line.startswith("fault:") for line in lines) == 4
+    assert sum("can't be read" in line and line.startswith("error:") for line in lines) == 4
     _, found = found_in(data_dir, capsys)
     assert len(found["unreadable"]) == 4
 
@@ -206,36 +205,3 @@ def test_the_command_exits_1_on_faults_and_prints_json_alone(data_dir: Path) -> 
     ended = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, check=False)
     assert ended.returncode == 1
     assert json.loads(ended.stdout)["breaks_a_run"] is True
-
-
-@pytest.mark.slow
-def test_a_tree_as_large_as_the_real_one_is_checked_in_under_a_minute(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
-    for split, count in (("train", 9_999), ("val", 2_000)):
-        for number in range(count):
-            place = tmp_path / split / f"class{number % 10}" / f"{number}.jpg"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            y, x = divmod(number + (0 if split == "train" else 9_999), 800)  # each crop once
-            Image.fromarray(noise[y : y + 96, x : x + 128]).save(place, quality=85)
-    planted = {
-        "train/class1/cut.jpg": jpeg(1, (64, 64))[:-300],
-        "val/class2/text.jpg": b"text",
-        "val/class3/empty.jpg": b"",
-    }
-    write(tmp_path, planted)
-    write(tmp_path, {"val/class0/leak.jpg": (tmp_path / "train/class0/0.jpg").read_bytes()})
-    started = time.perf_counter()
-    code, found = found_in(tmp_path, capsys)
-    seconds = time.perf_counter() - started
-    assert code == 1
-    assert sum(map(sum, (held.values() for held in found["counts"].values()))) == 12_003
-    assert found["unreadable"].keys() == planted.keys()
-    assert [r["files"] for r in found["repeated"]] == [
-        ["train/class0/0.jpg", "val/class0/leak.jpg"]
-    ]
-    assert found["faults"] == []
-    print(f"checked in {seconds:.1f} s")
-    assert seconds < 60
