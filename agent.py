@@ -1,4 +1,4 @@
-"""One run from the command line: what a sweep launches, and what a person types.
+"""One run from the command line: what a sweep launches and a person types.
 
 python agent.py --strategy partial --data_dir data/inaturalist_12K
 """
@@ -22,7 +22,7 @@ def main() -> None:
         given = fields_of_run(given_fields(sys.argv[1:]))
         if not given.keys() & {"config", "resume"}:
             RunConfig.from_fields(given)
-        with defer_stop():  # an exception in the middle of torch's own start aborts the process
+        with defer_stop():  # an exception while torch is imported would abort the process
             from finetune.training.train import train_and_finetune
 
         train_and_finetune(**given)

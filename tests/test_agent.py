@@ -70,7 +70,7 @@ def test_a_truncated_picture_is_named(fields: dict[str, Any], digits: Path, tmp_
     assert "--skip_unreadable" in done.stderr
     skipped = agent(*flags, "--skip_unreadable")
     assert skipped.returncode == 0, skipped.stderr
-    assert "going on without 1 unreadable" in skipped.stdout
+    assert "continuing without 1 unreadable" in skipped.stdout
 
 
 def test_one_run_prints_what_a_person_wants_to_read(fields: dict[str, Any]) -> None:

@@ -1,9 +1,6 @@
-"""A run's winner, for use elsewhere.
+"""A run's best model as a file for other programs: ONNX, or a state dict.
 
-Turns a run directory into one file that holds the network, its preprocessing and its class names,
-and checks that the file answers as the model does. Knows nothing about training.
-
-    python -m finetune export runs/k3x9q2ab --format onnx
+python -m finetune export runs/k3x9q2ab --format onnx
 """
 
 from __future__ import annotations
@@ -23,53 +20,57 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from finetune.model.network import MEAN, STD, forward, load_best, normalise, read_checkpoint_of
+from finetune.model.network import MEAN, STD, forward, load_best, normalise, on_meta
 from finetune.model.weights import read_checkpoint, write_checkpoint
 from finetune.system.errors import MissingPackage, RunDirError, WeightsError
 from finetune.system.files import remove_left_behind
 
 TOLERANCE = 1e-4
-"""The most that a logit of the exported model may differ."""
+"""The largest allowed difference between a logit of the exported file and of the model."""
+
+Logits = np.ndarray[Any, Any]
+ExportedModel = Callable[[Tensor], Logits]
+"""The logits, (B, K), that a written file gives for uint8 pictures, (B, H, W, 3)."""
 
 
 def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
-    """Write RUN_DIR/model.onnx or model.pth, or `out`, and check its answers.
+    """Write RUN_DIR/model.onnx or model.pth, or `out`, and compare its logits with the model's.
 
-    Raises `WeightsError` when the file doesn't answer as the model, and then leaves none.
+    Raises `WeightsError`, and leaves no file, if they differ by more than `TOLERANCE`.
     """
     write, suffix = FORMATS[format_name]
     path = out or run_dir / f"model{suffix}"
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    model = load_best(run_dir).cpu()
-    about = _about(run_dir)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    model = load_best(run_dir)
+    about = _about(model, run_dir)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_behind(path)
-        difference = _difference(model, about["image_size"], write(model, about, aside))
+        difference = _difference(model, about["image_size"], write(model, about, temporary))
         if not difference <= TOLERANCE:
             raise WeightsError(
                 f"{path}: its logits would differ from the model's by {difference:g}, more than "
                 f"{TOLERANCE:g}"
             )
-        aside.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise RunDirError(f"{path} can't be written: {error.strerror or error}") from None
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; its logits are the model's "
-        f"(at most {difference:.1g} apart)"
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB; its logits equal the model's within "
+        f"{difference:.1g}"
     )
-    print(f"in: {about['input']}\nout: {about['output']}")
+    print(f"input: {about['input']}\noutput: {about['output']}")
     return 0
 
 
-def _about(run_dir: Path) -> dict[str, Any]:
-    """What a user of the file needs besides the network."""
-    content = read_checkpoint_of(run_dir)
-    size = content["image_size"]
+def _about(model: ResNet, run_dir: Path) -> dict[str, Any]:
+    """What is written into the file besides the network; a format adds its input and output."""
+    found: Any = model
+    size = found.image_size
     return {
-        "class_names": content["class_names"],
+        "class_names": found.class_names,
         "image_size": size,
         "mean": list(MEAN),
         "std": list(STD),
@@ -79,49 +80,42 @@ def _about(run_dir: Path) -> dict[str, Any]:
     }
 
 
-Answer = Callable[[Tensor], np.ndarray[Any, Any]]
-"""What a written file makes of uint8 pictures, (B, H, W, 3): logits, (B, K)."""
-
-
-def _difference(model: ResNet, size: int, answer: Answer) -> float:
-    """The largest difference of a logit over random pictures, in a batch and alone."""
-    pictures = torch.randint(
-        0, 256, (3, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    apart = [0.0]
+def _difference(model: ResNet, image_size: int, exported: ExportedModel) -> float:
+    """The largest difference of a logit over random pictures, as a batch and as one picture."""
+    shape, seed = (3, image_size, image_size, 3), torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=seed)
+    differences = []
     for batch in (pictures, pictures[:1]):
         with torch.inference_mode():
             expected = forward(model, normalise(batch, None), "stem", None).numpy()
-        apart.append(float(np.abs(answer(batch) - expected).max()))
-    return max(apart)
+        differences.append(float(np.abs(exported(batch) - expected).max()))
+    return max(differences)
 
 
-def _write_state_dict(model: ResNet, about: dict[str, Any], path: Path) -> Answer:
+def _write_state_dict(model: ResNet, about: dict[str, Any], path: Path) -> ExportedModel:
     about["input"] = about["preprocessing"]
     about["output"] = f"logits of {', '.join(about['class_names'])}"
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     write_checkpoint(about | {"state_dict": state}, path)
-    again = _rebuilt(read_checkpoint(path))
+    rebuilt = _rebuilt(read_checkpoint(path))
 
-    def answer(images_BHWC: Tensor) -> np.ndarray[Any, Any]:
-        with torch.inference_mode():
-            found: np.ndarray[Any, Any] = again(normalise(images_BHWC, None)).numpy()
+    @torch.inference_mode()
+    def logits(images_BHWC: Tensor) -> Logits:
+        found: Logits = rebuilt(normalise(images_BHWC, None)).numpy()
         return found
 
-    return answer
+    return logits
 
 
 def _rebuilt(content: dict[str, Any]) -> ResNet:
-    """torchvision's own ResNet18 with an exported state dict, in eval mode."""
-    from torchvision.models import resnet18
-
-    model = resnet18(num_classes=len(content["class_names"]))
-    model.load_state_dict(content["state_dict"])
+    """The network with an exported state dict, in eval mode."""
+    model = on_meta(len(content["class_names"]))
+    model.load_state_dict(content["state_dict"], assign=True)
     return model.eval()
 
 
 class _FromPixels(nn.Module):
-    """The network behind its normalisation: uint8 pictures in."""
+    """The network with its normalisation: uint8 pictures are its input."""
 
     mean: Tensor
     std: Tensor
@@ -138,7 +132,7 @@ class _FromPixels(nn.Module):
         return logits
 
 
-def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> Answer:
+def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedModel:
     try:
         import onnx
         import onnxruntime
@@ -152,25 +146,24 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> Answer:
         f"pictures: uint8, (batch, {size}, {size}, 3), RGB, resized without keeping the aspect, "
         "bilinear with antialiasing; normalising is part of the network"
     )
-    about["output"] = f"logits: float32, (batch, {len(about['class_names'])}), one a class name"
-    program = _traced(_FromPixels(model.to(memory_format=torch.contiguous_format)).eval(), size)
-    described = program.model_proto
+    about["output"] = f"logits: float32, (batch, {len(about['class_names'])}), one per class name"
+    network = _FromPixels(model.to(memory_format=torch.contiguous_format)).eval()
+    program = _onnx_program(network, size).model_proto
     for key, value in about.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        described.metadata_props.add(key=key, value=text)
-    onnx.save(described, path)
+        program.metadata_props.add(key=key, value=text)
+    onnx.save(program, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def answer(images_BHWC: Tensor) -> np.ndarray[Any, Any]:
-        (logits,) = session.run(["logits"], {"pictures": images_BHWC.numpy()})
-        found: np.ndarray[Any, Any] = logits
+    def logits(images_BHWC: Tensor) -> Logits:
+        found: Logits = session.run(["logits"], {"pictures": images_BHWC.numpy()})[0]
         return found
 
-    return answer
+    return logits
 
 
-def _traced(network: nn.Module, size: int) -> Any:
-    """torch's ONNX program for a batch of any size; its chatter is kept from the terminal."""
+def _onnx_program(network: nn.Module, size: int) -> Any:
+    """torch's ONNX program for batches of any size; the exporter's own output is suppressed."""
     batch = torch.export.Dim("batch", min=1, max=4096)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -186,7 +179,7 @@ def _traced(network: nn.Module, size: int) -> Any:
         )
 
 
-FORMATS: dict[str, tuple[Callable[[ResNet, dict[str, Any], Path], Answer], str]] = {
+FORMATS: dict[str, tuple[Callable[[ResNet, dict[str, Any], Path], ExportedModel], str]] = {
     "onnx": (_write_onnx, ".onnx"),
     "state_dict": (_write_state_dict, ".pth"),
 }

@@ -1,8 +1,7 @@
-"""The winner put to use: pictures -> classes and probabilities.
+"""Classes and probabilities of pictures, by a run's best model.
 
-Turns a run directory and paths of pictures into predictions, read and computed as the run's own
-validation was: same decoding, resizing, normalising and batches. Knows nothing about training;
-neither Lightning nor wandb is imported, so that one picture is answered quickly.
+Pictures are decoded, normalised and batched as in the run's validation. Neither Lightning nor wandb
+is imported, which keeps the start-up time short.
 
     python -m finetune predict runs/k3x9q2ab picture.jpg folder/
 """
@@ -28,7 +27,7 @@ from torchvision.models import ResNet
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
 from finetune.data.decode import decode
-from finetune.data.layout import IMAGE_SUFFIXES
+from finetune.data.layout import IMAGE_SUFFIXES, is_picture_name
 from finetune.model.network import forward, load_best, normalise
 from finetune.runs.predictions import softmax
 from finetune.runs.run_dir import RunDir
@@ -47,19 +46,24 @@ _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
-class BestModel:
-    """A run's best model with what its use needs: where it computes, and how."""
+class Predictor:
+    """A run's best model, and the device, precision and batch size to use it with."""
 
     model: ResNet
     class_names: list[str]
     image_size: int
-    batch_size: int
+    config: RunConfig | None
     device: torch.device
     precision: Callable[[], AbstractContextManager[Any]]
 
+    @property
+    def batch_size(self) -> int:
+        default: int = RunConfig.model_fields["batch_size"].default
+        return self.config.batch_size if self.config else default
+
     @torch.inference_mode()
     def logits(self, images_BHWC: Tensor) -> Logits:
-        """Of uint8 pictures, (B, K)."""
+        """The logits of uint8 pictures, (B, K)."""
         x = normalise(images_BHWC.to(self.device), None)
         with self.precision():
             logits_BK = forward(self.model, x, "stem", None)
@@ -67,33 +71,32 @@ class BestModel:
         return logits
 
 
-def open_best_model(run_dir: Path) -> BestModel:
-    """The best epoch's model on the run's own kind of device where there is one, else on the CPU.
+def load_predictor(run_dir: Path) -> Predictor:
+    """A run's best model on the device type of the run if available, else on the CPU.
 
     Raises `WeightsError` and `RunDirError`.
     """
-    model = load_best(run_dir)
+    model: Any = load_best(run_dir)
     run = RunDir(run_dir)
-    fields = run.read_config().to_fields() if run.config_path.exists() else {}
-    kind = fields.get("accelerator")
-    device = torch.device(kind if kind in _DEVICES and _DEVICES[kind]() else "cpu")
-    dtype = _DTYPES.get(str(fields.get("precision")))
+    config = run.read_config() if run.config_path.exists() else None
+    trained_on = config.accelerator if config else "cpu"
+    is_available = trained_on in _DEVICES and _DEVICES[trained_on]()
+    device = torch.device(trained_on if is_available else "cpu")
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if device.type == kind and dtype is not None:
-        precision = partial(torch.autocast, device.type, dtype)
-    class_names: Any = model.class_names
-    image_size: Any = model.image_size
-    batch_size = int(fields.get("batch_size") or RunConfig.model_fields["batch_size"].default)
-    return BestModel(model.to(device), class_names, image_size, batch_size, device, precision)
+    if config and device.type == trained_on and config.precision in _DTYPES:
+        precision = partial(torch.autocast, device.type, _DTYPES[config.precision])
+    return Predictor(
+        model.to(device), model.class_names, model.image_size, config, device, precision
+    )
 
 
 def predict_logits(
-    winner: BestModel, paths: Sequence[Path], progress: StartProgress = no_progress
+    predictor: Predictor, paths: Sequence[Path], progress: StartProgress = no_progress
 ) -> list[Logits | DataError]:
-    """For each picture its logits, (K,), or why there are none.
+    """For each picture its logits, (K,), or the reason why it can't be read.
 
-    Pictures share batches as they would in validation: a last bit of a logit may depend on them.
-    Each core has batches of its own: threads that share one would wait for each other.
+    Batches have the size of the run's: the last bit of a logit may depend on it. Each core computes
+    batches of its own.
     """
     done = progress("predicting", len(paths))
 
@@ -101,80 +104,60 @@ def predict_logits(
         decoded: list[Tensor | DataError] = []
         for path in paths[slice(*bounds)]:
             try:
-                decoded.append(decode(path, winner.image_size))
+                decoded.append(decode(path, predictor.image_size))
             except DataError as error:
                 decoded.append(error)
             done()
         images = [image for image in decoded if isinstance(image, Tensor)]
-        rows = iter(winner.logits(torch.stack(images)) if images else ())
+        rows = iter(predictor.logits(torch.stack(images)) if images else ())
         return [next(rows) if isinstance(image, Tensor) else image for image in decoded]
 
-    bounds = batch_bounds(len(paths), winner.batch_size)
+    bounds = batch_bounds(len(paths), predictor.batch_size)
     with ThreadPoolExecutor(num_cores(), "predict", torch.set_num_threads, (1,)) as pool:
         return [outcome for batch in pool.map(predict_batch, bounds) for outcome in batch]
 
 
-@dataclass(frozen=True)
-class BadFolder:
-    """A folder that gives no pictures, and why."""
-
-    path: Path
-    error: DataError
+Found = tuple[Path, DataError | None]
+"""A picture, or a folder that gives none and the reason."""
 
 
-def find_images(given: Sequence[Path]) -> list[Path | BadFolder]:
-    """Each path as it stands, a folder as its pictures, class by class as validation orders them.
-
-    What can't be decoded shows later; folders without pictures, or that can't be read, show here.
-    """
-    found: list[Path | BadFolder] = []
-    for path in given:
-        found += _below(path) if path.is_dir() else [path]
-    return found
+def find_images(given: Sequence[Path]) -> list[Found]:
+    """Each file as it is, each folder as its pictures, ordered by class as in validation."""
+    return [
+        found for path in given for found in (_below(path) if path.is_dir() else [(path, None)])
+    ]
 
 
-def _below(folder: Path) -> list[Path | BadFolder]:
+def _below(folder: Path) -> list[Found]:
     names: list[Path] = []
-    bad: list[Path | BadFolder] = []
-
-    def note(error: OSError) -> None:
-        why = DataError(f"{error.filename} can't be read: {error.strerror}")
-        bad.append(BadFolder(Path(error.filename), why))
-
-    for place, dirs, files in os.walk(folder, onerror=note):
-        dirs[:] = [d for d in dirs if not d.startswith(".")]
-        names += [
-            Path(place, name).relative_to(folder)
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+    errors: list[OSError] = []
+    for place, dirs, files in os.walk(folder, onerror=errors.append):
+        dirs[:] = [name for name in dirs if not name.startswith(".")]
+        names += [Path(place, name).relative_to(folder) for name in files if is_picture_name(name)]
     names.sort(key=lambda name: (name.parts[0], name.as_posix()))
-    if not names and not bad:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        bad.append(
-            BadFolder(folder, DataError(f"{folder} holds no pictures (looked for {suffixes})"))
-        )
-    return [*(folder / name for name in names), *bad]
+    found: list[Found] = [(folder / name, None) for name in names]
+    for error in errors:
+        reason = DataError(f"{error.filename} can't be read: {error.strerror}")
+        found.append((Path(error.filename), reason))
+    suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+    return found or [(folder, DataError(f"{folder} holds no pictures (looked for {suffixes})"))]
 
 
 def predict(run_dir: Path, given: Sequence[Path], top: int = 3, as_json: bool = False) -> int:
-    """Print the class and probability of each picture; 1 where one of them was bad, else 0."""
-    winner = open_best_model(run_dir)
+    """Print the `top` classes of each picture; 1 if one of them can't be predicted, else 0."""
+    predictor = load_predictor(run_dir)
     found = find_images(given)
-    pictures = [path for path in found if isinstance(path, Path)]
-    shows_progress = sys.stderr.isatty() and not as_json
-    logits = iter(predict_logits(winner, pictures, bar if shows_progress else no_progress))
+    paths = [path for path, error in found if error is None]
+    progress = bar if sys.stderr.isatty() and not as_json else no_progress
+    logits = iter(predict_logits(predictor, paths, progress))
     answers = [
-        _answer(str(one), next(logits), winner.class_names, top)
-        if isinstance(one, Path)
-        else _answer(str(one.path), one.error, winner.class_names, top)
-        for one in found
+        _answer(path, error or next(logits), predictor.class_names, top) for path, error in found
     ]
+    bad = [answer for answer in answers if "error" in answer]
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=2))
     else:
-        _print_table(answers)
-    bad = [answer for answer in answers if "error" in answer]
+        _print_table([answer for answer in answers if "error" not in answer])
     for answer in bad:
         print(f"error: {one_line(answer['error'])}", file=sys.stderr)
     if bad:
@@ -183,25 +166,23 @@ def predict(run_dir: Path, given: Sequence[Path], top: int = 3, as_json: bool = 
 
 
 def _answer(
-    path: str, outcome: Logits | DataError, class_names: Sequence[str], top: int
+    path: Path, outcome: Logits | DataError, class_names: Sequence[str], top: int
 ) -> dict[str, Any]:
     if isinstance(outcome, DataError):
-        return {"path": path, "class": None, "probability": None, "error": str(outcome)}
+        return {"path": str(path), "class": None, "probability": None, "error": str(outcome)}
     probabilities = softmax(outcome)
-    # the first of equal logits, as argmax has it
-    best = np.argsort(-outcome, kind="stable")[:top]
+    best = np.argsort(-outcome, kind="stable")[:top]  # of equal logits the first, as argmax does
     ranked = [{"class": class_names[i], "probability": float(probabilities[i])} for i in best]
-    return {"path": path, **ranked[0], "top": ranked}
+    return {"path": str(path), **ranked[0], "top": ranked}
 
 
 def _print_table(answers: Sequence[dict[str, Any]]) -> None:
-    shown = [
-        (one_line(a["path"]), [(one_line(one["class"]), one["probability"]) for one in a["top"]])
+    rows = [
+        (one_line(a["path"]), [(one_line(c["class"]), c["probability"]) for c in a["top"]])
         for a in answers
-        if "error" not in a
     ]
-    path_width = max((len(path) for path, _ in shown), default=0)
-    class_width = max((len(name) for _, top in shown for name, _ in top), default=0)
-    for path, top in shown:
-        ranked = [f"{name:{class_width}} {probability:7.2%}" for name, probability in top]
-        print(f"{path:{path_width}}  {'   '.join(ranked)}".rstrip())
+    path_width = max((len(path) for path, _ in rows), default=0)
+    class_width = max((len(name) for _, top in rows for name, _ in top), default=0)
+    for path, top in rows:
+        ranked = "   ".join(f"{name:{class_width}} {share:7.2%}" for name, share in top)
+        print(f"{path:{path_width}}  {ranked}")

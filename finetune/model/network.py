@@ -1,10 +1,4 @@
-"""torchvision's ResNet18 as ordered parts, with random, source or fine-tuned weights.
-
-Turns a network into `frozen prefix / trained suffix` at a boundary between parts. Knows nothing
-about strategies' schedules, data sets or training loops.
-
-    >>> model = build(num_classes=10, seed=42)  # doctest: +SKIP
-    >>> logits_BK = forward(model, pictures_BCHW, "stem", None)  # doctest: +SKIP
+"""ResNet18 as an ordered list of parts, with random, pretrained or fine-tuned weights.
 
 Legend: B batch, H height, W width, C channels, D=512 features, K classes.
 """
@@ -25,86 +19,88 @@ from finetune.model.weights import State, fingerprint, read_checkpoint, read_sou
 from finetune.runs.result import RunResult
 from finetune.system.errors import WeightsError
 
+MODEL_NAME = "resnet18"
+"""The network's name in checkpoints."""
+
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-"""ImageNet's, as torchvision's weights expect them."""
+"""ImageNet's, which torchvision's weights expect."""
+
+_MAX_LISTED_KEYS = 4
 
 
 def build(num_classes: int, seed: int) -> ResNet:
-    """A ResNet18 with random weights that follow from the seed; torch's generator stays as it was.
+    """A ResNet18 whose random weights depend on `seed` alone; torch's generator is left unchanged.
 
-    torchvision's own initialisation (He et al. 2015 for convolutions).
+    torchvision's initialisation (He et al. 2015 for convolutions).
     """
-    num_features = on_meta(num_classes).fc.in_features
     with torch.random.fork_rng(devices=[]):
-        fc = _seeded_fc(num_features, num_classes, seed)
+        fc = _draw_fc(on_meta(num_classes), seed)
         model = resnet18(num_classes=num_classes)
     model.fc = fc
     return model.to(memory_format=torch.channels_last)
 
 
-def on_meta(num_classes: int) -> ResNet:
-    """The network without values: shapes only."""
-    with torch.device("meta"):
-        return resnet18(num_classes=num_classes)
-
-
 def build_from(weights: str, num_classes: int, seed: int) -> tuple[ResNet, str]:
-    """`build`'s ResNet18 with its weights from `load_source`, and their fingerprint.
+    """A ResNet18 with weights from `load_source` and a random `fc`, and the source's fingerprint.
 
-    Only `fc` is drawn; drawing the other weights, to be overwritten, takes 0.1 s. Raises
-    `WeightsError`.
+    Raises `WeightsError`.
     """
-    model = on_meta(num_classes).to_empty(device="cpu")
+    model = on_meta(num_classes).to_empty(device="cpu")  # random weights would take 0.1 s
     with torch.random.fork_rng(devices=[]):
-        model.fc = _seeded_fc(model.fc.in_features, num_classes, seed)
+        model.fc = _draw_fc(model, seed)
     model = model.to(memory_format=torch.channels_last)
     return model, load_source(model, weights)
 
 
-def _seeded_fc(num_features: int, num_classes: int, seed: int) -> nn.Linear:
-    """Drawn first, so that it is the same whether or not anything else is drawn."""
+def on_meta(num_classes: int) -> ResNet:
+    """The network on the meta device: shapes without values."""
+    with torch.device("meta"):
+        return resnet18(num_classes=num_classes)
+
+
+def _draw_fc(model: ResNet, seed: int) -> nn.Linear:
+    """Drawn before any other weight, so that it is the same for every source of weights."""
     torch.default_generator.manual_seed(seed)
-    return nn.Linear(num_features, num_classes)
+    return nn.Linear(model.fc.in_features, model.fc.out_features)
 
 
 def load_source(model: ResNet, weights: str) -> str:
-    """Load `imagenet`, a state-dict file or a run directory into a model; its fingerprint.
+    """Load `imagenet`, a state-dict file or a run directory into `model`.
 
-    An `fc` of another size is left out, so the model's own stays. The fingerprint is of what was
-    in the source, fc apart. Raises `WeightsError` for whatever else doesn't fit.
+    An `fc` of another shape is not loaded: the model keeps its own. Returns the fingerprint of the
+    source's weights without `fc`. Raises `WeightsError` if anything else doesn't fit.
     """
-    state = read_source(weights)
-    wanted = model.state_dict()
-    missing = sorted(k for k in wanted if k not in state and part_of_key(k) != "fc")
-    foreign = sorted(k for k in state if k not in wanted)
-    misshapen = sorted(
-        f"{k} {tuple(state[k].shape)}, not {tuple(wanted[k].shape)}"
-        for k in state.keys() & wanted.keys()
-        if state[k].shape != wanted[k].shape and part_of_key(k) != "fc"
-    )
-    problems = [
-        f"{what}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
-        for what, keys in (("missing", missing), ("unknown", foreign), ("of shape", misshapen))
-        if keys
-    ]
-    if problems:
+    state, own = read_source(weights), model.state_dict()
+    differing = [key for key in own if key in state and state[key].shape != own[key].shape]
+    problems = {
+        "missing": [key for key in own if key not in state and part_of_key(key) != "fc"],
+        "unknown": [key for key in state if key not in own],
+        "of shape": [
+            f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+            for key in differing
+            if part_of_key(key) != "fc"
+        ],
+    }
+    found = [f"{what}: {_listed_keys(keys)}" for what, keys in problems.items() if keys]
+    if found:
         raise WeightsError(
-            f"weights: {weights} don't fit torchvision's ResNet18: {'; '.join(problems)}"
+            f"weights: {weights} don't fit torchvision's ResNet18: {'; '.join(found)}"
         )
-    fitting = {k: v for k, v in state.items() if wanted[k].shape == v.shape}
-    if any(part_of_key(k) == "fc" for k in wanted.keys() - fitting.keys()):
-        fitting = {k: v for k, v in fitting.items() if part_of_key(k) != "fc"}
-    model.load_state_dict(fitting, strict=False)
-    return fingerprint({k: v for k, v in state.items() if part_of_key(k) != "fc"})
+    body = {key: value for key, value in state.items() if part_of_key(key) != "fc"}
+    fc_fits = not differing and own.keys() <= state.keys()
+    model.load_state_dict(state if fc_fits else body, strict=False)
+    return fingerprint(body)
+
+
+def _listed_keys(keys: list[str]) -> str:
+    more = len(keys) - _MAX_LISTED_KEYS
+    return ", ".join(keys[:_MAX_LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
 
 
 def part_modules(model: ResNet, part: str) -> list[nn.Module]:
-    """The modules with parameters or buffers of one part."""
-    if part == "stem":
-        return [model.conv1, model.bn1]
-    module: nn.Module = getattr(model, part)
-    return [module]
+    """The modules of a part that have parameters or buffers."""
+    return [model.conv1, model.bn1] if part == "stem" else [getattr(model, part)]
 
 
 def part_parameters(model: ResNet, part: str) -> list[nn.Parameter]:
@@ -128,10 +124,10 @@ def parts_before(boundary: str) -> tuple[str, ...]:
 
 
 def forward(model: ResNet, x: Tensor, start: str, stop: str | None) -> Tensor:
-    """Run the parts from `start` up to, without, `stop`; None runs to the logits, (B, K).
+    """Run the parts from `start` up to, but not including, `stop`; None: up to the logits, (B, K).
 
-    What enters `stem` is normalised pictures, (B, 3, H, W); what enters `fc` is the pooled
-    features, (B, D); between them activations, (B, C, H, W).
+    The input of `stem` is normalised pictures, (B, 3, H, W); the input of `fc` is pooled features,
+    (B, D); the input of a part between them is activations, (B, C, H, W).
     """
     end = len(PARTS) if stop is None else PARTS.index(stop)
     for part in PARTS[PARTS.index(start) : end]:
@@ -154,23 +150,23 @@ def boundary_shape(boundary: str, image_size: int) -> tuple[int, ...]:
 
 
 def normalise(images_BHWC: Tensor, flips: Tensor | None) -> Tensor:
-    """uint8 pictures -> normalised float32, (B, 3, H, W) in channels_last, flipped at `flips`.
+    """uint8 pictures -> normalised float32, (B, 3, H, W) in channels_last.
 
-    Bit for bit what torchvision's ToTensor and Normalize give, computed over rows of W x 3 numbers,
-    a few pictures at a time: on a CPU that runs at memory speed, where broadcasting over single
-    channels does not.
+    The pictures at the positions `flips` are flipped. The numbers equal those of torchvision's
+    ToTensor and Normalize to the bit. They are computed over rows of W x 3 values, a few pictures
+    at a time: on a CPU this is faster than broadcasting over single channels.
     """
     if flips is not None and len(flips):
         images_BHWC = _flipped_at(images_BHWC, flips)
     batch, height, width, _ = images_BHWC.shape
     device = images_BHWC.device
-    mean, std = _rows_of(MEAN, width, device), _rows_of(STD, width, device)
+    mean, std = _repeated(MEAN, width, device), _repeated(STD, width, device)
     rows = images_BHWC.reshape(batch, height, width * 3)
     normalised = torch.empty(rows.shape, device=device)
-    num_in_cache = 4 if device.type == "cpu" else batch
-    for start in range(0, batch, num_in_cache):
-        some = slice(start, start + num_in_cache)
-        normalised[some].copy_(rows[some]).div_(255).sub_(mean).div_(std)
+    chunk_size = 4 if device.type == "cpu" else batch
+    for start in range(0, batch, chunk_size):
+        chunk = slice(start, start + chunk_size)
+        normalised[chunk].copy_(rows[chunk]).div_(255).sub_(mean).div_(std)
     return normalised.view(batch, height, width, 3).permute(0, 3, 1, 2)
 
 
@@ -179,26 +175,26 @@ def _flipped_at(images_BHWC: Tensor, flips: Tensor) -> Tensor:
     if images_BHWC.device.type != "cpu":
         return images_BHWC.index_copy(0, flips, flipped)
     images_BHWC = images_BHWC.clone()
-    for row, i in enumerate(flips.tolist()):  # index_copy takes five times as long on a CPU
+    for row, i in enumerate(flips.tolist()):  # on a CPU index_copy is five times slower
         images_BHWC[i] = flipped[row]
     return images_BHWC
 
 
 @lru_cache(maxsize=8)
-def _rows_of(channels: tuple[float, ...], width: int, device: torch.device) -> Tensor:
-    """One value a channel, repeated along a row of pixels; made once a device."""
+def _repeated(channels: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+    """One value per channel, repeated for each pixel of a row."""
     return torch.tensor(channels, device=device).repeat(width)
 
 
 def load_best(run_dir: Path | str) -> ResNet:
     """A run's model at its best epoch, in eval mode, on the CPU.
 
-    Its `.result` is the run's `RunResult`, or None where the run has not ended well; `.class_names`
-    and `.image_size` say what its logits mean and what it takes. Raises `WeightsError`.
+    `.result` is the run's `RunResult`, or None if the run hasn't finished; `.class_names` and
+    `.image_size` are those it was trained with. Raises `WeightsError`.
     """
     run_dir = Path(run_dir)
-    content = read_checkpoint_of(run_dir)
-    model = on_meta(len(content["class_names"]))  # random weights would be overwritten
+    content = read_best(run_dir)
+    model = on_meta(len(content["class_names"]))
     try:
         model.load_state_dict(content["state_dict"], assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -211,16 +207,20 @@ def load_best(run_dir: Path | str) -> ResNet:
     return model.eval()
 
 
-def read_checkpoint_of(run_dir: Path) -> dict[str, Any]:
-    """A run directory's best.ckpt. Raises `WeightsError`."""
+def read_best(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's best.ckpt; unknown entries are ignored. Raises `WeightsError`."""
     path = run_dir / "best.ckpt"
     if not path.exists():
-        raise WeightsError(f"{run_dir} has no best.ckpt: it is no run directory, or has no epoch")
+        raise WeightsError(
+            f"{run_dir} has no best.ckpt: it is not a run directory, or no epoch has finished"
+        )
     content = read_checkpoint(path)
+    if (name := content.get("model", MODEL_NAME)) != MODEL_NAME:
+        raise WeightsError(f"{path} holds an unknown model: got {name!r}, must be {MODEL_NAME}")
     if missing := {"state_dict", "class_names", "image_size"} - content.keys():
-        raise WeightsError(f"{path} is no checkpoint of a run: it lacks {', '.join(missing)}")
+        raise WeightsError(f"{path} is not a run's checkpoint: it lacks {', '.join(missing)}")
     names, size = content["class_names"], content["image_size"]
-    named = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
-    if not named or not isinstance(size, int) or not 32 <= size <= 1024:
-        raise WeightsError(f"{path} is no checkpoint of a run: class_names or image_size is wrong")
+    are_names = isinstance(names, list) and names and all(isinstance(n, str) for n in names)
+    if not are_names or not isinstance(size, int) or not 32 <= size <= 1024:
+        raise WeightsError(f"{path} is not a run's checkpoint: class_names or image_size is wrong")
     return content

@@ -1,9 +1,4 @@
-"""State dicts and checkpoints: read without running what is in them, written whole or not at all.
-
-Turns files into tensors by name, and those into a fingerprint. Knows nothing about networks.
-
-    >>> state = read_state(Path("resnet18.pth"))  # doctest: +SKIP
-"""
+"""State dicts and checkpoints: reading without executing their content, and atomic writing."""
 
 from __future__ import annotations
 
@@ -20,39 +15,43 @@ from torchvision.models import ResNet18_Weights
 
 from finetune.system.errors import WeightsError
 
+FORMAT_VERSION = 1
+"""Written into every checkpoint as `format_version`; version 0.1.0 wrote none."""
+
 State = dict[str, Tensor]
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Hash of names, types, shapes and bytes: it tells weights apart, and isn't for enemies."""
-    found = xxhash.xxh3_128()
+    """Hash of names, types, shapes and bytes, to tell weights apart; not cryptographic."""
+    hashed = xxhash.xxh3_128()
     for key in sorted(state):
         tensor = state[key].detach().cpu()
-        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # In the order in which `build` lays convolutions out, so that they needn't be copied.
+        hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # In channels_last order, the layout of `build`'s convolutions: no copy is needed.
         tensor = (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous()
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def read_source(weights: str) -> State:
-    """The state dict that `imagenet`, a file or a run directory stands for.
+    """The state dict named by `imagenet`, a file or a run directory.
 
-    ImageNet's are torchvision's, fetched and hash-checked by it. Raises `WeightsError`.
+    ImageNet's weights are torchvision's, which downloads them and checks their hash. Raises
+    `WeightsError`.
     """
     return _imagenet() if weights == "imagenet" else read_state(Path(weights))
 
 
 def _imagenet() -> State:
     weights = ResNet18_Weights.IMAGENET1K_V1
-    place = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(weights.url)
-    if place.exists():
-        return read_state(place)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(weights.url)
+    if path.exists():
+        return read_state(path)
     try:
         state: State = weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
-            f"weights: ImageNet's are not at {place}, and can't be fetched from {weights.url} "
+            f"weights: ImageNet's are not at {path}, and can't be downloaded from {weights.url} "
             f"({error}). Put that file there, or pass --weights a ResNet18 state dict; "
             "--strategy scratch needs none"
         ) from None
@@ -60,7 +59,7 @@ def _imagenet() -> State:
 
 
 def read_state(path: Path) -> State:
-    """A state dict from a .pth, a .safetensors or a run directory. Never runs what it loads.
+    """The state dict in a .pth file, a .safetensors file or a run directory.
 
     Raises `WeightsError`.
     """
@@ -84,15 +83,16 @@ def read_state(path: Path) -> State:
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(
-            f"weights: {path} is no state dict (found: {', '.join(map(str, list(state)[:4]))})"
+            f"weights: {path} is not a state dict (found: {', '.join(map(str, list(state)[:4]))})"
         )
     return state
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, its archive's CRCs checked first: torch itself takes flipped bytes.
+    """The content of a file written by torch.save.
 
-    Raises `WeightsError`; files that would execute something are refused.
+    The archive's CRCs are checked first, because torch.load doesn't. Raises `WeightsError`, also
+    for files that would execute code.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -102,7 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 if damaged := archive.testzip():
                     raise WeightsError(f"{path} is damaged (in {damaged})")
         elif path.read_bytes()[:2] != b"\x80\x02":  # torch's format before 1.6 is a bare pickle
-            raise WeightsError(f"{path} is damaged or no checkpoint")
+            raise WeightsError(f"{path} is damaged or not a checkpoint")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
@@ -115,20 +115,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
-    """torch.save beside the target, then a rename: a whole file or none.
+    """torch.save to a temporary file beside the target, then rename it.
 
     Raises `OSError` with the path in it.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # A file of ours is closed at once: torch's own keeps its place on a full disk for long.
-        with beside.open("wb") as file:
+        # torch.save given a path would keep the file open on a full disk; ours is closed at once.
+        with temporary.open("wb") as file:
             torch.save(content, file)
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch raises its own while it handles a full disk
+        temporary.replace(path)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # on a full disk torch raises a RuntimeError of its own
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

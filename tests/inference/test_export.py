@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 
 from finetune.__main__ import main
 from finetune.data.decode import decode
-from finetune.inference.predict import open_best_model, predict_logits
+from finetune.inference.predict import load_predictor, predict_logits
 from finetune.model.network import build, load_source
 from finetune.model.weights import write_checkpoint
 from finetune.system.errors import ConfigError, MissingPackage, WeightsError
@@ -38,7 +38,7 @@ def test_onnx_gives_the_models_answers_from_pixels(run_dir: Path, digits: Path) 
     paths = sorted((digits / "val").glob("*/*.png"))
     pictures = np.stack([decode(path, 64).numpy() for path in paths])
     (found,) = session.run(["logits"], {"pictures": pictures})
-    expected: Any = predict_logits(open_best_model(run_dir), paths)
+    expected: Any = predict_logits(load_predictor(run_dir), paths)
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["class_names"]) == list("56789")

@@ -16,7 +16,7 @@ from PIL import Image
 import finetune
 from finetune.__main__ import main
 from finetune.data.splits import find_splits
-from finetune.inference.predict import open_best_model, predict_logits
+from finetune.inference.predict import load_predictor, predict_logits
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import ConfigError, DataError, WeightsError
@@ -77,7 +77,7 @@ def test_predicting_the_validation_pictures_gives_the_accuracy_that_the_result_c
 def test_logits_are_those_that_the_run_recorded(run: RunDir) -> None:
     with np.load(run.predictions_path) as recorded:
         logits, paths = recorded["logits"], recorded["paths"]
-    found = predict_logits(open_best_model(run.path), [Path(path) for path in paths])
+    found = predict_logits(load_predictor(run.path), [Path(path) for path in paths])
     np.testing.assert_allclose(np.stack(found), logits, atol=1e-4)  # type: ignore[arg-type]
 
 
@@ -137,10 +137,10 @@ def test_the_table_has_a_line_a_picture(
 
 
 def test_an_answer_does_not_depend_on_the_pictures_beside_it(run: RunDir, digits: Path) -> None:
-    winner = open_best_model(run.path)
+    predictor = load_predictor(run.path)
     paths = sorted((digits / "val").glob("*/*.png"))
-    together = predict_logits(winner, paths)
-    alone = [predict_logits(winner, [path])[0] for path in paths]
+    together = predict_logits(predictor, paths)
+    alone = [predict_logits(predictor, [path])[0] for path in paths]
     np.testing.assert_allclose(np.stack(together), np.stack(alone), atol=1e-4)  # type: ignore[arg-type]
 
 

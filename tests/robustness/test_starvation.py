@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_message_that_names_the_way_on(
     flags = as_flags(fields | {"out": disk / "runs", "cache_dir": tmp_path / "cache"})
     said = one_message(agent(*flags, WANDB_MODE="offline"))
     (place,) = (disk / "runs").iterdir()
-    assert f"make room on the disk, then go on by --resume {place}" in said
+    assert f"make room on the disk, then continue with --resume {place}" in said
     make_room(disk)
     done = agent(f"--resume={place}", WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
@@ -383,7 +383,7 @@ def test_a_run_without_file_handles_is_one_message_and_goes_on_with_more(
     assert "Too many open files" in said
     if count > 1:  # with fewer the run has no directory yet
         (place,) = (tmp_path / "runs").iterdir()
-        assert f"ulimit -n), then go on by --resume {place}" in said
+        assert f"ulimit -n), then continue with --resume {place}" in said
         assert agent(f"--resume={place}").returncode == 0
         assert outcome(place) == expected
 

@@ -293,7 +293,7 @@ def test_an_interrupted_trial_goes_on_from_its_last_epoch(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     check_complete(tmp_path, 2)
-    assert "going on after epoch" in (run_dir / "output.log").read_text()
+    assert "resuming after epoch" in (run_dir / "output.log").read_text()
     result = RunResult.load(run_dir)
     assert result.epochs_run == 6 and not (run_dir / "failure.json").exists()
 

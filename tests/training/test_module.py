@@ -19,7 +19,7 @@ from finetune.data.decode import decode
 from finetune.data.images import open_images
 from finetune.data.seeding import epoch_flips, epoch_order
 from finetune.data.splits import find_splits
-from finetune.features.feed import Feed
+from finetune.features.loader import EpochLoader
 from finetune.model.network import build
 from finetune.runs.run_dir import read_metrics
 from finetune.training.module import FineTuning
@@ -146,7 +146,7 @@ def test_frozen_batchnorm_stays_in_eval_mode_whatever_lightning_asks(config: Run
         for split in (splits.train, splits.val)
     )
     network = resnet18(num_classes=5)
-    module = FineTuning(network, config, Feed(config, train, val, None))
+    module = FineTuning(network, config, EpochLoader(config, train, val, None))
     module.open_parts(0)
     module.train()  # as Lightning calls it, at any moment
     frozen = [m for n, m in network.named_modules() if n.startswith(("bn1", "layer1", "layer2"))]
