@@ -5,7 +5,6 @@ Legend: B batch, H height, W width, C channels, D=512 features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,55 +19,39 @@ from finetune.system.array_store import Array
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-@dataclass(frozen=True)
-class StoredActivations:
-    """The input of one part for every picture of a split, one row per picture."""
-
-    plain: Array
-    flipped: Array | None
-    """The same for the flipped pictures, if the split is flipped."""
-
-    def batch(self, indices: Indices, flips: Flags | None) -> Tensor:
-        """float32, (B, H, W, C), or (B, D) at fc."""
-        if flips is None or self.flipped is None:
-            rows = self.plain.take(indices, axis=0)
-        else:
-            rows = np.empty((len(indices), *self.plain.shape[1:]), self.plain.dtype)
-            rows[~flips] = self.plain.take(indices[~flips], axis=0)
-            rows[flips] = self.flipped.take(indices[flips], axis=0)
-        return torch.from_numpy(rows).float()
-
-
 class SplitInputs:
     """One split's pictures, and their stored activations by part."""
 
     def __init__(self, images: Images, is_flipped: bool) -> None:
         self.images = images
-        self.is_flipped = is_flipped
-        self.stored: dict[str, StoredActivations] = {}
+        self.variants = (False, True) if is_flipped else (False,)
+        """The flips for which activations are stored."""
+        self.stored: dict[str, list[Array]] = {}
+        """The input of a part, an array per variant with one row per picture."""
 
     @property
     def pictures(self) -> Pictures:
         return self.images.pictures
-
-    @property
-    def variants(self) -> tuple[bool, ...]:
-        """The flips for which activations are stored."""
-        return (False, True) if self.is_flipped else (False,)
 
     def last_stored_part(self, boundary: str) -> str:
         """The last part up to `boundary` whose input is stored; `stem` stands for the pictures."""
         stored = [part for part in (*parts_before(boundary), boundary) if part in self.stored]
         return stored[-1] if stored else "stem"
 
-    def batch(
-        self, part: str, indices: Indices, flips: Flags | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The input of `part`, and the positions of pictures that `network_input` has to flip."""
-        if part != "stem":
-            return self.stored[part].batch(indices, flips), None
-        positions = None if flips is None else torch.from_numpy(np.flatnonzero(flips))
-        return self.images.batch(indices), positions
+    def batch(self, part: str, indices: Indices, flips: Flags) -> tuple[Tensor, Tensor | None]:
+        """The input of `part`, and the positions of pictures that `network_input` has to flip.
+
+        uint8 pictures, (B, H, W, 3), at `stem`, else float32 activations, (B, H, W, C), or (B, D)
+        at `fc`.
+        """
+        if part == "stem":
+            positions = torch.from_numpy(np.flatnonzero(flips)) if flips.any() else None
+            return self.images.batch(indices), positions
+        arrays = self.stored[part]
+        rows = np.empty((len(indices), *arrays[0].shape[1:]), arrays[0].dtype)
+        for is_flipped, array in zip(self.variants, arrays, strict=True):
+            rows[flips == is_flipped] = array.take(indices[flips == is_flipped], axis=0)
+        return torch.from_numpy(rows).float(), None
 
 
 def network_input(inputs: Tensor, flips: Tensor | None, part: str) -> Tensor:

@@ -20,7 +20,7 @@ from torchvision.models import ResNet
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds, num_at_once
 from finetune.data.pictures import Indices
-from finetune.features.inputs import SplitInputs, StoredActivations, network_input
+from finetune.features.inputs import SplitInputs, network_input
 from finetune.model.network import boundary_shape, forward, part_state, parts_before
 from finetune.model.weights import fingerprint
 from finetune.system.array_store import Array, Cache, digest
@@ -48,41 +48,36 @@ class PrefixCache:
 
         Returns what was timed: milliseconds per picture to recompute and to read.
         """
-        missing = [
-            split
+        num_missing = sum(
+            len(split.pictures)
             for split in self.splits
             for is_flipped in split.variants
             if self.cache.open("activations", self._description(split, is_flipped)) is None
-        ]
+        )
         timings: dict[str, float] = {}
-        if missing and self.boundary != "fc":  # features at fc are small: always stored
+        if num_missing and self.boundary != "fc":  # features at fc are small: always stored
             try:
                 compute_ms, read_ms = self._time_one_picture()
             except OSError as error:
                 self.log(f"cache: no disk space to time it ({error}); continuing without it")
                 return {}
-            timings = {
-                f"{self.boundary}/recompute_ms": compute_ms,
-                f"{self.boundary}/read_ms": read_ms,
-            }
-            num_filled = sum(len(split.pictures) for split in missing)
-            if not self._saves_time(num_epochs, num_filled, compute_ms, read_ms):
+            timings |= {f"{self.boundary}/recompute_ms": compute_ms}
+            timings |= {f"{self.boundary}/read_ms": read_ms}
+            if not self._saves_time(num_epochs, num_missing, compute_ms, read_ms):
                 return timings
         for split in self.splits:
             arrays = [self._open_or_build(split, is_flipped) for is_flipped in split.variants]
-            plain, flipped = arrays[0], arrays[-1]
-            if plain is not None and flipped is not None:
-                split.stored[self.boundary] = StoredActivations(
-                    plain, flipped if split.is_flipped else None
-                )
+            opened = [array for array in arrays if array is not None]
+            if len(opened) == len(arrays):
+                split.stored[self.boundary] = opened
         return timings
 
     def _saves_time(
-        self, num_epochs: int, num_filled: int, compute_ms: float, read_ms: float
+        self, num_epochs: int, num_missing: int, compute_ms: float, read_ms: float
     ) -> bool:
         num_read = num_epochs * sum(len(split.pictures) for split in self.splits)
         recompute_ms = num_read * compute_ms
-        store_ms = num_filled * (compute_ms + read_ms) + num_read * read_ms
+        store_ms = num_missing * (compute_ms + read_ms) + num_read * read_ms
         is_faster = store_ms < recompute_ms
         self.log(
             f"frozen layers up to {self.boundary}: {compute_ms:.1f} ms per picture to recompute, "
@@ -91,11 +86,11 @@ class PrefixCache:
         )
         return is_faster
 
-    @property
+    @cached_property
     def _num_at_once(self) -> int:
         return num_at_once(self.config.image_size, self.config.accelerator)
 
-    @property
+    @cached_property
     def _device(self) -> torch.device:
         device: torch.device = self.network.conv1.weight.device
         return device
@@ -131,9 +126,8 @@ class PrefixCache:
         def build(rows: Array) -> dict[str, Any]:
             done = self.progress(f"computing {what}", num_pictures)
             for start, end in batch_bounds(num_pictures, self._num_at_once):
-                indices = np.arange(start, end)
-                rows[indices] = self._to_cache_format(self._compute(split, indices, is_flipped))
-                for _ in indices:
+                rows[start:end] = self._compute(split, np.arange(start, end), is_flipped)
+                for _ in range(start, end):
                     done()
             return {}
 
@@ -146,47 +140,42 @@ class PrefixCache:
         )
         return entry.array if entry else None
 
-    def _to_cache_format(self, rows: Array) -> Array:
-        """Raises `ConfigError` if a value is too large for `cache_format`."""
-        dtype = self.config.cache_format
-        with np.errstate(over="ignore"):
-            converted = rows.astype(dtype, copy=False)
-        if dtype != "float32" and np.isinf(converted).any():
-            raise ConfigError(
-                f"cache_format: got {dtype}, whose largest number is {np.finfo(dtype).max:.0f}; "
-                f"the input of {self.boundary} has larger ones: pass float32"
-            )
-        return converted
-
     @torch.inference_mode()
     def _compute(self, split: SplitInputs, indices: Indices, is_flipped: bool) -> Array:
-        """The float32 activations that enter the boundary, (B, H, W, C) or (B, D)."""
-        part = split.last_stored_part(self.boundary)
-        flips = np.full(len(indices), is_flipped) if split.is_flipped else None
-        inputs, positions = split.batch(part, indices, flips)
+        """The activations that enter the boundary, (B, H, W, C) or (B, D), in `cache_format`.
+
+        Raises `ConfigError` if one is too large for it.
+        """
+        part, dtype = split.last_stored_part(self.boundary), self.config.cache_format
+        inputs, positions = split.batch(part, indices, np.full(len(indices), is_flipped))
         if positions is not None:
             positions = positions.to(self._device)
         x = network_input(inputs.to(self._device), positions, part)
         with self.precision():
             x = forward(self.network, x, part, self.boundary)
         x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
-        return x.float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            rows: Array = x.float().cpu().numpy().astype(dtype, copy=False)
+        if dtype != "float32" and np.isinf(rows).any():
+            raise ConfigError(
+                f"cache_format: got {dtype}, whose largest number is {np.finfo(dtype).max:.0f}; "
+                f"the input of {self.boundary} has larger ones: pass float32"
+            )
+        return rows
 
     def _time_one_picture(self) -> tuple[float, float]:
         """Milliseconds to recompute one picture's activations, and to read them from a file."""
         split = self.splits[0]
         size = min(self._num_at_once, len(split.pictures))
         num_timed = size * _NUM_TIMED_BATCHES
-        computed = self._compute(split, np.arange(size), False)  # not timed: first calls are slower
+        self._compute(split, np.arange(size), False)  # not timed: first calls are slower
         start = time.perf_counter()
-        for _ in range(_NUM_TIMED_BATCHES):
-            computed = self._compute(split, np.arange(size), False)
+        computed = [self._compute(split, np.arange(size), False) for _ in range(_NUM_TIMED_BATCHES)]
         compute_ms = (time.perf_counter() - start) * 1e3 / num_timed
-        written = np.concatenate([self._to_cache_format(computed)] * _NUM_TIMED_BATCHES)
         # A file without a name: nothing is left behind if the process is killed.
         with tempfile.TemporaryFile(dir=self.cache.directory) as file:
-            written.tofile(file)
-            rows = np.memmap(file, written.dtype, "r", shape=written.shape)
+            np.concatenate(computed).tofile(file)
+            rows = np.memmap(file, computed[0].dtype, "r", shape=(num_timed, *self._shape))
             start = time.perf_counter()
             for first in range(0, num_timed, size):
                 rows.take(np.arange(first, first + size), axis=0)

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +36,6 @@ from finetune.system.text import one_line
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
-_DEVICES: dict[str, Callable[[], bool]] = {
-    "cuda": torch.cuda.is_available,
-    "mps": torch.backends.mps.is_available,
-}
 _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -54,7 +48,7 @@ class Predictor:
     image_size: int
     config: RunConfig | None
     device: torch.device
-    precision: Callable[[], AbstractContextManager[Any]]
+    autocast_dtype: torch.dtype | None
 
     @property
     def batch_size(self) -> int:
@@ -65,7 +59,8 @@ class Predictor:
     def logits(self, images_BHWC: Tensor) -> Logits:
         """The logits of uint8 pictures, (B, K)."""
         x = normalise(images_BHWC.to(self.device), None)
-        with self.precision():
+        enabled = self.autocast_dtype is not None
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled):
             logits_BK = forward(self.model, x, "stem", None)
         logits: Logits = logits_BK.float().cpu().numpy()
         return logits
@@ -79,15 +74,12 @@ def load_predictor(run_dir: Path) -> Predictor:
     model: Any = load_best(run_dir)
     run = RunDir(run_dir)
     config = run.read_config() if run.config_path.exists() else None
-    trained_on = config.accelerator if config else "cpu"
-    is_available = trained_on in _DEVICES and _DEVICES[trained_on]()
-    device = torch.device(trained_on if is_available else "cpu")
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
-    if config and device.type == trained_on and config.precision in _DTYPES:
-        precision = partial(torch.autocast, device.type, _DTYPES[config.precision])
-    return Predictor(
-        model.to(device), model.class_names, model.image_size, config, device, precision
-    )
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if config is None or device is None or device.type != config.accelerator:
+        device = torch.device("cpu")
+    is_same = config is not None and device.type == config.accelerator
+    dtype = _DTYPES.get(config.precision) if config and is_same else None
+    return Predictor(model.to(device), model.class_names, model.image_size, config, device, dtype)
 
 
 def predict_logits(

@@ -98,13 +98,12 @@ def _listed_keys(keys: list[str]) -> str:
     return ", ".join(keys[:_MAX_LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
 
 
-def part_modules(model: ResNet, part: str) -> list[nn.Module]:
-    """The modules of a part that have parameters or buffers."""
-    return [model.conv1, model.bn1] if part == "stem" else [getattr(model, part)]
-
-
-def part_parameters(model: ResNet, part: str) -> list[nn.Parameter]:
-    return [p for module in part_modules(model, part) for p in module.parameters()]
+def part_module(model: ResNet, part: str) -> nn.Module:
+    """The module of a part, which shares its parameters and buffers with the model."""
+    if part == "stem":
+        return nn.ModuleList([model.conv1, model.bn1])
+    module: nn.Module = getattr(model, part)
+    return module
 
 
 def part_of_key(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Mapping
@@ -39,19 +40,17 @@ def read_source(weights: str) -> State:
     ImageNet's weights are torchvision's, which downloads them and checks their hash. Raises
     `WeightsError`.
     """
-    return _imagenet() if weights == "imagenet" else read_state(Path(weights))
-
-
-def _imagenet() -> State:
-    weights = ResNet18_Weights.IMAGENET1K_V1
-    path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(weights.url)
+    if weights != "imagenet":
+        return read_state(Path(weights))
+    imagenet = ResNet18_Weights.IMAGENET1K_V1
+    path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(imagenet.url)
     if path.exists():
         return read_state(path)
     try:
-        state: State = weights.get_state_dict(progress=True, check_hash=True)
+        state: State = imagenet.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
-            f"weights: ImageNet's are not at {path}, and can't be downloaded from {weights.url} "
+            f"weights: ImageNet's are not at {path}, and can't be downloaded from {imagenet.url} "
             f"({error}). Put that file there, or pass --weights a ResNet18 state dict; "
             "--strategy scratch needs none"
         ) from None
@@ -63,28 +62,31 @@ def read_state(path: Path) -> State:
 
     Raises `WeightsError`.
     """
-    if path.is_dir():
-        path = path / "best.ckpt"
+    path = path / "best.ckpt" if path.is_dir() else path
     if not path.exists():
         raise WeightsError(
             f"weights: {path} does not exist; pass imagenet, a state-dict file or a run directory"
         )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded: State = load_file(path)
-            return loaded
-    except ImportError:
-        raise WeightsError(f"weights: {path} needs safetensors: pip install safetensors") from None
-    except Exception as error:
-        raise WeightsError(f"weights: {path} can't be read: {error}") from None
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     content = read_checkpoint(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(
             f"weights: {path} is not a state dict (found: {', '.join(map(str, list(state)[:4]))})"
         )
+    return state
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        from safetensors.torch import load_file
+
+        state: State = load_file(path)
+    except ImportError:
+        raise WeightsError(f"weights: {path} needs safetensors: pip install safetensors") from None
+    except Exception as error:
+        raise WeightsError(f"weights: {path} can't be read: {error}") from None
     return state
 
 
@@ -115,23 +117,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
-    """torch.save to a temporary file beside the target, then rename it.
+    """Write a file that `read_checkpoint` reads, whole or not at all.
 
     Raises `OSError` with the path in it.
     """
+    buffer = io.BytesIO()  # torch.save would hide the error of a full disk in its own
+    torch.save(content, buffer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # torch.save given a path would keep the file open on a full disk; ours is closed at once.
-        with temporary.open("wb") as file:
-            torch.save(content, file)
+        temporary.write_bytes(buffer.getbuffer())
         temporary.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # on a full disk torch raises a RuntimeError of its own
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)

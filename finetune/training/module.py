@@ -20,7 +20,7 @@ from finetune.config.strategies import PARTS, SCHEDULES
 from finetune.data.batches import Batch, EpochBatches
 from finetune.features.inputs import network_input
 from finetune.features.loader import EpochLoader
-from finetune.model.network import forward, part_modules, part_parameters, part_state
+from finetune.model.network import forward, part_module, part_state
 from finetune.runs.result import Row
 
 
@@ -63,23 +63,21 @@ class FineTuning(pl.LightningModule):
         """Frozen parts stay in eval mode, whatever `mode` is."""
         super().train(mode)
         for part in PARTS:
-            for module in part_modules(self.network, part):
-                module.train(mode and part in self._open)
+            part_module(self.network, part).train(mode and part in self._open)
         return self
 
     def open_parts(self, epoch: int) -> None:
         """Enable gradients and train mode for the parts that train at this epoch only."""
         self._open = self.plan.trainable_parts(epoch)
         for part in PARTS:
-            for parameter in part_parameters(self.network, part):
-                parameter.requires_grad_(part in self._open)
+            part_module(self.network, part).requires_grad_(part in self._open)
         self.train()
 
     def configure_optimizers(self) -> Any:
         rate = self.config.learning_rate
         groups = [
             {
-                "params": part_parameters(self.network, part),
+                "params": list(part_module(self.network, part).parameters()),
                 "lr": rate * self.plan.rate_shares[part],
                 "name": part,
             }

@@ -9,12 +9,13 @@ import io
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import epochs_since_best
@@ -52,7 +53,7 @@ def read_last(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-class AtomicCheckpointIO(CheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written atomically and checked when loaded."""
 
     def save_checkpoint(
@@ -65,29 +66,19 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         return read_last(Path(path))
 
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
 
-
+@dataclass(eq=False)
 class Recorder(pl.Callback):
     """After each epoch: adds a row, writes the run's files, and stops a run out of patience."""
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        config: RunConfig,
-        weights_fingerprint: str | None,
-        log: Callable[[str], None] = print,
-        on_epoch: EpochCallback | None = None,
-    ) -> None:
-        self._run_dir = run_dir
-        self._config = config
-        self._weights_fingerprint = weights_fingerprint
-        self._log = log
-        self._on_epoch = on_epoch
-        self.rows: list[Row] = []
-        self.train_seconds = 0.0
-        self._epoch_started = 0.0
+    run_dir: RunDir
+    config: RunConfig
+    weights_fingerprint: str | None
+    log: Callable[[str], None] = print
+    on_epoch: EpochCallback | None = None
+    rows: list[Row] = field(default_factory=list)
+    train_seconds: float = 0.0
+    _epoch_started: float = 0.0
 
     @property
     def state_key(self) -> str:
@@ -104,12 +95,12 @@ class Recorder(pl.Callback):
     def out_of_patience(self) -> bool:
         """Whether early stopping ends the run; depends on the rows alone."""
         losses = [row["val_loss"] for row in self.rows]
-        since_best = epochs_since_best(losses, self._config.plan)
-        return 0 < self._config.patience_epochs <= since_best
+        since_best = epochs_since_best(losses, self.config.plan)
+        return 0 < self.config.patience_epochs <= since_best
 
     @property
     def is_complete(self) -> bool:
-        return len(self.rows) >= self._config.epochs or self.out_of_patience
+        return len(self.rows) >= self.config.epochs or self.out_of_patience
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.perf_counter()
@@ -123,8 +114,8 @@ class Recorder(pl.Callback):
         row["images_per_second"] = num_pictures / (time.perf_counter() - self._epoch_started)
         with defer_stop():
             self._record(row, trainer, pl_module)
-        if self._on_epoch is not None:
-            self._on_epoch(row)
+        if self.on_epoch is not None:
+            self.on_epoch(row)
         if self.out_of_patience:
             trainer.should_stop = True
 
@@ -134,7 +125,7 @@ class Recorder(pl.Callback):
             found = ", ".join(f"{name} is {value}" for name, value in losses.items())
             raise Diverged(
                 f"diverged in epoch {row['epoch']:.0f} at learning_rate "
-                f"{self._config.learning_rate:g}: {found}; pass a smaller --learning_rate"
+                f"{self.config.learning_rate:g}: {found}; pass a smaller --learning_rate"
             )
 
     def _record(self, row: Row, trainer: pl.Trainer, module: FineTuning) -> None:
@@ -148,18 +139,18 @@ class Recorder(pl.Callback):
         row["best_val_acc"] = self.rows[best]["val_acc"]
         if best == row["epoch"]:
             self._write_best(row, module)
-        self._run_dir.write_metrics(self.rows)
+        self.run_dir.write_metrics(self.rows)
         self.train_seconds += time.perf_counter() - self._epoch_started
-        trainer.save_checkpoint(self._run_dir.last_path)
+        trainer.save_checkpoint(self.run_dir.last_path)
         for logger in trainer.loggers:
             logger.log_metrics(row)
-        self._log(_summary_line(row, self._config.epochs))
+        self.log(_summary_line(row, self.config.epochs))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["format_version"] = FORMAT_VERSION
-        checkpoint["weights_fingerprint"] = self._weights_fingerprint
+        checkpoint["weights_fingerprint"] = self.weights_fingerprint
 
     def _write_best(self, row: Row, module: FineTuning) -> None:
         """best.ckpt, the complete network with its classes and preprocessing; predictions.npz."""
@@ -169,17 +160,17 @@ class Recorder(pl.Callback):
             "model": MODEL_NAME,
             "state_dict": {k: v.cpu() for k, v in module.network.state_dict().items()},
             "class_names": list(pictures.class_names),
-            "image_size": self._config.image_size,
+            "image_size": self.config.image_size,
             "mean": list(MEAN),
             "std": list(STD),
             "epoch": row["epoch"],
             "val_acc": row["val_acc"],
         }
-        write_checkpoint(content, self._run_dir.best_path)
+        write_checkpoint(content, self.run_dir.best_path)
         buffer = io.BytesIO()
         paths = np.array([str(pictures.path(i)) for i in range(len(pictures))])
         np.savez(buffer, logits=module.val_logits().numpy(), labels=pictures.labels, paths=paths)
-        write_atomically(self._run_dir.predictions_path, buffer.getvalue())
+        write_atomically(self.run_dir.predictions_path, buffer.getvalue())
 
 
 def _summary_line(row: Row, epochs: int) -> str:

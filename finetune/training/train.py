@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,14 +23,12 @@ from pytorch_lightning.loggers import WandbLogger
 from torchvision.models import ResNet
 
 from finetune.config.fields import RunConfig
-from finetune.data.images import open_images
 from finetune.data.splits import Splits
 from finetune.features.loader import EpochLoader
 from finetune.model.network import build, build_from, load_best, read_best
 from finetune.runs.resolve import prepare_run, resolve
 from finetune.runs.result import RunResult, best_epoch
 from finetune.runs.run_dir import RunDir
-from finetune.system.array_store import Cache
 from finetune.system.errors import FinetuneError, RunDirError, Shortage, WeightsError, failure_of
 from finetune.system.progress import bar
 from finetune.system.resources import is_out_of_memory, shortage
@@ -117,14 +114,11 @@ class _Execution:
         checkpoint_path = self._resume(recorder, source)
         self.tracker = tracker = Tracker.open(config, run_dir, log)
         tracker.catch_up(recorder.rows)
-        started = time.perf_counter()
-        loader, unreadable = self._open_loader()
-        open_seconds = time.perf_counter() - started
+        loader = EpochLoader(config, self.splits, log, bar)
         module = FineTuning(network, config, loader)
         if not recorder.is_complete:
             self._trainer(recorder, tracker).fit(module, ckpt_path=checkpoint_path)
-        cache_seconds = open_seconds + loader.prepare_seconds
-        result = self._result(recorder, loader, source, unreadable, cache_seconds)
+        result = self._result(recorder, loader, source)
         tracker.conclude(result, run_dir)
         with defer_stop():  # the server and the directory agree on how the run ended
             tracker.close()
@@ -163,23 +157,6 @@ class _Execution:
         log(f"resuming after epoch {len(recorder.rows) - 1}")
         return path
 
-    def _open_loader(self) -> tuple[EpochLoader, list[str]]:
-        """The loader, and the names of the unreadable pictures that it leaves out."""
-        config, cache = self.config, None
-        if config.cache == "on" and config.cache_gb:
-            cache = Cache(config.cache_dir, config.cache_gb * 1e9, log)
-        opened, unreadable = [], []
-        for split in (self.splits.train, self.splits.val):
-            images, names = open_images(
-                split, config.image_size, config.skip_unreadable, cache, bar
-            )
-            opened.append(images)
-            unreadable += [f"{split.folder.name}/{name}" for name in names]
-        if unreadable:
-            log(f"continuing without {len(unreadable)} unreadable pictures: {unreadable[0]} ...")
-        train, val = opened
-        return EpochLoader(config, train, val, cache, log, bar), unreadable
-
     def _trainer(self, recorder: Recorder, tracker: Tracker) -> pl.Trainer:
         return pl.Trainer(
             max_epochs=self.config.epochs,
@@ -197,14 +174,7 @@ class _Execution:
             reload_dataloaders_every_n_epochs=1,
         )
 
-    def _result(
-        self,
-        recorder: Recorder,
-        loader: EpochLoader,
-        source: str | None,
-        unreadable: list[str],
-        cache_seconds: float,
-    ) -> RunResult:
+    def _result(self, recorder: Recorder, loader: EpochLoader, source: str | None) -> RunResult:
         rows, train_seconds = recorder.rows, recorder.train_seconds
         best = best_epoch(rows)
         num_train, num_val = len(loader.train_pictures), len(loader.val_pictures)
@@ -220,13 +190,13 @@ class _Execution:
             stopped_early=len(rows) < self.config.epochs,
             num_threads=torch.get_num_threads(),
             train_seconds=train_seconds,
-            cache_seconds=cache_seconds,
+            cache_seconds=loader.cache_seconds,
             images_per_second=len(rows) * (num_train + num_val) / train_seconds,
             trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
             class_names=list(self.splits.class_names),
             num_train=num_train,
             num_val=num_val,
-            unreadable=unreadable,
+            unreadable=loader.unreadable,
             dataset_fingerprint=self.splits.dataset_fingerprint,
             split_fingerprint=self.splits.split_fingerprint,
             weights_fingerprint=source,

@@ -11,33 +11,22 @@ import pytest
 import torch
 
 from finetune.config.fields import RunConfig
-from finetune.data.images import open_images
-from finetune.data.splits import find_splits
 from finetune.features.loader import EpochLoader
 from finetune.model.network import build, load_source
+from finetune.runs.resolve import resolve
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import read_metrics
-from finetune.system.array_store import Cache
 from finetune.system.errors import ConfigError
 from tests.conftest import Train
 
 COMPARED = ("train_loss", "train_acc", "val_loss", "val_acc")
 
 
-def open_loader(config: RunConfig) -> EpochLoader:
-    splits = find_splits(config)
-    cache = Cache(config.cache_dir, 1e9)
-    train, val = (
-        open_images(split, config.image_size, False, cache)[0]
-        for split in (splits.train, splits.val)
-    )
-    return EpochLoader(config, train, val, cache)
-
-
 def prepared(config: RunConfig) -> EpochLoader:
+    config, splits = resolve(config)
     network = build(5, config.seed).eval()
     load_source(network, str(config.weights))
-    loader = open_loader(config)
+    loader = EpochLoader(config, splits)
     loader.prepare(network, 0)
     return loader
 

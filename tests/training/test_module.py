@@ -16,7 +16,6 @@ from torchvision.transforms.functional import normalize
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
 from finetune.data.decode import decode
-from finetune.data.images import open_images
 from finetune.data.seeding import epoch_flips, epoch_order
 from finetune.data.splits import find_splits
 from finetune.features.loader import EpochLoader
@@ -140,13 +139,8 @@ def test_a_run_equals_a_plain_loop(strategy: str, train: Train, fields: dict[str
 
 
 def test_frozen_batchnorm_stays_in_eval_mode_whatever_lightning_asks(config: RunConfig) -> None:
-    splits = find_splits(config)
-    train, val = (
-        open_images(split, config.image_size, False, None)[0]
-        for split in (splits.train, splits.val)
-    )
     network = resnet18(num_classes=5)
-    module = FineTuning(network, config, EpochLoader(config, train, val, None))
+    module = FineTuning(network, config, EpochLoader(config, find_splits(config)))
     module.open_parts(0)
     module.train()  # as Lightning calls it, at any moment
     frozen = [m for n, m in network.named_modules() if n.startswith(("bn1", "layer1", "layer2"))]
