@@ -43,7 +43,7 @@ class EpochLoader:
         self._log = log
         self._progress = progress
         self._cache = None
-        if config.cache == "on" and config.cache_gb:
+        if config.cache and config.cache_gb:
             self._cache = Cache(config.cache_dir, config.cache_gb * 1e9, log)
         self.unreadable: list[str] = []
         """The pictures that are left out, as SPLIT/CLASS/FILE."""
