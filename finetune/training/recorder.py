@@ -74,7 +74,7 @@ class Recorder(pl.Callback):
     run_dir: RunDir
     config: RunConfig
     weights_fingerprint: str | None
-    log: Callable[[str], None] = print
+    log_line: Callable[[str], None] = print  # Lightning sets `log` to its own
     on_epoch: EpochCallback | None = None
     rows: list[Row] = field(default_factory=list)
     train_seconds: float = 0.0
@@ -144,7 +144,7 @@ class Recorder(pl.Callback):
         trainer.save_checkpoint(self.run_dir.last_path)
         for logger in trainer.loggers:
             logger.log_metrics(row)
-        self.log(_summary_line(row, self.config.epochs))
+        self.log_line(_summary_line(row, self.config.epochs))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
