@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -35,17 +36,13 @@ _IMAGE_SIZE = 64  # enough to compare pictures, and quick
 _MAX_LISTED = 10
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One readable picture."""
 
-    name: str
-    """SPLIT/CLASS/FILE."""
     width: int
     height: int
     mode: str
     """Pillow's: RGB, L, P, CMYK ..."""
-    bytes_hash: str
     pixels_hash: str
 
 
@@ -91,24 +88,24 @@ def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
     findings = Findings(str(data_dir))
     names = _list_files(data_dir, findings)
     done = progress(f"reading {data_dir}", len(names))
-    readable: dict[str, Picture] = {}
+    pictures: dict[str, Picture] = {}
 
     def add(index: int, image: object) -> None:
         name = names[index]
         if isinstance(image, DataError):
             findings.unreadable[name] = str(image)
         else:
-            readable[name] = _describe(data_dir, name, image.numpy().tobytes())  # type: ignore[attr-defined]
+            pictures[name] = _describe(data_dir / name, image.numpy().tobytes())  # type: ignore[attr-defined]
         done()
 
     decode_many([data_dir / name for name in names], _IMAGE_SIZE, add)
-    pictures = [readable[name] for name in names if name in readable]
+    pictures = {name: pictures[name] for name in names if name in pictures}
     findings.unreadable = dict(sorted(findings.unreadable.items()))
-    findings.faults += _unreadable_classes(findings.counts, readable)
-    findings.repeated = find_repeated(pictures)
-    findings.modes = dict(Counter(p.mode for p in pictures).most_common())
+    findings.faults += _unreadable_classes(findings.counts, pictures)
+    findings.repeated = _find_repeated(data_dir, pictures)
+    findings.modes = dict(Counter(p.mode for p in pictures.values()).most_common())
     for side in ("width", "height"):
-        values = sorted(getattr(p, side) for p in pictures) or [0]
+        values = sorted(getattr(p, side) for p in pictures.values()) or [0]
         findings.sizes[side] = [values[0], statistics.median_low(values), values[-1]]
     return findings
 
@@ -143,58 +140,54 @@ def _list_files(data_dir: Path, findings: Findings) -> list[str]:
     return names
 
 
-def _describe(data_dir: Path, name: str, pixels: bytes) -> Picture:
-    path = data_dir / name
+def _describe(path: Path, pixels: bytes) -> Picture:
     with Image.open(path, formats=PICTURE_FORMATS) as image:
-        width, height, mode = image.width, image.height, image.mode
-    with path.open("rb") as file:
-        bytes_hash = hashlib.file_digest(file, "blake2b").hexdigest()
-    content = f"{width}x{height} ".encode() + pixels
-    return Picture(name, width, height, mode, bytes_hash, hashlib.blake2b(content).hexdigest())
+        content = f"{image.width}x{image.height} ".encode() + pixels
+        pixels_hash = hashlib.blake2b(content).hexdigest()
+        return Picture(image.width, image.height, image.mode, pixels_hash)
 
 
 def _unreadable_classes(counts: dict[str, dict[str, int]], readable: Iterable[str]) -> list[str]:
     """These stop a run with --skip_unreadable too."""
-    with_pictures = {tuple(name.split("/")[:2]) for name in readable}
+    classes = {f"{split}/{name}": held[name] for split, held in counts.items() for name in held}
+    with_pictures = {"/".join(name.split("/")[:2]) for name in readable}
     return [
-        f"{split}/{name} has no readable picture"
-        for split, classes in counts.items()
+        f"{name} has no readable picture"
         for name, number in classes.items()
-        if number and (split, name) not in with_pictures
+        if number and name not in with_pictures
     ]
 
 
 def _class_differences(counts: dict[str, dict[str, int]]) -> list[str]:
     differences = []
     for name in sorted(set().union(*counts.values())):
-        present = [f"{split}/" for split in counts if name in counts[split]]
-        missing = [f"{split}/" for split in counts if name not in counts[split]]
+        present = ", ".join(f"{split}/" for split in counts if name in counts[split])
+        missing = ", ".join(f"{split}/" for split in counts if name not in counts[split])
         if missing:
-            differences.append(
-                f"class {name!r} is in {', '.join(present)} but not in {', '.join(missing)}"
-            )
+            differences.append(f"class {name!r} is in {present} but not in {missing}")
     return differences
 
 
-def find_repeated(pictures: list[Picture]) -> list[dict[str, object]]:
+def _find_repeated(data_dir: Path, pictures: dict[str, Picture]) -> list[dict[str, object]]:
     """Pictures that occur in several splits or classes.
 
     Pictures are the same if their sizes and decoded pixels are, whatever the file format and
     metadata. Copies within one class of one split are not listed.
     """
-    by_pixels: dict[str, list[Picture]] = defaultdict(list)
-    for picture in pictures:
-        by_pixels[picture.pixels_hash].append(picture)
+    by_pixels: dict[str, list[str]] = defaultdict(list)
+    for name, picture in pictures.items():
+        by_pixels[picture.pixels_hash].append(name)
     repeated: list[dict[str, object]] = []
-    for same in by_pixels.values():
-        splits, classes = ({p.name.split("/")[level] for p in same} for level in (0, 1))
+    for names in by_pixels.values():
+        splits, classes = ({name.split("/")[level] for name in names} for level in (0, 1))
         if len(splits) > 1 or len(classes) > 1:
+            num_contents = len({(data_dir / name).read_bytes() for name in names})
             repeated.append(
                 {
-                    "files": [p.name for p in same],
+                    "files": names,
                     "in_several_splits": len(splits) > 1,
                     "under_several_classes": len(classes) > 1,
-                    "same_bytes": len({p.bytes_hash for p in same}) == 1,
+                    "same_bytes": num_contents == 1,
                 }
             )
     return repeated

@@ -9,19 +9,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from finetune.data.layout import SPLITS, class_dirs, find_data_dir, pictures_of_class
 from finetune.datasets.archive import (
-    MANIFEST,
     Counts,
     ExpectedDataset,
     changed_files,
     check_free_space,
-    count_pictures,
     read_manifest,
     sha256,
     unpack,
 )
-from finetune.datasets.fetch import DEFAULT_RETRIES, PartialDownload, RetryPolicy, fetch
+from finetune.datasets.fetch import PartialDownload, fetch
 from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive
 from finetune.system.errors import ConfigError, DataError, WeightsError
 
@@ -44,7 +41,6 @@ def download(
     weights_only: bool = False,
     *,
     weights_url: str = WEIGHTS_URL,
-    retries: RetryPolicy = DEFAULT_RETRIES,
 ) -> None:
     """Download the data set, from `url` or a local `archive` if given, and the weights.
 
@@ -57,18 +53,13 @@ def download(
     if archive is not None:
         unpack_archive(data_dir, archive)
     elif url is not None:
-        fetch_data(data_dir, url, None, retries)
+        fetch_data(data_dir, url, None)
     elif not weights_only:
-        fetch_data(data_dir, INATURALIST_URL, INATURALIST, retries)
-    fetch_weights(weights_url, retries)
+        fetch_data(data_dir, INATURALIST_URL, INATURALIST)
+    fetch_weights(weights_url)
 
 
-def fetch_data(
-    data_dir: Path,
-    url: str,
-    expected: ExpectedDataset | None,
-    retries: RetryPolicy = DEFAULT_RETRIES,
-) -> None:
+def fetch_data(data_dir: Path, url: str, expected: ExpectedDataset | None) -> None:
     """Make `data_dir` hold the data set in the zip at `url`. Raises `DataError`.
 
     The archive is kept in NAME.zip.part beside `data_dir` until it is unpacked.
@@ -82,7 +73,7 @@ def fetch_data(
     with _locked(data_dir.parent):
         if _is_complete(data_dir, partial.source, expected):
             return
-        fetch(partial, retries, check_space)
+        fetch(partial, check_space)
         try:
             counts = unpack(partial.path, data_dir, partial.source, expected)
         except UnexpectedArchive as error:
@@ -142,35 +133,24 @@ def _is_complete(data_dir: Path, source: str, expected: ExpectedDataset | None) 
     if is_empty:
         return False
     manifest = read_manifest(data_dir)
-    counts = manifest["pictures"] if manifest else _count_files(data_dir)
-    problem = expected.difference(counts) if expected else None
-    if manifest and Path(manifest["source"]).name != Path(source).name:
-        problem = f"it was made from {manifest['source']}"
-    elif not manifest and not expected:
-        problem = f"it has no {MANIFEST}"
-    if problem:
+    if manifest is None:
         raise DataError(
-            f"data_dir: {data_dir} holds other data than {source}: {problem}; pass another "
-            "--data_dir"
+            f"data_dir: {data_dir} holds files that this command did not make; pass a new or an "
+            "empty folder. A data set that you unpacked yourself needs no download"
         )
-    if manifest and (changed := changed_files(data_dir, manifest)):
+    difference = expected.difference(manifest["pictures"]) if expected else None
+    if difference or Path(manifest["source"]).name != Path(source).name:
+        raise DataError(
+            f"{data_dir} holds the data of {manifest['source']}, not of {source}"
+            f"{f' ({difference})' if difference else ''}; pass another --data_dir"
+        )
+    if changed := changed_files(data_dir, manifest):
         raise DataError(
             f"{data_dir} is incomplete: {len(changed)} files are missing or changed, such as "
             f"{changed[0]}; remove the folder and run the same command again"
         )
-    _print_summary(data_dir, counts)
+    _print_summary(data_dir, manifest["pictures"])
     return True
-
-
-def _count_files(data_dir: Path) -> Counts:
-    root = find_data_dir(data_dir)
-    return count_pictures(
-        f"{split}/{class_dir.name}/{name}"
-        for split in SPLITS
-        if (root / split).is_dir()
-        for class_dir in class_dirs(root / split)
-        for name in pictures_of_class(class_dir)
-    )
 
 
 def _print_summary(data_dir: Path, counts: Counts) -> None:
@@ -186,7 +166,7 @@ def checkpoints_dir() -> Path:
     return home.expanduser() / "hub" / "checkpoints"
 
 
-def fetch_weights(url: str = WEIGHTS_URL, retries: RetryPolicy = DEFAULT_RETRIES) -> None:
+def fetch_weights(url: str = WEIGHTS_URL) -> None:
     """Make torch.hub's file of these weights exist, with the hash that its name promises.
 
     Raises `DataError` or `WeightsError`.
@@ -201,7 +181,7 @@ def fetch_weights(url: str = WEIGHTS_URL, retries: RetryPolicy = DEFAULT_RETRIES
                 raise WeightsError(f"weights: {path} is damaged; remove it and run this again")
             print(f"weights: {path} exists already")
             return
-        fetch(partial, retries, lambda missing_bytes: check_free_space(folder, missing_bytes))
+        fetch(partial, lambda missing_bytes: check_free_space(folder, missing_bytes))
         found = sha256(partial.path)
         if not found.startswith(promised):
             partial.remove()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -15,21 +14,12 @@ from urllib3.exceptions import HTTPError
 from finetune.system.errors import ConfigError, DataError
 from finetune.system.progress import byte_bar
 
+RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Before each retry. Starts again after an attempt that received data."""
+TIMEOUT_SECONDS = 30.0
+"""A connection that delivers nothing for this long counts as broken."""
 _BLOCK_BYTES = 1 << 14
 _TEMPORARY_ERRORS = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """When to retry and when to give up."""
-
-    waits_seconds: tuple[float, ...] = (1, 2, 4, 8, 15, 30)
-    """Before each retry. Starts again after an attempt that received data."""
-    stall_seconds: float = 30
-    """A connection that delivers nothing for this long counts as broken."""
-
-
-DEFAULT_RETRIES = RetryPolicy()
 
 
 class PartialDownload:
@@ -89,34 +79,27 @@ class _Interrupted(Exception):
     """An attempt failed; a retry may succeed."""
 
 
-CheckSpace = Callable[[int], None]
-
-
-def fetch(
-    partial: PartialDownload,
-    retries: RetryPolicy = DEFAULT_RETRIES,
-    check_space: CheckSpace = lambda missing_bytes: None,
-) -> None:
+def fetch(partial: PartialDownload, check_space: Callable[[int], None]) -> None:
     """Complete a partial download. Received bytes are kept whatever happens.
 
     `check_space` gets the number of missing bytes before any of them is received. Raises
     `DataError` when the server refuses or all retries fail.
     """
-    waits = iter(retries.waits_seconds)
+    waits = iter(RETRY_WAITS_SECONDS)
     try:
         while not partial.is_complete:
             before = partial.num_bytes
             try:
-                _attempt(partial, retries.stall_seconds, check_space)
+                _attempt(partial, check_space)
             except _Interrupted as error:
                 if partial.num_bytes > before:
-                    waits = iter(retries.waits_seconds)
+                    waits = iter(RETRY_WAITS_SECONDS)
                 wait = next(waits, None)
                 if wait is None:
                     raise DataError(
-                        f"{partial.source}: {error}; all {len(retries.waits_seconds)} retries "
-                        f"failed. {partial.num_bytes} bytes are kept in {partial.path}: run the "
-                        "same command again to resume"
+                        f"{partial.source}: {error}; all {len(RETRY_WAITS_SECONDS)} retries failed."
+                        f" {partial.num_bytes} bytes are kept in {partial.path}: run the same "
+                        "command again to resume"
                     ) from None
                 print(f"{partial.name}: {error}; retrying in {wait:g} s", flush=True)
                 time.sleep(wait)
@@ -127,7 +110,7 @@ def fetch(
             partial.remove()
 
 
-def _attempt(partial: PartialDownload, stall_seconds: float, check_space: CheckSpace) -> None:
+def _attempt(partial: PartialDownload, check_space: Callable[[int], None]) -> None:
     """Send one request and append what arrives. Raises `_Interrupted` or `DataError`."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "finetune"}
     if partial.num_bytes:
@@ -135,7 +118,7 @@ def _attempt(partial: PartialDownload, stall_seconds: float, check_space: CheckS
         if partial.validator:
             headers["If-Range"] = partial.validator
     try:
-        response = requests.get(partial.url, headers=headers, stream=True, timeout=stall_seconds)
+        response = requests.get(partial.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS)
     except requests.RequestException as error:
         reason = getattr(error.args[0] if error.args else None, "reason", error)
         raise _Interrupted(str(reason)) from None

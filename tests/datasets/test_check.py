@@ -142,6 +142,12 @@ def test_a_class_that_skip_unreadable_would_empty_is_a_fault(data_dir: Path) -> 
     assert len(found.unreadable) == 2
 
 
+def test_a_readable_picture_in_a_subfolder_counts_for_its_class(data_dir: Path) -> None:
+    write(data_dir, {"val/Fungi/000.jpg": b"", "val/Fungi/001.jpg": b""})
+    write(data_dir, {"val/Fungi/more/1.jpg": jpeg(3000)})
+    assert examine(data_dir).faults == []
+
+
 def test_a_test_folder_is_checked_like_the_others(data_dir: Path) -> None:
     write(data_dir, {"test/Aves/leak.jpg": tree()["val/Aves/000.jpg"]})
     found = examine(data_dir)
