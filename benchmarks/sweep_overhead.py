@@ -51,13 +51,13 @@ def scheduling_ms(folder: Path, method: str, num_trials: int) -> float:
         {"name": method, "method": method, "metric": METRIC, "parameters": parameters}
     )
     started = time.perf_counter()
-    trial_queue = TrialQueue.open(sweep, f"sqlite:///{folder / method}.db", num_trials)
+    trial_queue = TrialQueue(sweep, f"sqlite:///{folder / method}.db", num_trials)
     done = 0
     while claim := trial_queue.claim():
         trial_queue.report(claim, 1, 0.5, judge=True)
         trial_queue.finish(claim, "finished", 0.5, {"best_epoch": 0})
         done += 1
-    assert done == num_trials and trial_queue.settled()
+    assert done == num_trials and trial_queue.is_complete()
     return (time.perf_counter() - started) * 1e3 / num_trials
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from finetune.analysis.report.report import report
 from finetune.datasets.digits import write_digits
 from finetune.sweep.runner import run_sweep
-from finetune.sweep.table import TrialResult, final_table, open_console
+from finetune.sweep.table import final_table, open_console
+from finetune.sweep.trials import TrialResult
 
 SOURCE_DIGITS, TARGET_DIGITS = range(5), range(5, 10)
 

@@ -23,7 +23,8 @@ from finetune.config.fields import RunConfig
 from finetune.runs.result import RunResult
 from finetune.sweep.runner import conclude, run_sweep
 from finetune.sweep.spec import Sweep
-from finetune.sweep.table import TrialResult, open_console
+from finetune.sweep.table import open_console
+from finetune.sweep.trials import TrialResult
 from finetune.system.errors import ConfigError, RunDirError
 from finetune.system.text import message
 

@@ -1,10 +1,4 @@
-"""A sweep -> Optuna's terms.
-
-Turns methods, dimensions and early termination into a sampler, distributions and a pruner, through
-small tables. Runs nothing and stores nothing.
-
-    >>> search.pruner(EarlyTermination(min_iter=4, eta=3))  # doctest: +SKIP
-"""
+"""A sweep's method, dimensions and early termination as Optuna's samplers and pruners."""
 
 from __future__ import annotations
 
@@ -12,12 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
@@ -27,30 +16,21 @@ from finetune.sweep.spec import EarlyTermination, Sweep
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 NUM_STARTUP_TRIALS = 10
-"""Random trials before bayes follows what it has seen."""
+"""The number of random trials before bayes uses earlier results."""
 
 SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
-    "grid": RandomSampler,  # never asked: cells are enqueued whole
+    "grid": RandomSampler,  # not used: the values of cells are enqueued
     "random": RandomSampler,
     "bayes": lambda seed: TPESampler(seed=seed, n_startup_trials=NUM_STARTUP_TRIALS),
 }
-"""W&B's method -> sampler. Its bayes is a Gaussian process; here it is TPE, whose choices need no
-further package and mix with numbers (https://papers.nips.cc/paper/4443)."""
+"""By W&B's method. Its bayes is a Gaussian process; TPE needs no further package and handles
+choices and numbers together (https://papers.nips.cc/paper/4443)."""
 
 
 def sampler(sweep: Sweep, draw: int) -> BaseSampler:
-    """The sampler of one draw. Its seed follows from the sweep's and the draw's number, so that a
-    sweep that was interrupted draws what it would have drawn."""
+    """The sampler of one draw, seeded by the sweep's seed and the number of the draw, so that an
+    interrupted sweep draws the same values."""
     return SAMPLERS[sweep.method]((sweep.seed * 1_000_003 + draw) % 2**32)
-
-
-def distribution(dimension: Dimension) -> BaseDistribution:
-    """Where a dimension's points are drawn from."""
-    if dimension.choices:
-        return CategoricalDistribution(dimension.choices)
-    if dimension.whole:
-        return IntDistribution(int(dimension.low), int(dimension.high))
-    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
 def cell_distribution(dimension: Dimension) -> BaseDistribution:
@@ -59,9 +39,9 @@ def cell_distribution(dimension: Dimension) -> BaseDistribution:
 
 
 def pruner(early_termination: EarlyTermination | None) -> BasePruner:
-    """W&B's hyperband is a single series of brackets, which is successive halving.
+    """Successive halving: W&B's hyperband has a single series of brackets.
 
-    Optuna's own hyperband spreads trials over several (https://arxiv.org/abs/1810.05934).
+    Optuna's own hyperband distributes trials over several (https://arxiv.org/abs/1810.05934).
     """
     if early_termination is None:
         return NopPruner()
@@ -71,12 +51,12 @@ def pruner(early_termination: EarlyTermination | None) -> BasePruner:
 
 
 def draw(trial: optuna.trial.Trial, dimensions: tuple[Dimension, ...]) -> dict[str, Value]:
-    """Each dimension's value for this trial; what was drawn before stays."""
+    """Each dimension's value for this trial; values that were drawn before are kept."""
     return meaning({d.name: _suggest(trial, d) for d in dimensions}, dimensions)
 
 
 def meaning(points: Mapping[str, Any], dimensions: tuple[Dimension, ...]) -> dict[str, Value]:
-    """The fields that drawn points stand for."""
+    """The values of the fields for points as Optuna draws them."""
     return {d.name: points[d.name] if d.choices else d.meaning(points[d.name]) for d in dimensions}
 
 

@@ -1,10 +1,4 @@
-"""Where a sweep's trials are kept, so that several processes and machines share them.
-
-Turns `--storage` into one of Optuna's storages: SQLite, another database by its URL, or a journal
-file; and tells which processes of this machine are still alive. Knows nothing about trials.
-
-    >>> open_storage("journal:/shared/sweep.journal")  # doctest: +SKIP
-"""
+"""Where a sweep's trials are stored, and which of its processes on this machine are alive."""
 
 from __future__ import annotations
 
@@ -19,7 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import optuna
+from finetune.system.errors import ConfigError, FinetuneError, MissingPackage
+
+try:
+    import optuna
+except ImportError:
+    raise MissingPackage("optuna", "sweep", "the local sweep") from None
+
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -27,170 +27,175 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from finetune.system.errors import ConfigError, FinetuneError, MissingPackage
-
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90
-"""A trial without a heartbeat for so long is given to another process."""
+"""A trial without a heartbeat for this long is requeued."""
 
 _JOURNAL = "journal:"
-_OPTUNAS = str(Path(optuna.storages.__file__).parent)
+_DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}
 _TRIES = 6
 
 
 def open_storage(
     where: str,
     on_stale: Callable[[Any, Any], None] | None = None,
-    heartbeat_seconds: int | None = None,
-    grace_seconds: int | None = None,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    grace_seconds: int = GRACE_SECONDS,
 ) -> BaseStorage:
-    """The storage at a URL or `journal:PATH`, made where there is none.
+    """The storage at a database's URL or `journal:PATH`, created if it does not exist.
 
-    Databases have heartbeats; `on_stale(study, trial)` is called for a trial that lost its own.
-    Raises `ConfigError` for what is no storage and `FinetuneError` for one that can't be reached.
+    In a database, running trials have heartbeats; `on_stale(study, trial)` is called for a trial
+    whose heartbeat has stopped. Raises `ConfigError` for an invalid `where` and `FinetuneError` for
+    a storage that can't be reached.
     """
     if where.startswith(_JOURNAL):
         return _open_journal(Path(where.removeprefix(_JOURNAL)))
-    try:
-        url, shown = make_url(where), _shown(where)
-        arguments = {"timeout": 60} if url.get_backend_name() == "sqlite" else {}
-    except (ArgumentError, ValueError):
-        raise ConfigError(
-            "storage: it is no URL; pass sqlite:///FILE.db, postgresql://USER@HOST/DATABASE, "
-            "another of SQLAlchemy's URLs, or journal:PATH"
-        ) from None
-    if "@" in (url.host or ""):  # messages would tell what follows it, as a host
-        raise ConfigError("storage: an @ in a user's name or password must be written as %40")
+    url = _parse_url(where)
     for attempt in range(_TRIES):
         try:
-            with experimental():
-                storage = RDBStorage(
-                    where,
-                    engine_kwargs={"connect_args": arguments},
-                    heartbeat_interval=heartbeat_seconds or HEARTBEAT_SECONDS,
-                    grace_period=grace_seconds or GRACE_SECONDS,
-                    heartbeat_stale_trial_callback=on_stale,
-                )
-            if url.get_backend_name() == "sqlite":
-                _set_up_sqlite(storage)
-            return storage
+            return _open_database(url, where, on_stale, heartbeat_seconds, grace_seconds)
         except NoSuchModuleError:
-            raise ConfigError(
-                f"storage: {shown}: SQLAlchemy knows no database {url.drivername!r}"
-            ) from None
+            problem = f"SQLAlchemy knows no database {url.drivername!r}"
+            raise ConfigError(f"storage: {_without_password(where)}: {problem}") from None
         except ImportError:
             package = url.get_backend_name()
-            raise MissingPackage(
-                {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}.get(package, package),
-                "sweep",
-                f"storage {shown}",
-            ) from None
+            purpose = f"storage {_without_password(where)}"
+            raise MissingPackage(_DRIVERS.get(package, package), "sweep", purpose) from None
         except DBAPIError as error:
-            # Two processes that make the tables at the same moment: the second finds them.
+            # If two processes create the tables at the same time, one of them fails once.
             if attempt == _TRIES - 1:
-                raise FinetuneError(f"storage: {shown} can't be used: {_reason(error)}") from None
+                reason = f"{_without_password(where)} can't be used: {_first_line(error)}"
+                raise FinetuneError(f"storage: {reason}") from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
 
+def _parse_url(where: str) -> URL:
+    try:
+        url = make_url(where)
+        url.get_backend_name()
+    except (ArgumentError, ValueError):
+        raise ConfigError(
+            "storage: not a URL; pass sqlite:///FILE.db, postgresql://USER@HOST/DATABASE, another "
+            "of SQLAlchemy's URLs, or journal:PATH"
+        ) from None
+    if "@" in (url.host or ""):  # error messages would show the rest of the password as the host
+        raise ConfigError("storage: an @ in a user's name or password must be written as %40")
+    return url
+
+
+def _open_database(
+    url: URL, where: str, on_stale: Any, heartbeat_seconds: int, grace_seconds: int
+) -> RDBStorage:
+    is_sqlite = url.get_backend_name() == "sqlite"
+    with ignore_experimental_warnings():
+        storage = RDBStorage(
+            where,
+            engine_kwargs={"connect_args": {"timeout": 60} if is_sqlite else {}},
+            heartbeat_interval=heartbeat_seconds,
+            grace_period=grace_seconds,
+            heartbeat_stale_trial_callback=on_stale,
+        )
+    if is_sqlite:
+        _configure_sqlite(storage)
+    return storage
+
+
 def sqlite_url(path: Path) -> str:
-    """The URL of a SQLite file, whatever its path is made of."""
+    """The URL of a SQLite file; its path may hold any characters."""
     return URL.create("sqlite", database=str(path)).render_as_string()
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
-    """Within it, a storage that breaks or turns out to be damaged is one message.
-
-    What its trials had reached stays; raises `FinetuneError`.
-    """
+def storage_errors_as_messages(where: str) -> Iterator[None]:
+    """Within it, a storage that fails or is damaged raises `FinetuneError`."""
     try:
         yield
     except FinetuneError:
         raise
-    except Exception as error:  # damaged content makes Optuna raise whatever it likes
-        places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    except Exception as error:  # damaged content makes Optuna raise exceptions of any type
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+        package = str(Path(optuna.storages.__file__).parent)
         is_content = isinstance(error, json.JSONDecodeError)
-        if not is_content and not any(place.startswith(_OPTUNAS) for place in places):
+        if not is_content and not any(file.startswith(package) for file in files):
             raise
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         raise FinetuneError(
-            f"storage: {_shown(where)} can't be used any more: {_reason(cause)} (start the sweep "
-            "again once that is put right, and it goes on; runs that have ended are whole in their "
-            "directories)"
+            f"storage: {_without_password(where)} can't be used any more: {_first_line(cause)} "
+            "(start the sweep again to resume it once this is fixed; the directories of runs that "
+            "have ended are complete)"
         ) from None
 
 
-def _shown(where: str) -> str:
-    """A storage as it may be told; a password can stand behind the question mark too."""
+def _without_password(where: str) -> str:
     if where.startswith(_JOURNAL):
         return where
+    # The query may hold a password too.
     return make_url(where).set(query={}).render_as_string(hide_password=True)
 
 
-def _reason(error: BaseException | None) -> str:
-    told_by = getattr(error, "orig", None) or error
-    return next(iter(str(told_by).strip().splitlines()), type(told_by).__name__)
+def _first_line(error: BaseException | None) -> str:
+    error = getattr(error, "orig", None) or error
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _set_up_sqlite(storage: RDBStorage) -> None:
-    """Let nobody read what another process is about to change, and commit without the disk.
+def _configure_sqlite(storage: RDBStorage) -> None:
+    """Lock before reading, and commit without waiting for the disk.
 
-    Optuna reads a trial and then updates it. SQLite knows no SELECT ... FOR UPDATE and Python's
-    driver begins a transaction at the update, so two processes could both claim a trial; here it
-    begins, with SQLite's lock, before the reading.
+    Optuna reads a trial and then updates it. SQLite has no SELECT ... FOR UPDATE, and Python's
+    driver begins a transaction only at the update, so two processes could both claim a trial. Here
+    a transaction begins, with SQLite's lock, before the reading.
 
-    Waiting for the disk takes 16 ms a commit on a busy one. A killed process loses nothing. A
-    machine that loses its power may lose the last commits, never the file; run directories then
-    tell what had ended.
+    Waiting for a busy disk takes 16 ms per commit. Without it, a killed process loses nothing. A
+    power failure may lose the last commits but does not damage the file; the run directories then
+    tell which trials had ended.
     """
 
-    def prepare(connection: Any, record: Any) -> None:
-        connection.isolation_level = None  # the driver begins nothing by itself
+    def connect(connection: Any, record: Any) -> None:
+        connection.isolation_level = None  # the driver begins no transaction by itself
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
 
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    event.listen(storage.engine, "connect", prepare)
+    event.listen(storage.engine, "connect", connect)
     event.listen(storage.engine, "begin", begin)
-    storage.engine.dispose()  # connections that are open already haven't heard of it
+    storage.engine.dispose()  # open connections were made without these listeners
 
 
 def _open_journal(path: Path) -> BaseStorage:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        _mend(path)
+        _remove_partial_line(path)
         return JournalStorage(JournalFileBackend(str(path)))
     except OSError as error:
         raise FinetuneError(f"storage: journal {path} can't be used: {error.strerror}") from None
 
 
-def _mend(journal: Path) -> None:
-    """Cut off a last line that a full disk cut short; one more line would make all unreadable."""
+def _remove_partial_line(journal: Path) -> None:
+    """Remove a last line that a full disk cut short; appending to it would damage the journal."""
     lock = JournalFileSymlinkLock(str(journal))
     lock.acquire()
     try:
         content = journal.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(journal, whole)
+        if not content.endswith(b"\n"):
+            os.truncate(journal, content.rfind(b"\n") + 1)
     finally:
         lock.release()
 
 
 @contextmanager
-def experimental() -> Iterator[None]:
-    """Optuna calls its heartbeats experimental, each time."""
+def ignore_experimental_warnings() -> Iterator[None]:
+    """Ignore that Optuna's heartbeats are experimental."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield
 
 
 def machine() -> str:
-    """This machine, its boot and its process namespace: where a process id means something."""
+    """This machine, its boot and its process namespace, within which a process id is unique."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -199,12 +204,12 @@ def machine() -> str:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from every other one, also from a later one with its id."""
-    return {"machine": machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+    """Identifies this process, also among later ones with the same id."""
+    return {"machine": machine(), "pid": os.getpid(), "started": _start_time(os.getpid())}
 
 
-def is_gone(owner: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine has ended; one of another machine never counts as gone."""
+def has_ended(owner: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine has ended; False for those of other machines."""
     if owner.get("machine") != machine():
         return False
     pid = int(owner["pid"])
@@ -214,13 +219,13 @@ def is_gone(owner: Mapping[str, Any]) -> bool:
         return True
     except PermissionError:
         pass
-    return bool(_start_of(pid) != owner["started"])
+    return bool(_start_time(pid) != owner["started"])
 
 
-def _start_of(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None where there is no /proc."""
+def _start_time(pid: int) -> str | None:
+    """In clock ticks since boot; None for a zombie, and on systems without /proc."""
     try:
-        # The name, in parentheses, may hold anything; the fields after it are numbers.
+        # The process name, in parentheses, may hold spaces; the fields after it do not.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

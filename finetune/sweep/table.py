@@ -1,19 +1,12 @@
-"""What a sweep shows while it runs, and at its end.
-
-Turns the course of trials into a live table on a terminal, or into lines elsewhere, and outcomes
-into a final table. Knows nothing about storages or processes.
-
-    >>> with LiveTable(48, "best_val_acc", "maximize") as view: ...  # doctest: +SKIP
-"""
+"""What a sweep prints: its progress, and a table of its results."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,28 +15,10 @@ from rich.text import Text
 
 from finetune.config.fields import RunConfig
 from finetune.runs.result import Row
-from finetune.sweep.distributions import Value
+from finetune.sweep.trials import TrialResult
 from finetune.system.text import one_line
 
-
-@dataclass(frozen=True)
-class TrialResult:
-    """One trial of a sweep, as it stands."""
-
-    run_id: str
-    run_dir: Path
-    strategy: str
-    setting: dict[str, Value]
-    """The fields that vary in the sweep and mean something to the strategy, besides it."""
-    state: str
-    """finished, pruned, failed; or, in a sweep that was ended before: running, waiting."""
-    value: float | None = None
-    """The sweep's metric, its last value."""
-    best_val_acc: float | None = None
-    best_epoch: int | None = None
-    seconds: float | None = None
-    """Wall time of the trial's last attempt."""
-    reason: str = ""
+ENDED = ("finished", "pruned", "failed")
 
 
 @dataclass
@@ -54,15 +29,15 @@ class _Running:
 
 
 def open_console() -> Console:
-    """The terminal; where there is none, lines wide enough that nothing is folded."""
-    console = Console(highlight=False, markup=False)  # names may hold brackets
+    """The terminal; if the output is not a terminal, wide lines that are not wrapped."""
+    console = Console(highlight=False, markup=False)  # names may contain brackets
     if not console.is_terminal:
         console.width = 200
     return console
 
 
 class LiveTable:
-    """Running trials, the best so far, done and left, time left."""
+    """The running trials, the best result, and the time left; without a terminal, lines."""
 
     def __init__(
         self, num_trials: int, metric: str, goal: str, console: Console | None = None
@@ -71,91 +46,85 @@ class LiveTable:
         self._num_trials = num_trials
         self._metric, self._sign = metric, 1 if goal == "maximize" else -1
         self._running: dict[str, _Running] = {}
-        self._num_done = self._num_before = 0
+        self._num_ended_here = self._num_ended_elsewhere = 0
         self._best: TrialResult | None = None
         self._started = time.monotonic()
-        self._live = (
+        self._is_live = self._console.is_terminal
+        self.display: AbstractContextManager[object] = (
             Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
-            if self._console.is_terminal
-            else None
+            if self._is_live
+            else nullcontext()
         )
+        """The table is shown within this context."""
 
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        if self._live:
-            self._live.stop()
-
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self._console.print(one_line(line), markup=False, soft_wrap=True)
 
-    def found(self, num_done: int, best: TrialResult | None) -> None:
-        """So many trials are done, those before this process and elsewhere among them."""
-        self._num_before = max(self._num_before, num_done - self._num_done)
-        if best is not None:
-            self._best = best
+    def update_done(self, results: Sequence[TrialResult]) -> None:
+        """Count trials that ended before this process started, or in other processes."""
+        num_ended = sum(result.state in ENDED for result in results)
+        self._num_ended_elsewhere = max(self._num_ended_elsewhere, num_ended - self._num_ended_here)
+        for result in results:
+            self._compare(result)
+
+    def _compare(self, result: TrialResult) -> None:
+        """Keep the better of a finished trial and the best one so far."""
+        if result.state == "finished" and result.value is not None:
+            best = None if self._best is None else self._best.value
+            if best is None or self._sign * (result.value - best) > 0:
+                self._best = result
 
     def started(self, run_id: str, config: RunConfig) -> None:
         self._running[run_id] = _Running(one_line(config.name), config.epochs)
 
-    def epoch(self, run_id: str, row: Row) -> None:
+    def epoch_ended(self, run_id: str, row: Row) -> None:
         running = self._running[run_id]
         running.row = row
-        if self._live is None:
-            self.say(f"{run_id}  {running.name}  {_progress(running)}")
+        if not self._is_live:
+            self.log(f"{run_id}  {running.name}  {_progress(running)}")
 
-    def ended(self, outcome: TrialResult) -> None:
-        """A trial's end; one that was cut off isn't done."""
-        name = self._running.pop(outcome.run_id, _Running(outcome.strategy, 0)).name
-        if outcome.state in ("finished", "pruned", "failed"):
-            self._num_done += 1
-        if outcome.state == "finished" and outcome.value is not None:
-            before = None if self._best is None else self._best.value
-            if before is None or self._sign * (outcome.value - before) > 0:
-                self._best = outcome
-        words = [f"[{self._done}/{self._num_trials}]", outcome.run_id, name, outcome.state]
-        if outcome.value is not None:
-            words.append(f"{self._metric} {outcome.value:.4f}")
-        if outcome.seconds is not None:
-            words.append(f"{outcome.seconds:.1f} s")
-        words += [outcome.reason.splitlines()[0]] if outcome.reason else []
-        left = self._seconds_left()
-        if left is not None and self._live is None:
-            words.append(f"({_clock(left)} left)")
-        self.say("  ".join(words))
+    def ended(self, result: TrialResult) -> None:
+        """A trial has ended or was interrupted."""
+        name = self._running.pop(result.run_id, _Running(result.strategy, 0)).name
+        self._num_ended_here += result.state in ENDED
+        self._compare(result)
+        words = [f"[{self._num_ended}/{self._num_trials}]", result.run_id, name, result.state]
+        if result.value is not None:
+            words.append(f"{self._metric} {result.value:.4f}")
+        if result.seconds is not None:
+            words.append(f"{result.seconds:.1f} s")
+        words += result.reason.splitlines()[:1]
+        if not self._is_live and (left := self._time_left()):
+            words.append(f"({left} left)")
+        self.log("  ".join(words))
 
     @property
-    def _done(self) -> int:
-        return min(self._num_done + self._num_before, self._num_trials)
+    def _num_ended(self) -> int:
+        return min(self._num_ended_here + self._num_ended_elsewhere, self._num_trials)
 
-    def _seconds_left(self) -> float | None:
-        if not self._num_done:
+    def _time_left(self) -> str | None:
+        if not self._num_ended_here:
             return None
-        pace = (time.monotonic() - self._started) / self._num_done
-        return pace * (self._num_trials - self._done)
+        seconds_per_trial = (time.monotonic() - self._started) / self._num_ended_here
+        minutes, seconds = divmod(
+            round(seconds_per_trial * (self._num_trials - self._num_ended)), 60
+        )
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
     def _render(self) -> Group:
-        left = self._seconds_left()
-        title = f"{self._done} of {self._num_trials} done"
-        if left is not None:
-            title += f", {_clock(left)} left"
-        if self._best is not None and self._best.value is not None:
-            setting = one_line(describe(self._best))
-            title += f"; best so far: {setting}, {self._metric} {self._best.value:.4f}"
+        title = f"{self._num_ended} of {self._num_trials} done"
+        if left := self._time_left():
+            title += f", {left} left"
+        if self._best is not None:
+            best = one_line(describe(self._best))
+            title += f"; best so far: {best}, {self._metric} {self._best.value:.4f}"
         table = Table(box=None, pad_edge=False)
         for heading in ("running", "", "progress"):
             table.add_column(heading)
         for run_id, running in self._running.items():
             table.add_row(run_id, running.name, _progress(running))
-        # A table's own title would be folded at the table's width.
+        # The table's own title would be wrapped at the table's width.
         return Group(Text(title, style="italic"), table)
 
 
@@ -169,43 +138,37 @@ def _progress(running: _Running) -> str:
     )
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def describe(outcome: TrialResult) -> str:
+def describe(result: TrialResult) -> str:
     """A trial's strategy and setting in words."""
-    return " ".join([outcome.strategy, _setting(outcome)]).strip()
+    return " ".join([result.strategy, _setting(result)]).strip()
 
 
-def _setting(outcome: TrialResult) -> str:
+def _setting(result: TrialResult) -> str:
     return " ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in outcome.setting.items()
+        for name, value in result.setting.items()
     )
 
 
-def final_table(outcomes: Sequence[TrialResult], metric: str = "best_val_acc") -> Table:
+def final_table(results: Sequence[TrialResult], metric: str = "best_val_acc") -> Table:
     """Every trial, in the order given: `run_sweep` returns the best first."""
     table = Table(box=None, pad_edge=False)
     columns: list[tuple[str, Callable[[TrialResult], Any]]] = [
-        ("strategy", lambda o: o.strategy),
+        ("strategy", lambda r: r.strategy),
         ("setting", _setting),
-        ("best_val_acc", lambda o: _number(o.best_val_acc, ".4f")),
-        ("best epoch", lambda o: _number(o.best_epoch, "d")),
-        ("seconds", lambda o: _number(o.seconds, ".1f")),
-        ("state", lambda o: o.state),
-        ("run", lambda o: o.run_id),
+        ("best_val_acc", lambda r: _number(r.best_val_acc, ".4f")),
+        ("best epoch", lambda r: _number(r.best_epoch, "d")),
+        ("seconds", lambda r: _number(r.seconds, ".1f")),
+        ("state", lambda r: r.state),
+        ("run", lambda r: r.run_id),
     ]
     if metric != "best_val_acc":
-        columns.insert(2, (metric, lambda o: _number(o.value, ".4f")))
+        columns.insert(2, (metric, lambda r: _number(r.value, ".4f")))
     for heading, _ in columns:
         numeric = heading in ("best_val_acc", "best epoch", "seconds", metric)
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
-    for outcome in outcomes:
-        table.add_row(*(one_line(read(outcome)) for _, read in columns))
+    for result in results:
+        table.add_row(*(one_line(read(result)) for _, read in columns))
     return table
 
 

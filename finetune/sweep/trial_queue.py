@@ -1,24 +1,22 @@
-"""The trials of one sweep, shared by every process that works on it.
+"""The queue of a sweep's trials, shared by all processes that work on the sweep.
 
-Turns a sweep into trials in an Optuna storage, each claimed by one process and ended with exactly
-one accepted result. A trial has a key, its cell or draw; one that was cut off fails and a copy with
-its key waits in its place. Of the trials of a key, a later one is claimed only when all earlier
-ones have failed: they are totally ordered, so no two processes can both hold the key. Knows nothing
-about processes, torch or the terminal.
-
-    >>> queue = TrialQueue.open(sweep, "sqlite:///runs/grid.db", num_trials=48)  # doctest: +SKIP
+The trials of one grid cell or one draw form a group. An interrupted trial is marked as failed and a
+copy of it is enqueued. A trial can be claimed only if all earlier trials of its group have failed,
+so no two processes run trials of a group at the same time.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import BaseStorage, RDBStorage, fail_stale_trials, get_storage
+from optuna.storages import RDBStorage, fail_stale_trials, get_storage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from finetune.sweep import sampling
@@ -26,254 +24,204 @@ from finetune.sweep.distributions import Value
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import (
     HEARTBEAT_SECONDS,
-    experimental,
-    is_gone,
+    has_ended,
+    ignore_experimental_warnings,
     machine,
     open_storage,
     this_process,
 )
-from finetune.sweep.study import join
-from finetune.sweep.trials import DONE, TrialStatus, copy, copy_stale, decided, key_of, number_of
+from finetune.sweep.study import join_study
+from finetune.sweep.trials import TrialGroup, TrialResult, enqueue_copy, group_trials
 
-LOOK_SECONDS = 2.0
-"""How often other processes' trials are looked at, at the most."""
+MAX_CRASHES = 3
+"""A trial whose worker has crashed this often has failed."""
 
-UNOWNED_SECONDS = 60.0
-"""A running trial that nobody has signed for so long was cut off while it was claimed."""
-
-MAX_DEATHS = 3
-"""A trial whose worker died so often has failed: out of memory, perhaps, or a crash."""
-
-_REPLACING_SECONDS = 5.0  # between a trial's end and its copy, while its process lives
+_REFRESH_SECONDS = 2.0
+_UNOWNED_SECONDS = 60.0  # a process that claims a trial records itself as the owner right away
+_COPY_SECONDS = 5.0  # a process that fails an interrupted trial enqueues the copy right away
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that this process holds."""
+    """A trial that this process has claimed."""
 
     trial_id: int
     key: str
-    run_id: str
     values: dict[str, Value]
     """The fields that vary in the sweep."""
-    attributes: dict[str, Any]
+    result: TrialResult
+    """The trial as it was claimed: running, without a value."""
+
+    @property
+    def run_id(self) -> str:
+        return self.result.run_id
 
 
 class TrialQueue:
-    """The trials of one sweep; made by `open`."""
+    """The trials of one sweep."""
 
     def __init__(
         self,
         sweep: Sweep,
-        storage: BaseStorage,
-        num_trials: int,
-        say: Callable[[str], None],
-        owner: dict[str, Any],
-    ) -> None:
-        self.sweep = sweep
-        self.num_trials = num_trials
-        self._storage = storage
-        self._shared = get_storage(storage)  # for a database, with a cache of ended trials
-        self._study, self._token = join(sweep, self._shared, num_trials, owner)
-        self._study_id = storage.get_study_id_from_name(sweep.name)
-        self._say = say
-        self._owner = owner
-        self._cells = list(sweep.cells()) if sweep.method == "grid" else []
-        self._held: dict[int, Claim] = {}
-        self._groups: dict[str, list[FrozenTrial]] = {}
-        self._first_seen: dict[tuple[int, str], float] = {}
-        self._looked = self._beaten = -1e9
-        self._pause = LOOK_SECONDS
-
-    @classmethod
-    def open(
-        cls,
-        sweep: Sweep,
         where: str,
         num_trials: int,
-        say: Callable[[str], None] = print,
         owner: dict[str, Any] | None = None,
         **heartbeats: int,
-    ) -> TrialQueue:
-        """Start the sweep in its storage, or join it there. Raises `ConfigError` if the storage
-        holds another sweep of this name."""
-        storage = open_storage(where, copy_stale, **heartbeats)
-        trial_queue = cls(sweep, storage, num_trials, say, owner or this_process())
-        trial_queue._look()
-        trial_queue._recover_lost()
-        return trial_queue
+    ) -> None:
+        """Start the sweep in the storage at `where`, or join it there.
+
+        Raises `ConfigError` if the storage holds another sweep of this name.
+        """
+        self.sweep = sweep
+        self.num_trials = num_trials
+        self._owner = owner or this_process()
+        self._storage = open_storage(where, enqueue_copy, **heartbeats)
+        self._database = self._storage if isinstance(self._storage, RDBStorage) else None
+        cached = get_storage(self._storage)  # reads a database's finished trials once
+        self._study, self._token = join_study(sweep, cached, num_trials, self._owner)
+        self._groups: dict[str, TrialGroup] = {}
+        self._claimed: set[int] = set()
+        self._first_seen: dict[tuple[int, TrialState], float] = {}
+        self._last_refresh = self._last_heartbeat = -math.inf
+        self._refresh_seconds = _REFRESH_SECONDS
+        self.refresh()
 
     def close(self) -> None:
-        """Let go of the storage's connections."""
-        if isinstance(self._storage, RDBStorage):
-            self._storage.remove_session()
-            self._storage.engine.dispose()
+        if self._database:
+            self._database.remove_session()
+            self._database.engine.dispose()
 
-    # what is known
+    def refresh(self) -> None:
+        """Read the trials of all processes, and requeue interrupted ones."""
+        if self._database:
+            with ignore_experimental_warnings():
+                fail_stale_trials(self._study)
+        self._read()
+        if self._requeue_interrupted():
+            self._read()
 
-    def _look(self) -> None:
-        """Read the trials, and those of processes that are gone again.
+    def refresh_if_due(self) -> None:
+        if time.monotonic() - self._last_refresh >= self._refresh_seconds:
+            self.refresh()
 
-        Reading thousands of waiting trials takes a while, so the next look comes the later.
-        """
+    def _read(self) -> None:
         started = time.monotonic()
-        groups: dict[str, list[FrozenTrial]] = {}
-        for trial in self._study.get_trials(deepcopy=False):
-            key = key_of(trial)
-            beyond = self._cells and number_of(key) >= self.num_trials
-            if not beyond and "surplus" not in trial.user_attrs:
-                groups.setdefault(key, []).append(trial)
-        self._groups = groups
-        self._looked = time.monotonic()
-        self._pause = max(LOOK_SECONDS, 20 * (self._looked - started))
+        groups = group_trials(self._study.get_trials(deepcopy=False), self.sweep)
+        # An earlier call may have enqueued more cells than this one is to run.
+        limit = self.num_trials if self.sweep.method == "grid" else None
+        self._groups = dict(islice(groups.items(), limit))
+        self._last_refresh = time.monotonic()
+        # Reading thousands of waiting trials is slow, so it is then done less often.
+        self._refresh_seconds = max(_REFRESH_SECONDS, 20 * (self._last_refresh - started))
 
-    def look(self) -> None:
-        """Look at other processes' trials if it is time, and take up those that were cut off."""
-        if time.monotonic() - self._looked >= self._pause:
-            self._look()
-            self._recover_lost()
+    # results
 
-    def _standing(self, key: str, trials: list[FrozenTrial]) -> TrialStatus:
-        state, trial = decided(trials)
-        return TrialStatus(
-            key,
-            state,
-            self._run_id(key),
-            self._values(key, trial),
-            trial.values[0] if trial.state in DONE and trial.values else None,
-            trial.user_attrs.get("record") or trial.user_attrs.get("failure") or {},
-        )
+    def results(self) -> list[TrialResult]:
+        """Every trial as of the last refresh, the best first and those without a value last."""
+        sign = -1 if self.sweep.metric.goal == "maximize" else 1
+        results = [group.result(group.values, self._token) for group in self._groups.values()]
+        return sorted(results, key=lambda r: (r.value is None, sign * (r.value or 0.0), r.run_id))
 
-    def _values(self, key: str, trial: FrozenTrial) -> dict[str, Value]:
-        if self._cells:
-            return dict(self._cells[number_of(key)])
-        if len(trial.params) < len(self.sweep.dimensions):
-            return {}
-        return sampling.meaning(trial.params, self.sweep.dimensions)
-
-    def _run_id(self, key: str) -> str:
-        """Stable: whoever takes the trial up finds its directory. The token tells apart two sweeps
-        of one name."""
-        name = "".join(
-            c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in self.sweep.name
-        )
-        return f"{name.strip('-')[:60] or 'sweep'}-{self._token}-{int(key.rpartition('-')[2]):03d}"
-
-    def standings(self) -> list[TrialStatus]:
-        """Every key's standing, as last looked at."""
-        return [self._standing(key, trials) for key, trials in self._groups.items()]
-
-    def settled(self) -> bool:
-        """Whether nothing is left to do, here or elsewhere, by a fresh look."""
-        self._look()
-        self._recover_lost()
-        standings = self.standings()
-        open_states = {s.state for s in standings} & {"running", "waiting", "lost"}
-        return not open_states and (self._target_reached() or len(standings) >= self.num_trials)
-
-    def held_elsewhere(self) -> list[str]:
-        """Machines that hold running trials and that can't be seen from here: no heartbeats."""
-        if isinstance(self._storage, RDBStorage):
-            return []
-        owners = [
-            t.user_attrs.get("owner", {}).get("machine")
-            for trials in self._groups.values()
-            for t in trials
-            if t.state == TrialState.RUNNING
-        ]
-        return sorted({owner.split("/")[0] for owner in owners if owner and owner != machine()})
-
-    def _target_reached(self) -> bool:
-        if self.sweep.metric.target is None:
+    def is_complete(self) -> bool:
+        """Whether no process has anything left to do; refreshes first."""
+        self.refresh()
+        states = {group.state for group in self._groups.values()}
+        if "running" in states:
             return False
-        return any(self.sweep.metric.reached(s.value) for s in self.standings())
+        is_full = len(self._groups) >= self.num_trials
+        return self._is_target_reached() or (is_full and not states & {"waiting", "interrupted"})
+
+    def unobservable_machines(self) -> list[str]:
+        """Other machines that run trials of a journal, which holds no heartbeats."""
+        owners = [trial.user_attrs.get("owner", {}) for trial in self._unobservable()]
+        return sorted({owner["machine"].split("/")[0] for owner in owners if owner})
+
+    def _unobservable(self) -> list[FrozenTrial]:
+        return [
+            trial
+            for trial in ([] if self._database else self._running())
+            if trial.user_attrs.get("owner", {}).get("machine") != machine()
+        ]
+
+    def _running(self) -> list[FrozenTrial]:
+        trials = [trial for group in self._groups.values() for trial in group.trials]
+        return [trial for trial in trials if trial.state == TrialState.RUNNING]
+
+    def _is_target_reached(self) -> bool:
+        return any(self.sweep.metric.reached(group.value) for group in self._groups.values())
 
     # claims
 
     def claim(self) -> Claim | None:
-        """The next trial, now held by this process; None when nothing is left to claim."""
-        if self._target_reached():
+        """Claim the next trial; None if there is nothing to claim."""
+        if self._is_target_reached():
             return None
         if claim := self._claim_waiting():
             return claim
-        draws = self.sweep.method != "grid"
-        if draws and time.monotonic() - self._looked < self._pause:
-            return self._draw()  # which looks before it has drawn
-        self._look()
-        return self._claim_waiting() or (self._draw() if draws else None)
+        if self.sweep.method == "grid":
+            self.refresh()
+            return self._claim_waiting()
+        self.refresh_if_due()
+        return self._claim_waiting() or self._draw()
 
     def _claim_waiting(self) -> Claim | None:
-        for key, trials in list(self._groups.items()):
-            earlier_failed = True
-            for trial in trials:
-                if trial.state == TrialState.WAITING and earlier_failed and self._hold(trial):
-                    return self._held_claim(key, trial)
-                earlier_failed = earlier_failed and trial.state == TrialState.FAIL
+        for key, group in self._groups.items():
+            if (trial := group.claimable) and self._try_claim(trial):
+                return self._claimed_trial(key, trial)
         return None
 
-    def _hold(self, trial: FrozenTrial) -> bool:
-        """Try to make a waiting trial ours; one process alone succeeds."""
-        trial_id = trial._trial_id
-        if trial_id in self._held:
-            return False
-        try:
-            if not self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-                trial.state = TrialState.RUNNING  # somebody else's; the next look tells more
-                return False
-            self._storage.set_trial_user_attr(trial_id, "owner", self._owner)
-        except UpdateFinishedTrialError:
-            return False
-        trial.state = TrialState.RUNNING
-        return True
+    def _try_claim(self, trial: FrozenTrial) -> bool:
+        """Set a waiting trial to running; exactly one process succeeds."""
+        with suppress(UpdateFinishedTrialError):
+            is_ours = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            trial.state = TrialState.RUNNING
+            if is_ours:
+                self._storage.set_trial_user_attr(trial._trial_id, "owner", self._owner)
+            return bool(is_ours)
+        return False
 
-    def _held_claim(self, key: str, trial: FrozenTrial) -> Claim:
-        values = self._values(key, trial)
-        if len(values) < len(self.sweep.dimensions):  # cut off before all its values were drawn
-            values = self._sample(trial._trial_id, trial.number)
-        claim = Claim(trial._trial_id, key, self._run_id(key), values, dict(trial.user_attrs))
-        self._held[claim.trial_id] = claim
-        self._beat(claim.trial_id)
-        return claim
+    def _claimed_trial(self, key: str, trial: FrozenTrial) -> Claim:
+        values = self._groups[key].values
+        if len(values) < len(self.sweep.dimensions):
+            values = self._sample(trial, draw=list(self._groups).index(key))
+        self._claimed.add(trial._trial_id)
+        if self._database:
+            self._database.record_heartbeat(trial._trial_id)
+        result = self._groups[key].result(values, self._token)
+        return Claim(trial._trial_id, key, values, result)
 
     def _draw(self) -> Claim | None:
-        """A new trial with values drawn, unless there are enough.
+        """Claim a new trial with drawn values, unless there are enough trials.
 
-        Two processes may both see the last place free; the later trial is then withdrawn.
+        Two processes may both create the last one; the later of the two is then discarded.
         """
         if len(self._groups) >= self.num_trials:
             return None
         template = create_trial(state=TrialState.RUNNING, user_attrs={"owner": self._owner})
-        trial_id = self._storage.create_new_trial(self._study_id, template)
-        self._look()
+        trial_id = self._storage.create_new_trial(self._study._study_id, template)
+        self._read()
         trial = self._storage.get_trial(trial_id)
-        key = key_of(trial)
-        rank = sum(number_of(k) < trial.number for k in self._groups)
-        if rank >= self.num_trials:
-            self._storage.set_trial_user_attr(trial_id, "surplus", True)
-            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            self._groups.pop(key, None)
-            return None
-        values = self._sample(trial_id, rank)
-        claim = Claim(trial_id, key, self._run_id(key), values, {})
-        self._held[trial_id] = claim
-        self._beat(trial_id)
-        return claim
+        key = f"draw-{trial.number}"
+        if list(self._groups).index(key) < self.num_trials:
+            return self._claimed_trial(key, trial)
+        self._storage.set_trial_user_attr(trial_id, "surplus", True)
+        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        del self._groups[key]
+        return None
 
-    def _sample(self, trial_id: int, draw: int) -> dict[str, Value]:
-        # A study of its own: one that has sampled before would go by the trials that it saw then.
+    def _sample(self, trial: FrozenTrial, draw: int) -> dict[str, Value]:
+        # A new study object: one that has sampled before would use the trials that it saw then.
         study = optuna.load_study(
             study_name=self.sweep.name,
-            storage=self._shared,
+            storage=self._study._storage,
             sampler=sampling.sampler(self.sweep, draw),
         )
-        return sampling.draw(optuna.trial.Trial(study, trial_id), self.sweep.dimensions)
-
-    # a held trial's course
+        return sampling.draw(optuna.trial.Trial(study, trial._trial_id), self.sweep.dimensions)
 
     def report(self, claim: Claim, iteration: int, value: float, judge: bool) -> str | None:
-        """Record a value of the metric; why the trial should end, if it should.
+        """Record a value of the metric; if `judge`, return why the trial should end, or None.
 
-        Iterations count from 1, as W&B counts them: one logged value each.
+        An iteration is one logged value; as in W&B, they count from 1.
         """
         try:
             self._storage.set_trial_intermediate_value(claim.trial_id, iteration, value)
@@ -281,142 +229,92 @@ class TrialQueue:
             return None
         if not judge or self.sweep.early_termination is None:
             return None
-        trial = self._storage.get_trial(claim.trial_id)
-        if not self._study.pruner.prune(self._study, trial):
+        if not self._study.pruner.prune(self._study, self._storage.get_trial(claim.trial_id)):
             return None
         name, eta = self.sweep.metric.name, self.sweep.early_termination.eta
         return f"{name} {value:.4f} after {iteration} epochs is not among the best 1 in {eta}"
 
     def finish(self, claim: Claim, state: str, value: float | None, record: dict[str, Any]) -> bool:
-        """End a held trial: `finished`, `pruned` or `failed`. False if it was no longer held: its
-        result came too late and is discarded."""
+        """Record that a claimed trial is `finished`, `pruned` or `failed`.
+
+        False if another process has been given the trial meanwhile: the result is discarded.
+        """
         ends = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-        attribute = "record" if state in ends else "failure"
-        values = None if value is None or state not in ends else [value]
-        self._held.pop(claim.trial_id, None)
+        end = ends.get(state, TrialState.FAIL)
+        values = None if value is None or end == TrialState.FAIL else [value]
+        attribute = "failure" if end == TrialState.FAIL else "record"
+        self._claimed.discard(claim.trial_id)
         try:
             self._storage.set_trial_user_attr(claim.trial_id, attribute, record)
-            self._storage.set_trial_state_values(
-                claim.trial_id, ends.get(state, TrialState.FAIL), values
-            )
+            self._storage.set_trial_state_values(claim.trial_id, end, values)
         except UpdateFinishedTrialError:
             self._study.set_user_attr(f"discarded-{claim.key}-{claim.trial_id}", record)
-            self._say(
-                f"{claim.run_id}: its trial was given to another process meanwhile; this result "
-                "is discarded"
-            )
             return False
-        self._note_locally(claim)
+        self._groups[claim.key].update(self._storage.get_trial(claim.trial_id))
         return True
 
-    def requeue(self, claim: Claim, died: bool = False) -> bool:
-        """End a trial that was cut off and let a copy wait in its place.
+    # interrupted and failed trials
 
-        False when its worker has died too often: then it has failed.
-        """
-        deaths = int(claim.attributes.get("deaths", 0)) + died
-        if deaths >= MAX_DEATHS:
-            return False
-        self._held.pop(claim.trial_id, None)
-        self._replace(self._storage.get_trial(claim.trial_id), deaths=deaths)
-        return True
-
-    def _note_locally(self, claim: Claim) -> None:
-        trials = self._groups.setdefault(claim.key, [])
+    def requeue(self, claim: Claim, crashed: bool = False) -> bool:
+        """Enqueue an interrupted trial again; False if its worker has crashed too often."""
         trial = self._storage.get_trial(claim.trial_id)
-        trials[:] = [t for t in trials if t._trial_id != claim.trial_id] + [trial]
-        trials.sort(key=lambda t: t.number)
-
-    def _replace(self, trial: FrozenTrial, **attributes: Any) -> None:
-        """Fail a trial and enqueue its copy, unless somebody else has."""
-        try:
-            self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-        except UpdateFinishedTrialError:
-            return
-        self._enqueue_copy(trial, **attributes)
-
-    def _enqueue_copy(self, trial: FrozenTrial, **attributes: Any) -> None:
-        copy(self._storage, self._study_id, trial, **attributes)
-        self._looked = -1e9
-
-    # trials of processes that are gone
-
-    def _recover_lost(self) -> None:
-        """Let trials wait again whose process is gone, or that nobody has put back."""
-        if isinstance(self._storage, RDBStorage):
-            with experimental():
-                fail_stale_trials(self._study)
-        changed = False
-        for trials in list(self._groups.values()):
-            for trial in trials:
-                if trial.state == TrialState.RUNNING and self._is_cut_off(trial):
-                    self._replace(trial)
-                    changed = True
-            lost = decided(trials)[0] == "lost"
-            if lost and self._seen_for(trials[-1]) > _REPLACING_SECONDS:
-                self._enqueue_copy(trials[-1])
-                changed = True
-            self._discard_later(trials)
-        if changed:
-            self._look()
-
-    def _is_cut_off(self, trial: FrozenTrial) -> bool:
-        if trial._trial_id in self._held:
+        num_crashes = int(trial.user_attrs.get("deaths", 0)) + crashed
+        if num_crashes >= MAX_CRASHES:
             return False
-        owner = trial.user_attrs.get("owner")
-        if owner is None:
-            return self._seen_for(trial) > UNOWNED_SECONDS
-        return is_gone(owner)
-
-    def _seen_for(self, trial: FrozenTrial) -> float:
-        """Seconds since this process first saw a trial in its state; other clocks may differ."""
-        now = time.monotonic()
-        return now - self._first_seen.setdefault((trial._trial_id, trial.state.name), now)
-
-    def _discard_later(self, trials: list[FrozenTrial]) -> None:
-        """Of a key that is done, a waiting trial is one too many."""
-        done = next((i for i, t in enumerate(trials) if t.state in DONE), len(trials))
-        for trial in trials[done + 1 :]:
-            if trial.state == TrialState.WAITING:
-                try:
-                    self._storage.set_trial_user_attr(trial._trial_id, "surplus", True)
-                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                except UpdateFinishedTrialError:
-                    pass
+        self._claimed.discard(claim.trial_id)
+        self._fail_and_copy(trial, deaths=num_crashes)
+        return True
 
     def retry_failed(self) -> int:
-        """Let failed trials wait again, and, in a journal, those that other machines hold.
+        """Enqueue failed trials again, and in a journal those that other machines run.
 
-        How many there are.
+        Returns their number.
         """
-        self._look()
-        again = [ts[-1] for ts in self._groups.values() if decided(ts)[0] == "failed"]
-        for trial in again:
-            self._enqueue_copy(trial, deaths=0)
-        if not isinstance(self._storage, RDBStorage):
-            held = [t for ts in self._groups.values() for t in ts if t.state == TrialState.RUNNING]
-            foreign = [t for t in held if t.user_attrs.get("owner", {}).get("machine") != machine()]
-            for trial in foreign:
-                self._replace(trial)
-            again += foreign
-        self._look()
-        return len(again)
+        self.refresh()
+        failed = [g.decisive for g in self._groups.values() if g.state == "failed"]
+        for trial in failed:
+            enqueue_copy(self._study, trial, deaths=0)
+        unobservable = self._unobservable()
+        for trial in unobservable:
+            self._fail_and_copy(trial)
+        self.refresh()
+        return len(failed) + len(unobservable)
 
-    # heartbeats
+    def _fail_and_copy(self, trial: FrozenTrial, **attributes: Any) -> None:
+        """Fail a trial and enqueue a copy, unless another process has done so."""
+        with suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            enqueue_copy(self._study, trial, **attributes)
+            self._last_refresh = -math.inf
 
-    def beat(self) -> None:
-        """Tell the storage that the held trials are alive, when it is time."""
-        if time.monotonic() - self._beaten >= self._beat_seconds:
-            for trial_id in self._held:
-                self._beat(trial_id)
-            self._beaten = time.monotonic()
+    def _requeue_interrupted(self) -> bool:
+        """Requeue trials whose process has ended; whether there were any."""
+        interrupted = [trial for trial in self._running() if self._is_interrupted(trial)]
+        for trial in interrupted:
+            self._fail_and_copy(trial)
+        without_copy = [g.decisive for g in self._groups.values() if g.state == "interrupted"]
+        without_copy = [t for t in without_copy if self._seconds_seen(t) > _COPY_SECONDS]
+        for trial in without_copy:
+            enqueue_copy(self._study, trial)
+        return bool(interrupted or without_copy)
 
-    @property
-    def _beat_seconds(self) -> float:
-        if not isinstance(self._storage, RDBStorage):
-            return float("inf")
-        return float(self._storage.get_heartbeat_interval() or HEARTBEAT_SECONDS)
+    def _is_interrupted(self, trial: FrozenTrial) -> bool:
+        if trial._trial_id in self._claimed:
+            return False
+        owner = trial.user_attrs.get("owner")
+        return has_ended(owner) if owner else self._seconds_seen(trial) > _UNOWNED_SECONDS
 
-    def _beat(self, trial_id: int) -> None:
-        if isinstance(self._storage, RDBStorage):
-            self._storage.record_heartbeat(trial_id)
+    def _seconds_seen(self, trial: FrozenTrial) -> float:
+        """Seconds since this process first saw a trial in its state; other clocks may differ."""
+        now = time.monotonic()
+        return now - self._first_seen.setdefault((trial._trial_id, trial.state), now)
+
+    def record_heartbeats(self) -> None:
+        """Record in a database that the claimed trials are still running, if it is due."""
+        if self._database is None:
+            return
+        interval = self._database.get_heartbeat_interval() or HEARTBEAT_SECONDS
+        if time.monotonic() - self._last_heartbeat >= interval:
+            for trial_id in self._claimed:
+                self._database.record_heartbeat(trial_id)
+            self._last_heartbeat = time.monotonic()

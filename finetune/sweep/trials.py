@@ -1,77 +1,177 @@
-"""What trials tell: their key, how the key stands, and the copy that takes a failed one's place.
+"""Optuna's trials in the terms of a sweep.
 
-Turns Optuna's trials into a sweep's terms. Knows nothing about who holds a trial or why it ended.
-
-    >>> number_of("cell-3")
-    3
+The user attributes of a trial are a format: `key`, `values` (of a grid's cell), `owner` (the
+process that runs it), `record` or `failure` (how it ended), `deaths` (how often its worker has
+crashed), `copy_of`, and `surplus` (the trial does not count).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from finetune.sweep import sampling
 from finetune.sweep.distributions import Value
+from finetune.sweep.spec import Sweep
 
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+RECORD_FIELDS = ("best_val_acc", "best_epoch", "seconds", "reason")
+"""The fields of `TrialResult` that are stored when a trial ends."""
+
+_STATES = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+_OLD_KEY = "cell-"  # version 0.1.0 numbered a grid's cells in the order of the file
 
 
 @dataclass(frozen=True)
-class TrialStatus:
-    """What is known of a key: its state, and what its accepted or last trial left."""
+class TrialResult:
+    """One trial of a sweep, its attempts taken together."""
 
-    key: str
-    state: str
-    """finished, pruned, failed, running, waiting or lost (cut off, not waiting again yet)."""
     run_id: str
-    values: dict[str, Value]
-    value: float | None
-    record: dict[str, Any]
-    """Whatever `finish` was given."""
+    run_dir: Path
+    strategy: str
+    setting: dict[str, Value]
+    """The fields that vary in the sweep and apply to the strategy, without the strategy itself."""
+    state: str
+    """finished, pruned or failed; in an unfinished sweep also running, waiting or interrupted."""
+    value: float | None = None
+    """The last value of the sweep's metric."""
+    best_val_acc: float | None = None
+    best_epoch: int | None = None
+    seconds: float | None = None
+    """Wall time of the last attempt."""
+    reason: str = ""
 
 
-def key_of(trial: FrozenTrial) -> str:
-    """Its cell, or its draw: what it shares with its copies."""
+@dataclass(frozen=True)
+class TrialGroup:
+    """The trials of one grid cell or one draw, in the order of their creation."""
+
+    sweep: Sweep
+    trials: list[FrozenTrial]
+
+    @property
+    def number(self) -> int:
+        """The number in the run id: of the first trial, so it never changes."""
+        key = _stored_key(self.trials[0])
+        is_old = key.startswith(_OLD_KEY)
+        return int(key.removeprefix(_OLD_KEY)) if is_old else self.trials[0].number
+
+    @property
+    def decisive(self) -> FrozenTrial:
+        """The trial that determines the state: one that is done, else active, else the last."""
+        for states in (_DONE, (TrialState.RUNNING, TrialState.WAITING)):
+            for trial in self.trials:
+                if trial.state in states:
+                    return trial
+        return self.trials[-1]
+
+    @property
+    def state(self) -> str:
+        """As in `TrialResult`."""
+        trial = self.decisive
+        failed = "failed" if "failure" in trial.user_attrs else "interrupted"
+        return _STATES.get(trial.state, failed)
+
+    @property
+    def value(self) -> float | None:
+        """The metric of a trial that is done."""
+        trial = self.decisive
+        return trial.values[0] if trial.state in _DONE and trial.values else None
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """The values of the fields that vary; none if they have not all been drawn yet."""
+        return _values(self.decisive, self.sweep)
+
+    @property
+    def claimable(self) -> FrozenTrial | None:
+        """A waiting trial, if all earlier ones have failed."""
+        trial = next((t for t in self.trials if t.state != TrialState.FAIL), None)
+        return trial if trial and trial.state == TrialState.WAITING else None
+
+    def result(self, values: dict[str, Value], token: str) -> TrialResult:
+        """The trial with these values, in a study with this token."""
+        config = self.sweep.config(values)
+        fields = {n: getattr(config, n) for n in self.sweep.varied if n in values}
+        hidden = ("strategy", "name")
+        attributes = self.decisive.user_attrs
+        record = attributes.get("record") or attributes.get("failure") or {}
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", self.sweep.name).strip("-")[:60] or "sweep"
+        run_id = f"{name}-{token}-{self.number:03d}"
+        return TrialResult(
+            run_id=run_id,
+            run_dir=self.sweep.out_dir / run_id,
+            strategy=config.strategy,
+            setting={k: v for k, v in fields.items() if v is not None and k not in hidden},
+            state=self.state,
+            value=self.value,
+            **{name: record[name] for name in RECORD_FIELDS if name in record},
+        )
+
+    def update(self, ended: FrozenTrial) -> None:
+        """Replace a trial by its present state."""
+        self.trials[:] = [ended if t._trial_id == ended._trial_id else t for t in self.trials]
+
+
+def group_trials(trials: Iterable[FrozenTrial], sweep: Sweep) -> dict[str, TrialGroup]:
+    """The trials by their key, without those that do not count."""
+    groups: dict[str, list[FrozenTrial]] = defaultdict(list)
+    for trial in trials:
+        if "surplus" not in trial.user_attrs:
+            key = _stored_key(trial)
+            is_old = key.startswith(_OLD_KEY)
+            groups[cell_key(_values(trial, sweep)) if is_old else key].append(trial)
+    return {key: TrialGroup(sweep, members) for key, members in groups.items()}
+
+
+def cell_key(values: Mapping[str, Value]) -> str:
+    """The key of a grid's cell: a digest of its values, whatever their order."""
+    # A file that is edited from 1 to 1.0 describes the same cell.
+    same = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
+    text = json.dumps(same, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _stored_key(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("key") or f"draw-{trial.number}")
 
 
-def number_of(key: str) -> int:
-    return int(key.rpartition("-")[2])
+def _values(trial: FrozenTrial, sweep: Sweep) -> dict[str, Value]:
+    if sweep.method != "grid":
+        is_drawn = len(trial.params) == len(sweep.dimensions)
+        return sampling.meaning(trial.params, sweep.dimensions) if is_drawn else {}
+    if "values" in trial.user_attrs:
+        return dict(trial.user_attrs["values"])
+    # Version 0.1.0 stored a cell's values as parameters, and of a listed cell its number alone.
+    number = int(_stored_key(trial).removeprefix(_OLD_KEY))
+    return dict(trial.params or dict(enumerate(sweep.listed or ())).get(number, {}))
 
 
-def decided(trials: list[FrozenTrial]) -> tuple[str, FrozenTrial]:
-    """The key's state, as in `TrialStatus`, and the trial that decides it."""
-    done = [t for t in trials if t.state in DONE]
-    live = [t for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
-    trial = (done or live or trials[-1:])[0]
-    if done:
-        return "finished" if trial.state == TrialState.COMPLETE else "pruned", trial
-    if live:
-        return trial.state.name.lower(), trial
-    return "failed" if "failure" in trial.user_attrs else "lost", trial
-
-
-def copy(storage: BaseStorage, study_id: int, trial: FrozenTrial, **attributes: Any) -> None:
-    """A waiting trial with the same key and values as one that failed."""
-    left_behind = ("owner", "record", "failure", "surplus")
-    kept = {k: v for k, v in trial.user_attrs.items() if k not in left_behind}
-    storage.create_new_trial(
-        study_id,
+def enqueue_copy(study: optuna.Study, trial: FrozenTrial, **attributes: Any) -> None:
+    """Add a waiting trial with the key and values of one that failed."""
+    dropped = ("owner", "record", "failure", "surplus")
+    kept = {k: v for k, v in trial.user_attrs.items() if k not in dropped}
+    copied = {"key": _stored_key(trial), "copy_of": trial.number}
+    study.add_trial(
         create_trial(
             state=TrialState.WAITING,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs={**kept, "key": key_of(trial), "copy_of": trial.number, **attributes},
+            user_attrs=kept | copied | attributes,
             system_attrs=trial.system_attrs,
-        ),
+        )
     )
-
-
-def copy_stale(study: optuna.Study, trial: FrozenTrial) -> None:
-    """What Optuna calls for a trial that lost its heartbeat."""
-    storage = study._storage
-    copy(storage, storage.get_study_id_from_name(study.study_name), trial)

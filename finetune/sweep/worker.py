@@ -1,10 +1,4 @@
-"""One trial's process, from the inside.
-
-Turns a job, a config and a run directory, into a run that tells its parent of every epoch and of
-its end. A parent that is gone ends it in good order. Knows nothing about sweeps, keys or storages.
-
-    >>> Process(target=work, args=(connection, job, dict(os.environ), 1))  # doctest: +SKIP
-"""
+"""The child process of one trial: it carries out a run and reports to the sweep's process."""
 
 from __future__ import annotations
 
@@ -30,19 +24,19 @@ from finetune.system.shutdown import stoppable
 from finetune.system.text import message
 
 OUTPUT_NAME = "output.log"
-"""Inside a run directory: what the run printed."""
+"""The file in a run directory that holds what the run printed."""
 
-_LOCK_SECONDS = 60.0  # how long a run directory is waited for: its last holder may be failure_of
+_LOCK_SECONDS = 60.0  # a process that used the run directory before may still be ending
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run for a worker."""
+    """A run for a worker."""
 
     config: RunConfig
     run_dir: Path
     is_judged: bool
-    """The run waits for an answer after each epoch: why it should end, or None."""
+    """After each epoch the run waits for the reason why it should end, or None."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,11 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A worker's run has ended: finished, pruned, failed, stopped, starved (the machine has run out
-    of something, which is not the run's fault), or died with its process."""
+    """A worker's run has ended.
+
+    `state` is finished, pruned, failed, stopped (by a signal), crashed (with its process), or "out
+    of resources" (of the machine, which is no fault of the run).
+    """
 
     state: str
     reason: str = ""
@@ -65,38 +62,38 @@ Event = EpochEnded | TrialEnded
 
 
 def work(connection: Connection, job: Job, environment: dict[str, str], num_workers: int) -> None:
-    """A child's life: carry out the job, tell the parent, end."""
+    """The main function of a child process."""
     for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_DFL)  # which the server ignores
-    os.setpgid(0, 0)  # Ctrl-C is the parent's: it asks its workers to stop
+        signal.signal(signum, signal.SIG_DFL)  # the fork server ignores them
+    os.setpgid(0, 0)  # on Ctrl-C, the parent stops its workers
     os.environ.clear()
     os.environ.update(environment)
     with stoppable():
         try:
             job.run_dir.mkdir(parents=True, exist_ok=True)
             _redirect_output(job.run_dir / OUTPUT_NAME)
-            with _own_temporary_files():
-                end = _carry_out(connection, job, num_workers)
+            with _temporary_directory():
+                end = _run(connection, job, num_workers)
         except Stopped as stop:
             end = TrialEnded("stopped", str(stop))
         except Exception as error:
-            end = _failure(error)
-    _tell(connection, end)
+            end = _failed(error)
+    _send(connection, end)
 
 
 @contextmanager
-def _own_temporary_files() -> Iterator[None]:
-    """Removed at the end: a child ends without the clean-up that Python does at its exit."""
+def _temporary_directory() -> Iterator[None]:
+    """For all temporary files, because a child process ends without Python's exit handlers."""
     with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as place:
         tempfile.tempdir = place
         yield
 
 
-def _carry_out(connection: Connection, job: Job, num_workers: int) -> TrialEnded:
-    answers = _listen(connection)
+def _run(connection: Connection, job: Job, num_workers: int) -> TrialEnded:
+    answers = _receive_answers(connection)
 
     def on_epoch(row: Row) -> None:
-        _tell(connection, EpochEnded(row))
+        _send(connection, EpochEnded(row))
         if job.is_judged and (reason := answers.get()) is not None:
             raise Pruned(reason)
 
@@ -113,43 +110,41 @@ def _carry_out(connection: Connection, job: Job, num_workers: int) -> TrialEnded
     return TrialEnded("finished")
 
 
-def _failure(error: Exception) -> TrialEnded:
-    """How an error ends a run, after a word in its output where there is room for it."""
+def _failed(error: Exception) -> TrialEnded:
+    """The end of a run by an exception, which is printed if the disk has space for it."""
     short = shortage(error)
     with suppress(OSError):
         if short or isinstance(error, FinetuneError):
             print(f"error: {message(short or error)}", flush=True)
         else:
             traceback.print_exception(error)
-    return (
-        TrialEnded("starved", str(short))
-        if short
-        else TrialEnded("failed", failure_of(error).reason)
-    )
+    if short:
+        return TrialEnded("out of resources", str(short))
+    return TrialEnded("failed", failure_of(error).reason)
 
 
-def _tell(connection: Connection, event: Event) -> None:
-    with suppress(OSError):  # the parent is gone; the directory tells
+def _send(connection: Connection, event: Event) -> None:
+    with suppress(OSError):  # the parent has ended; the run directory holds the result
         connection.send(event)
 
 
-def _listen(connection: Connection) -> queue.Queue[str | None]:
-    """The parent's answers; when the parent is gone, this process is asked to stop."""
+def _receive_answers(connection: Connection) -> queue.Queue[str | None]:
+    """The answers of the parent; when the parent has ended, this process is stopped."""
     answers: queue.Queue[str | None] = queue.Queue()
 
-    def read() -> None:
+    def receive() -> None:
         try:
             while True:
                 answers.put(connection.recv())
         except (EOFError, OSError):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=receive, daemon=True).start()
     return answers
 
 
 def _redirect_output(path: Path) -> None:
-    """Everything that is printed, by libraries and a crash too, goes to a file."""
+    """Write all output to a file, that of libraries and crashes included."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,10 +1,4 @@
-"""Child processes, one a trial, from a fork server that has the heavy imports done.
-
-Turns jobs into processes and what they tell into events. A crash costs the trial alone. Knows
-nothing about sweeps, keys or storages.
-
-    >>> worker_pool = WorkerPool(num_workers=2); worker_pool.start(job)  # doctest: +SKIP
-"""
+"""Child processes that each run one trial, forked from a server that has made the imports."""
 
 from __future__ import annotations
 
@@ -28,15 +22,15 @@ from finetune.system.devices import visible_devices
 from finetune.system.resources import require_handles
 
 STOP_SECONDS = 40.0
-"""What a worker is granted, once asked to stop, to write and send everything."""
+"""How long a worker that is asked to stop may take to write and send everything."""
 
 _WANDB_MODULES = ("wandb", "wandb.plot", "wandb.sdk.launch")  # init imports the last one late
-_NUM_HANDLES = 12  # more than a start takes; one that is cut short ends the fork server
+_NUM_HANDLES = 12  # more than a start needs; if it fails midway, the fork server ends
 
 
 @dataclass(eq=False)
 class Worker:
-    """A child process and its end of the connection."""
+    """A child process and the connection to it."""
 
     job: Job
     process: ForkServerProcess
@@ -45,34 +39,31 @@ class Worker:
     started: float = field(default_factory=time.perf_counter)
 
     def answer(self, reason: str | None) -> None:
-        """Tell a judged run to go on, or why to end."""
-        with suppress(OSError):  # it has ended meanwhile; its sentinel tells
+        """Tell a judged run why it should end, or None to continue."""
+        with suppress(OSError):  # it has ended meanwhile, which is an event of its own
             self.connection.send(reason)
 
 
 class WorkerPool:
     """Up to `num_workers` child processes, each with its share of the threads and its device."""
 
-    def __init__(self, num_workers: int, devices: list[str] | None = None) -> None:
+    def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
-        self._devices = visible_devices() if devices is None else devices
+        self._devices = visible_devices()
         self._workers: dict[int, Worker] = {}
-        self._leaving: list[ForkServerProcess] = []
+        self._exiting: list[ForkServerProcess] = []
         _start_fork_server()
 
     @property
     def has_room(self) -> bool:
         return len(self._workers) < self.num_workers
 
-    @property
-    def workers(self) -> list[Worker]:
-        return list(self._workers.values())
-
     def start(self, job: Job) -> Worker:
+        """Start a process for a job. Raises `OSError` without file handles."""
         require_handles(_NUM_HANDLES)
         slot = next(i for i in range(self.num_workers) if i not in self._workers)
         environment = dict(os.environ)
-        # The caller's own W&B service would go on holding the run of a trial that was killed.
+        # The W&B service of this process would keep the run of a killed trial open.
         environment.pop("WANDB_SERVICE", None)
         if self._devices:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
@@ -83,54 +74,46 @@ class WorkerPool:
             name=job.run_dir.name,
             daemon=True,
         )
-        with _nothing_of_the_caller():
+        with _without_main_module():
             process.start()
         theirs.close()
-        worker = Worker(job, process, ours, slot)
-        self._workers[slot] = worker
-        return worker
+        self._workers[slot] = Worker(job, process, ours, slot)
+        return self._workers[slot]
 
     def events(self, timeout: float) -> Iterator[tuple[Worker, Event]]:
-        """What the workers tell within `timeout` seconds; a dead one's end is told for it."""
-        sources: list[Any] = [w.connection for w in self.workers]
-        sources += [w.process.sentinel for w in self.workers]
+        """The workers' events within `timeout` seconds; a crash is a `TrialEnded` too."""
+        workers = list(self._workers.values())
+        sources: list[Any] = [w.connection for w in workers]
+        sources += [w.process.sentinel for w in workers]
         ready = wait(sources, timeout) if sources else []
-        for worker in self.workers:
+        for worker in workers:
             if worker.connection in ready or worker.process.sentinel in ready:
                 event: Event
                 try:
                     event = worker.connection.recv()
                 except (EOFError, OSError):
-                    event = self._death(worker)
+                    event = _crash(worker)
                 if isinstance(event, TrialEnded):
                     self._release(worker)
                 yield worker, event
 
-    def _death(self, worker: Worker) -> TrialEnded:
-        worker.process.join()
-        code = worker.process.exitcode or 0
-        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return TrialEnded(
-            "died", f"its process ended by {cause}; see {worker.job.run_dir / OUTPUT_NAME}"
-        )
-
     def _release(self, worker: Worker) -> None:
-        """Free a worker's place; its process takes a moment more to leave."""
+        """Free a worker's slot; its process may still be exiting."""
         del self._workers[worker.slot]
         worker.connection.close()
-        self._leaving = [process for process in self._leaving if process.is_alive()]
-        self._leaving.append(worker.process)
-        if self._devices:  # its memory must be free for the next one
+        self._exiting = [process for process in self._exiting if process.is_alive()]
+        self._exiting.append(worker.process)
+        if self._devices:  # the next worker needs its GPU memory
             worker.process.join()
 
     def close(self) -> None:
-        """Wait until the last processes have left."""
-        for process in self._leaving:
+        """Wait until all processes have exited."""
+        for process in self._exiting:
             process.join()
 
     def stop(self) -> list[Worker]:
-        """Ask every worker to stop, wait until all have; those that were running."""
-        stopped = self.workers
+        """Stop all workers, wait for them, and return those that were running."""
+        stopped = list(self._workers.values())
         for worker in stopped:
             worker.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
@@ -142,20 +125,31 @@ class WorkerPool:
         return stopped
 
 
+def _crash(worker: Worker) -> TrialEnded:
+    worker.process.join()
+    code = worker.process.exitcode or 0
+    cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    output = worker.job.run_dir / OUTPUT_NAME
+    return TrialEnded("crashed", f"its process ended by {cause}; see {output}")
+
+
 def _start_fork_server() -> None:
-    """Start importing in the background; nothing there computes, so that no thread is forked."""
+    """Start the server, which makes its imports in the background."""
     modules = ["finetune.sweep.preload"]
     if os.environ.get("WANDB_MODE") != "disabled":
         modules += _WANDB_MODULES
     multiprocessing.set_forkserver_preload(modules)
-    with _startable(), _nothing_of_the_caller():
+    with _importable_package(), _ignored_interrupts(), _without_main_module():
         forkserver.ensure_running()
 
 
 @contextmanager
-def _nothing_of_the_caller() -> Iterator[None]:
-    """Children would import the caller's script, and run it again where it has no guard; and W&B
-    records their arguments, among which a storage's password may be."""
+def _without_main_module() -> Iterator[None]:
+    """Hide the caller's script and its arguments from child processes.
+
+    They would import the script, and run it again if it has no guard; and W&B records the
+    arguments, which may include a storage's password.
+    """
     main, arguments = sys.modules["__main__"], sys.argv
     sys.modules["__main__"], sys.argv = ModuleType("__main__"), arguments[:1]
     try:
@@ -165,21 +159,27 @@ def _nothing_of_the_caller() -> Iterator[None]:
 
 
 @contextmanager
-def _startable() -> Iterator[None]:
-    """The server finds this package, and Ctrl-C in its imports is the parent's affair."""
+def _importable_package() -> Iterator[None]:
+    """Let a new process find this package."""
     path = os.environ.get("PYTHONPATH")
-    package_dir = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = os.pathsep.join([package_dir, *([path] if path else [])])
-    try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread
-        handler = None
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), path]))
     try:
         yield
     finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
+        del os.environ["PYTHONPATH"]
+        if path is not None:
             os.environ["PYTHONPATH"] = path
+
+
+@contextmanager
+def _ignored_interrupts() -> Iterator[None]:
+    """Ctrl-C must not interrupt the imports of a process that is started here."""
+    try:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

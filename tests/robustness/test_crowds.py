@@ -17,7 +17,8 @@ import torch
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 from finetune.sweep.sweep_file import read_sweep
-from finetune.sweep.trial_queue import MAX_DEATHS, TrialQueue
+from finetune.sweep.trial_queue import MAX_CRASHES, TrialQueue
+from finetune.sweep.trials import cell_key
 from finetune.system import array_store as cache
 from finetune.training.train import run
 from tests.conftest import ROOT
@@ -47,7 +48,7 @@ def take_part(given: dict[str, Any], where: str, folder: Path, ready: Any) -> No
     cache._allocate = noted
     sweep = read_sweep(given)
     ready.wait()
-    trial_queue = TrialQueue.open(sweep, where, 8)
+    trial_queue = TrialQueue(sweep, where, 8)
     while claim := trial_queue.claim():
         config = sweep.config(claim.values)
         result = run(config, RunDir(config.out / claim.run_id))
@@ -56,7 +57,7 @@ def take_part(given: dict[str, Any], where: str, folder: Path, ready: Any) -> No
 
 
 def claim_all(where: str, folder: Path, ready: Any) -> None:
-    trial_queue = TrialQueue.open(grid(NUM_CELLS), where, NUM_CELLS)
+    trial_queue = TrialQueue(grid(NUM_CELLS), where, NUM_CELLS)
     ready.wait()
     keys = []
     while claim := trial_queue.claim():
@@ -71,7 +72,7 @@ def claim_all(where: str, folder: Path, ready: Any) -> None:
 def test_of_eight_that_claim_at_once_no_two_get_the_same_cell(where: str, tmp_path: Path) -> None:
     eight_at_once(claim_all, where.format(tmp_path), tmp_path)
     claims = [key for path in tmp_path.glob("*.claims") for key in path.read_text().split()]
-    assert Counter(claims) == {f"cell-{i}": 1 for i in range(NUM_CELLS)}
+    assert Counter(claims) == {cell_key({"seed": i}): 1 for i in range(NUM_CELLS)}
 
 
 def eight_at_once(target: Any, *arguments: Any) -> None:
@@ -94,7 +95,7 @@ def test_eight_that_start_at_once_build_once_and_end_alike(base: Any, tmp_path: 
     where = f"sqlite:///{tmp_path / 'sweep.db'}"
     eight_at_once(take_part, given, where, tmp_path)
     done = Counter(t.user_attrs["key"] for t in trials(where, "small") if t.state.name == "COMPLETE")  # noqa: E501  # fmt: skip
-    assert done == {f"cell-{i}": 1 for i in range(8)}
+    assert done == {cell_key({"unfreeze_every": i}): 1 for i in range(1, 9)}
     ends = [outcome(path) for path in (tmp_path / "runs").iterdir()]
     assert len(ends) == 8 and all(end == ends[0] for end in ends)
     built = Counter((tmp_path / "built").read_text().splitlines())
@@ -133,7 +134,7 @@ def test_trials_of_which_one_in_ten_crashes_are_all_accounted_for(
     found = trials(f"sqlite:///{runs / 'small.db'}", "small")
     assert Counter(t.state.name for t in found).keys() <= {"COMPLETE", "FAIL"}
     assert Counter(t.user_attrs["key"] for t in found if "copy_of" not in t.user_attrs) == {
-        f"cell-{i}": 1 for i in range(NUM_TRIALS)
+        cell_key({"seed": i}): 1 for i in range(NUM_TRIALS)
     }
     assert sum(t.state.name == "FAIL" for t in found) == crashes.total()
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
@@ -141,7 +142,7 @@ def test_trials_of_which_one_in_ten_crashes_are_all_accounted_for(
     for run_id, state, reason in outcomes:
         if state == "finished":
             assert RunResult.load(runs / run_id).config["seed"] == int(run_id.rpartition("-")[2])
-            assert crashes[run_id] < MAX_DEATHS
+            assert crashes[run_id] < MAX_CRASHES
         else:
-            assert state == "failed" and crashes[run_id] == MAX_DEATHS
-            assert f"it happened {MAX_DEATHS} times" in reason
+            assert state == "failed" and crashes[run_id] == MAX_CRASHES
+            assert f"it happened {MAX_CRASHES} times" in reason

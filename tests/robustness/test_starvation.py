@@ -244,9 +244,9 @@ def test_a_read_only_place_is_one_message_and_what_is_there_can_be_used(
     assert load_best(done.path).result == result
     monkeypatch.setattr("finetune.sweep.storage._TRIES", 1)
     with pytest.raises(FinetuneError, match="can't be used: unable to open database file"):
-        TrialQueue.open(grid(), f"sqlite:///{disk}/grid.db", 6)
+        TrialQueue(grid(), f"sqlite:///{disk}/grid.db", 6)
     with pytest.raises(FinetuneError, match="Read-only file system"):
-        TrialQueue.open(grid(), f"journal:{disk}/grid.journal", 6)
+        TrialQueue(grid(), f"journal:{disk}/grid.journal", 6)
 
 
 def end_of_each(folder: Path) -> dict[int, dict[str, Any]]:
@@ -289,13 +289,13 @@ def test_a_journal_that_met_a_full_disk_goes_on_without_its_last_half_line(
     where = f"journal:{disk}/grid.journal"
     mount(disk, "remount", "size=16k")
     with pytest.raises(OSError, match="No space left"):
-        work_off(TrialQueue.open(grid(60), where, 60))
+        work_off(TrialQueue(grid(60), where, 60))
     assert not (disk / "grid.journal").read_bytes().endswith(b"\n")
     make_room(disk)
-    trial_queue = TrialQueue.open(grid(60), where, 60)
+    trial_queue = TrialQueue(grid(60), where, 60)
     work_off(trial_queue)
-    assert trial_queue.settled()
-    assert [s.state for s in trial_queue.standings()] == ["finished"] * 60
+    assert trial_queue.is_complete()
+    assert [s.state for s in trial_queue.results()] == ["finished"] * 60
 
 
 # file handles

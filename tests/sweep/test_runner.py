@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -26,7 +25,8 @@ from finetune.sweep.confirmation import confirmation
 from finetune.sweep.runner import run_sweep
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import open_storage
-from finetune.sweep.table import LiveTable, TrialResult
+from finetune.sweep.table import LiveTable
+from finetune.sweep.trials import TrialResult, cell_key
 from finetune.system.devices import visible_devices
 from finetune.system.errors import ConfigError, FinetuneError
 from tests.support.synthetic import write_run
@@ -79,8 +79,9 @@ def start(folder: Path, given: Fields, *flags: str, **changed: str) -> subproces
 
 
 def complete(folder: Path, given: Fields, *flags: str, code: int = 0, **changed: str) -> str:
-    output, _ = start(folder, given, *flags, **changed).communicate(timeout=900)
-    assert _ is None
+    process = start(folder, given, *flags, **changed)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == code, output
     return output
 
 
@@ -90,8 +91,8 @@ def check_complete(folder: Path, cells: int) -> None:
         study_name="small", storage=open_storage(f"sqlite:///{folder / 'runs' / 'small.db'}")
     )
     done = [t for t in study.get_trials() if t.state.name == "COMPLETE"]
-    assert Counter(t.user_attrs["key"] for t in done) == {f"cell-{i}": 1 for i in range(cells)}
-    assert len({json.dumps(t.params, sort_keys=True) for t in done}) == cells
+    assert len(done) == cells
+    assert len({cell_key(t.user_attrs["values"]) for t in done}) == cells
     results = [RunResult.load(p.parent) for p in (folder / "runs").glob("*/result.json")]
     assert len(results) == cells
     assert sorted(r.best_val_acc for r in results) == sorted(t.value for t in done)
@@ -175,7 +176,7 @@ def test_a_small_grid_runs_with_two_workers_and_again_does_nothing(
 
 
 def test_the_parent_imports_no_torch_and_a_missing_optuna_is_named(tmp_path: Path) -> None:
-    code = "import sys, finetune.sweep.drive; assert not {'torch', 'wandb'} & sys.modules.keys()"
+    code = "import sys, finetune.sweep.runner; assert not {'torch', 'wandb'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     code = (
         "import sys; sys.modules['optuna'] = None; from finetune.__main__ import main\n"
@@ -237,10 +238,15 @@ def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Pat
 
 def test_the_live_table_knows_what_was_done_before() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    view = LiveTable(8, "best_val_acc", "maximize", console)
+    live_table = LiveTable(8, "best_val_acc", "maximize", console)
     setting: dict[str, Any] = {"learning_rate": 0.01}
-    view.found(3, TrialResult("x-000", Path("x-000"), "freeze", setting, "finished", 0.5333))
-    with view:
+    accuracies = (0.5333, 0.5, 0.4)
+    results = [
+        TrialResult(f"x-{i}", Path(f"x-{i}"), "freeze", setting, "finished", accuracy)
+        for i, accuracy in enumerate(accuracies)
+    ]
+    live_table.update_done(results)
+    with live_table.display:
         pass
     title = "3 of 8 done; best so far: freeze learning_rate=0.01, best_val_acc 0.5333"
     assert title in console.file.getvalue()  # type: ignore[attr-defined]
@@ -281,7 +287,7 @@ def test_an_interrupted_trial_goes_on_from_its_last_epoch(
         process.send_signal(expected)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == -expected, output
-        told = "trials put back: 1; the same command goes on with them" in output
+        told = "trials requeued: 1; run the same command to resume them" in output
         assert told == (how != "kill parent"), output
         if how != "kill parent":
             assert not any(Path(f"/proc/{worker}/fd").exists() for worker in workers)

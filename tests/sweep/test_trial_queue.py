@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -12,19 +13,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
+from finetune.sweep.sampling import cell_distribution
 from finetune.sweep.spec import Sweep
-from finetune.sweep.storage import is_gone, open_storage, this_process
+from finetune.sweep.storage import has_ended, open_storage, this_process
 from finetune.sweep.sweep_file import read_sweep
-from finetune.sweep.trial_queue import MAX_DEATHS, Claim, TrialQueue
-from finetune.sweep.trials import copy
+from finetune.sweep.trial_queue import MAX_CRASHES, Claim, TrialQueue
+from finetune.sweep.trials import cell_key, enqueue_copy
 from finetune.system.errors import ConfigError, FinetuneError, MissingPackage
 
+ROOT = Path(__file__).parents[2]
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
 ELSEWHERE = {"machine": "elsewhere/boot/pid", "pid": 1, "started": "1"}
 
@@ -54,7 +59,7 @@ def score(values: dict[str, Any]) -> float:
 def work_off(trial_queue: TrialQueue, limit: int = 10_000) -> list[Claim]:
     done = []
     while len(done) < limit and (claim := trial_queue.claim()):
-        value = score(claim.values) if "learning_rate" in claim.values else 0.5
+        value = score(claim.values) if "momentum" in claim.values else 0.5
         assert trial_queue.finish(claim, "finished", value, {})
         done.append(claim)
     return done
@@ -84,16 +89,16 @@ def states(where: str, name: str = "grid") -> Counter[str]:
 
 
 def test_each_cell_has_one_trial_and_one_result(storage: str) -> None:
-    trial_queue = TrialQueue.open(grid(), storage, 6)
+    trial_queue = TrialQueue(grid(), storage, 6)
     claims = work_off(trial_queue)
     assert [claim.values for claim in claims] == [{"seed": i} for i in range(6)]
     assert len({claim.run_id for claim in claims}) == 6
-    assert trial_queue.settled() and states(storage) == {"COMPLETE": 6}
-    assert work_off(TrialQueue.open(grid(), storage, 6)) == []
+    assert trial_queue.is_complete() and states(storage) == {"COMPLETE": 6}
+    assert work_off(TrialQueue(grid(), storage, 6)) == []
 
 
 def test_a_trial_that_was_put_back_keeps_its_run_id(storage: str) -> None:
-    trial_queue = TrialQueue.open(grid(2), storage, 2)
+    trial_queue = TrialQueue(grid(2), storage, 2)
     first = trial_queue.claim()
     assert first is not None and trial_queue.requeue(first)
     again = work_off(trial_queue)
@@ -103,14 +108,14 @@ def test_a_trial_that_was_put_back_keeps_its_run_id(storage: str) -> None:
 
 
 def test_failed_trials_wait_for_retry_failed(storage: str) -> None:
-    trial_queue = TrialQueue.open(grid(2), storage, 2)
+    trial_queue = TrialQueue(grid(2), storage, 2)
     claim = trial_queue.claim()
     assert claim is not None
     trial_queue.finish(claim, "failed", None, {"reason": "no"})
     work_off(trial_queue)
-    assert trial_queue.settled()
-    assert sorted(s.state for s in trial_queue.standings()) == ["failed", "finished"]
-    later = TrialQueue.open(grid(2), storage, 2)
+    assert trial_queue.is_complete()
+    assert sorted(s.state for s in trial_queue.results()) == ["failed", "finished"]
+    later = TrialQueue(grid(2), storage, 2)
     assert later.claim() is None
     assert later.retry_failed() == 1
     assert [c.run_id for c in work_off(later)] == [claim.run_id]
@@ -118,29 +123,25 @@ def test_failed_trials_wait_for_retry_failed(storage: str) -> None:
 
 
 def test_a_worker_that_dies_again_and_again_costs_one_trial(storage: str) -> None:
-    trial_queue = TrialQueue.open(grid(1), storage, 1)
-    for _ in range(MAX_DEATHS - 1):
+    trial_queue = TrialQueue(grid(1), storage, 1)
+    for _ in range(MAX_CRASHES - 1):
         claim = trial_queue.claim()
-        assert claim is not None and trial_queue.requeue(claim, died=True)
+        assert claim is not None and trial_queue.requeue(claim, crashed=True)
     claim = trial_queue.claim()
-    assert claim is not None and not trial_queue.requeue(claim, died=True)
+    assert claim is not None and not trial_queue.requeue(claim, crashed=True)
 
 
 def test_a_late_result_is_discarded_and_noted(storage: str) -> None:
-    said: list[str] = []
-    late = TrialQueue.open(grid(1), storage, 1, said.append, ELSEWHERE)
+    late = TrialQueue(grid(1), storage, 1, ELSEWHERE)
     slow = late.claim()
     assert slow is not None
-    storage_object = open_storage(storage)
-    trial_queue = TrialQueue.open(grid(1), storage, 1)
-    storage_object.set_trial_state_values(slow.trial_id, optuna.trial.TrialState.FAIL)
-    copy(storage_object, 1 - 1 * storage.startswith("journal"), _trial(storage, slow))
+    trial_queue = TrialQueue(grid(1), storage, 1)
+    trial_queue._fail_and_copy(_trial(storage, slow))
     quick = work_off(trial_queue)
     assert [c.run_id for c in quick] == [slow.run_id]
     assert late.finish(slow, "finished", 0.9, {}) is False
-    assert "discarded" in said[0]
     assert states(storage) == {"COMPLETE": 1, "FAIL": 1}
-    assert [s.value for s in trial_queue.standings()] == [0.5]
+    assert [s.value for s in trial_queue.results()] == [0.5]
 
 
 def _trial(where: str, claim: Claim) -> optuna.trial.FrozenTrial:
@@ -148,33 +149,152 @@ def _trial(where: str, claim: Claim) -> optuna.trial.FrozenTrial:
 
 
 def test_of_two_copies_of_a_trial_one_alone_runs(storage: str) -> None:
-    trial_queue = TrialQueue.open(grid(1), storage, 1)
+    trial_queue = TrialQueue(grid(1), storage, 1)
     claim = trial_queue.claim()
     assert claim is not None
     trial = _trial(storage, claim)
     trial_queue.requeue(claim)
-    trial_queue._enqueue_copy(trial)  # as a second process would that saw the same
+    enqueue_copy(trial_queue._study, trial)  # as a second process might at the same time
     assert len(work_off(trial_queue)) == 1
-    assert trial_queue.settled()
-    assert states(storage) == {"COMPLETE": 1, "FAIL": 2}
+    assert trial_queue.is_complete()
+    assert states(storage) == {"COMPLETE": 1, "FAIL": 1, "WAITING": 1}
 
 
 def test_another_sweep_of_the_same_name_is_refused(storage: str) -> None:
-    TrialQueue.open(grid(2), storage, 2)
+    TrialQueue(grid(2), storage, 2)
     with pytest.raises(ConfigError, match="with other parameters; pass another --name"):
-        TrialQueue.open(grid(3), storage, 3)
+        TrialQueue(grid(3), storage, 3)
 
 
 def test_a_larger_cap_goes_on_where_the_smaller_ended(storage: str) -> None:
-    assert len(work_off(TrialQueue.open(grid(), storage, 2))) == 2
-    assert [c.values["seed"] for c in work_off(TrialQueue.open(grid(), storage, 6))] == [2, 3, 4, 5]
-    assert work_off(TrialQueue.open(grid(), storage, 3)) == []
+    assert len(work_off(TrialQueue(grid(), storage, 2))) == 2
+    assert [c.values["seed"] for c in work_off(TrialQueue(grid(), storage, 6))] == [2, 3, 4, 5]
+    assert work_off(TrialQueue(grid(), storage, 3)) == []
 
 
 def test_a_target_that_is_reached_ends_the_sweep(sqlite: str) -> None:
-    trial_queue = TrialQueue.open(grid(metric={**METRIC, "target": 0.5}), sqlite, 6)
+    trial_queue = TrialQueue(grid(metric={**METRIC, "target": 0.5}), sqlite, 6)
     assert len(work_off(trial_queue)) == 1
     assert trial_queue.claim() is None
+    assert trial_queue.is_complete()
+
+
+# a grid's cells
+
+
+def two_by_two(*names: str) -> Sweep:
+    """A grid of four cells, with its parameters in this order."""
+    values = {"strategy": ["freeze", "partial"], "learning_rate": [0.01, 0.001]}
+    parameters = {name: {"values": values[name]} for name in names}
+    return read_sweep({"name": "small", "method": "grid", "parameters": parameters})
+
+
+ORDERS = (("strategy", "learning_rate"), ("learning_rate", "strategy"))
+FOUR_CELLS = {(s, r) for s in ("freeze", "partial") for r in (0.01, 0.001)}
+
+
+def cells_of(claims: list[Claim]) -> list[tuple[Any, Any]]:
+    return [(claim.values["strategy"], claim.values["learning_rate"]) for claim in claims]
+
+
+@pytest.mark.parametrize("caps", [(4, 4), (2, 4), (2, 3, 4)])
+def test_each_cell_runs_once_though_the_file_s_lines_are_swapped(
+    caps: tuple[int, ...], storage: str
+) -> None:
+    claims: list[Claim] = []
+    for i, cap in enumerate(caps):
+        trial_queue = TrialQueue(two_by_two(*ORDERS[i % 2]), storage, cap)
+        claims += work_off(trial_queue, 2 if i == 0 else cap)
+        assert len(claims) == (2 if i == 0 else cap)
+    assert len(claims) == 4 and set(cells_of(claims)) == FOUR_CELLS
+    assert len({claim.run_id for claim in claims}) == 4
+    results = {r.run_id: (r.strategy, r.setting) for r in trial_queue.results()}
+    for claim, (strategy, rate) in zip(claims, cells_of(claims), strict=True):
+        assert results[claim.run_id] == (strategy, {"learning_rate": rate})
+
+
+def test_a_cell_that_is_enqueued_twice_runs_once(storage: str) -> None:
+    trial_queue = TrialQueue(two_by_two(*ORDERS[0]), storage, 2)
+    study = trial_queue._study
+    study.set_user_attr("num_enqueued", -1)
+    for trial in study.get_trials():  # as a second process might at the same time
+        study.add_trial(trial)
+    swapped = TrialQueue(two_by_two(*ORDERS[1]), storage, 4)
+    assert sorted(cells_of(work_off(swapped))) == sorted(FOUR_CELLS)
+    assert swapped.is_complete()
+
+
+def write_old_study(where: str, sweep: Sweep, num_done: int, num_enqueued: int) -> list[str]:
+    """A study as version 0.1.0 wrote it; the run ids of its trials."""
+    study = optuna.create_study(
+        storage=open_storage(where), study_name=sweep.name, direction="maximize"
+    )
+    source = json.dumps(sweep.source, sort_keys=True, default=str)
+    study.set_user_attr("sweep", {"token": "af8537", "source": source, "owner": ELSEWHERE})
+    distributions = {d.name: cell_distribution(d) for d in sweep.dimensions}
+    for i, cell in enumerate(islice(sweep.cells(), num_enqueued)):
+        attributes = {"key": f"cell-{i}"}
+        done = optuna.trial.TrialState.COMPLETE if i < num_done else optuna.trial.TrialState.WAITING
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=done,
+                value=0.5 if i < num_done else None,
+                params=cell if distributions else {},
+                distributions=distributions,
+                user_attrs=attributes,
+            )
+        )
+    study.set_user_attr("num_enqueued", num_enqueued)
+    return [f"{sweep.name}-af8537-{i:03d}" for i in range(num_enqueued)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("num_enqueued", [2, 4])
+def test_a_grid_of_version_0_1_0_is_completed_and_nothing_runs_twice(
+    num_enqueued: int, order: tuple[str, ...], storage: str
+) -> None:
+    old = two_by_two(*ORDERS[0])
+    old_ids = write_old_study(storage, old, 2, num_enqueued)
+    trial_queue = TrialQueue(two_by_two(*order), storage, 4)
+    assert len(trial_queue.results()) == 4
+    claims = work_off(trial_queue)
+    assert sorted(cells_of(claims)) == [("partial", 0.001), ("partial", 0.01)]
+    assert trial_queue.is_complete()
+    results = {r.run_id: (r.strategy, r.setting["learning_rate"]) for r in trial_queue.results()}
+    assert len(results) == 4
+    for run_id, cell in zip(old_ids, old.cells(), strict=False):
+        assert results[run_id] == (cell["strategy"], cell["learning_rate"])
+
+
+def test_listed_cells_of_version_0_1_0_are_known_by_their_number(storage: str) -> None:
+    cells = tuple({"strategy": "freeze", "seed": seed} for seed in range(4))
+    sweep = Sweep("confirm", "grid", (), {}, listed=cells)
+    old_ids = write_old_study(storage, sweep, 2, 3)
+    trial_queue = TrialQueue(sweep, storage, 4)
+    claims = work_off(trial_queue)
+    assert [claim.values for claim in claims] == list(cells[2:])
+    assert claims[0].run_id == old_ids[2]
+    assert [r.setting["seed"] for r in trial_queue.results()] == [0, 1, 2, 3]
+    fewer = TrialQueue(replace(sweep, listed=cells[:2]), storage, 2)
+    assert fewer.is_complete() and len(fewer.results()) == 2
+
+
+def test_the_database_of_version_0_1_0_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(ROOT / "tests/old_formats/v0_1_0", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    trial_queue = TrialQueue(read_sweep(Path("sweep.yaml")), "sqlite:///swept/small.db", 4)
+    before = [r for r in trial_queue.results() if r.state == "finished"]
+    assert [(r.run_id, r.best_epoch) for r in before] == [
+        ("small-af8537-000", 0),
+        ("small-af8537-001", 0),
+    ]
+    assert all((r.run_dir / "result.json").exists() for r in before)
+    claims = work_off(trial_queue)
+    assert cells_of(claims) == [("partial", 0.01), ("partial", 0.001)]
+    assert [c.run_id for c in claims] == ["small-af8537-002", "small-af8537-003"]
+    assert trial_queue.is_complete()
 
 
 # search
@@ -184,15 +304,13 @@ def test_a_target_that_is_reached_ends_the_sweep(sqlite: str) -> None:
 def test_a_search_repeats_itself_also_after_an_interruption(method: str, tmp_path: Path) -> None:
     sweep = drawn(method)
     urls = [f"sqlite:///{tmp_path / f'{i}.db'}" for i in range(2)]
-    straight = [c.values for c in work_off(TrialQueue.open(sweep, urls[0], 16))]
-    in_pieces = [
-        c.values for _ in range(4) for c in work_off(TrialQueue.open(sweep, urls[1], 16), 4)
-    ]
+    straight = [c.values for c in work_off(TrialQueue(sweep, urls[0], 16))]
+    in_pieces = [c.values for _ in range(4) for c in work_off(TrialQueue(sweep, urls[1], 16), 4)]
     assert straight == in_pieces and len(straight) == 16
     assert len({str(values) for values in straight}) == 16
     other = drawn(method, parameters={**_parameters(sweep), "seed": {"value": 7}})
     url = f"sqlite:///{tmp_path / 'other.db'}"
-    assert [c.values for c in work_off(TrialQueue.open(other, url, 16))] != straight
+    assert [c.values for c in work_off(TrialQueue(other, url, 16))] != straight
 
 
 def _parameters(sweep: Sweep) -> dict[str, Any]:
@@ -205,14 +323,14 @@ def test_bayes_beats_random_on_a_known_function_with_the_same_budget(tmp_path: P
         for seed in range(3):
             sweep = drawn(method, name=f"{method}{seed}")
             sweep = sweep.amended(None, {"seed": seed}, {})
-            trial_queue = TrialQueue.open(sweep, f"journal:{tmp_path / 'all.journal'}", 40)
+            trial_queue = TrialQueue(sweep, f"journal:{tmp_path / 'all.journal'}", 40)
             found.append(max(score(claim.values) for claim in work_off(trial_queue)))
     assert all(b > r for b, r in zip(best["bayes"], best["random"], strict=True)), best
 
 
 def test_a_hopeless_trial_is_ended_at_the_first_rung_and_not_before(sqlite: str) -> None:
     early = {"type": "hyperband", "min_iter": 4, "eta": 3}
-    trial_queue = TrialQueue.open(grid(9, early_terminate=early), sqlite, 9)
+    trial_queue = TrialQueue(grid(9, early_terminate=early), sqlite, 9)
     ended: dict[int, int] = {}
     for i in range(9):
         claim = trial_queue.claim()
@@ -231,12 +349,11 @@ def test_a_hopeless_trial_is_ended_at_the_first_rung_and_not_before(sqlite: str)
 # several processes
 
 OTHER_PROCESS = """
-import sys, time
-from finetune.sweep.board import TrialQueue
-from finetune.sweep.reading import read_sweep
-import json
+import json, sys, time
+from finetune.sweep.trial_queue import TrialQueue
+from finetune.sweep.sweep_file import read_sweep
 content, where, count, pause = json.loads(sys.argv[1])
-trial_queue = TrialQueue.open(read_sweep(content), where, count)
+trial_queue = TrialQueue(read_sweep(content), where, count)
 print("open", flush=True)
 while claim := trial_queue.claim():
     print(claim.key, flush=True)
@@ -247,8 +364,6 @@ print("done", flush=True)
 
 
 def other_process(content: dict[str, Any], where: str, count: int, pause: float) -> Any:
-    import json
-
     return subprocess.Popen(
         [sys.executable, "-c", OTHER_PROCESS, json.dumps([content, where, count, pause])],
         stdout=subprocess.PIPE,
@@ -273,13 +388,13 @@ def share(where: str, cells: int = 12) -> None:
         slow.kill()
         slow.wait()
     quick.communicate(timeout=120)
-    trial_queue = TrialQueue.open(read_sweep(content(cells)), where, cells)
+    trial_queue = TrialQueue(read_sweep(content(cells)), where, cells)
     finished = [t for t in trials(where) if t.state.name == "COMPLETE"]
     work_off(trial_queue)
-    assert trial_queue.settled()
+    assert trial_queue.is_complete()
     found = trials(where)
     done = Counter(t.user_attrs["key"] for t in found if t.state.name == "COMPLETE")
-    assert done == dict.fromkeys((f"cell-{i}" for i in range(cells)), 1)
+    assert done == {cell_key({"seed": i}): 1 for i in range(cells)}
     assert held in done and len(finished) >= cells - 1
     trial_queue.close()
     assert len([t for t in found if "copy_of" not in t.user_attrs]) == cells, "enqueued twice"
@@ -342,47 +457,47 @@ def test_two_processes_share_postgresql_and_one_is_killed(postgresql: str) -> No
 @pytest.mark.slow
 def test_a_trial_without_a_heartbeat_is_taken_over(sqlite: str) -> None:
     beats = {"heartbeat_seconds": 1, "grace_seconds": 5}
-    gone = TrialQueue.open(grid(1), sqlite, 1, owner=ELSEWHERE, **beats)
+    gone = TrialQueue(grid(1), sqlite, 1, owner=ELSEWHERE, **beats)
     claim = gone.claim()
-    here = TrialQueue.open(grid(1), sqlite, 1, **beats)
-    assert here.claim() is None and not here.settled()
+    here = TrialQueue(grid(1), sqlite, 1, **beats)
+    assert here.claim() is None and not here.is_complete()
     deadline = time.monotonic() + 6
     while time.monotonic() < deadline:
-        gone.beat()
+        gone.record_heartbeats()
         time.sleep(0.2)
-    assert here.claim() is None and not here.settled(), "it was alive"
+    assert here.claim() is None and not here.is_complete(), "it was alive"
     time.sleep(6.5)
-    assert not here.settled()
+    assert not here.is_complete()
     again = here.claim()
     assert again is not None and claim is not None and again.run_id == claim.run_id
 
 
 def test_a_journal_s_trial_of_another_machine_waits_for_retry_failed(tmp_path: Path) -> None:
     where = f"journal:{tmp_path / 'x.journal'}"
-    assert TrialQueue.open(grid(1), where, 1, owner=ELSEWHERE).claim() is not None
-    here = TrialQueue.open(grid(1), where, 1)
-    assert here.claim() is None and not here.settled()
-    assert here.held_elsewhere() == ["elsewhere"]
+    assert TrialQueue(grid(1), where, 1, owner=ELSEWHERE).claim() is not None
+    here = TrialQueue(grid(1), where, 1)
+    assert here.claim() is None and not here.is_complete()
+    assert here.unobservable_machines() == ["elsewhere"]
     assert here.retry_failed() == 1
     assert here.claim() is not None
 
 
 def test_a_process_is_told_from_a_later_one_with_its_id() -> None:
     ours = this_process()
-    assert not is_gone(ours)
-    assert is_gone({**ours, "started": "1"})
+    assert not has_ended(ours)
+    assert has_ended({**ours, "started": "1"})
     process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
     process.start()
     pid = process.pid
     process.join()
-    assert is_gone({**ours, "pid": pid})
-    assert not is_gone({**ours, "pid": pid, "machine": "elsewhere"})
+    assert has_ended({**ours, "pid": pid})
+    assert not has_ended({**ours, "pid": pid, "machine": "elsewhere"})
 
 
 @pytest.mark.parametrize(
     ("where", "kind", "message"),
     [
-        ("nonsense", ConfigError, "it is no URL; pass sqlite:///FILE.db"),
+        ("nonsense", ConfigError, "not a URL; pass sqlite:///FILE.db"),
         ("oracul://x/y", ConfigError, "knows no database 'oracul'"),
         ("mysql://u:secret@h/d", MissingPackage, "pip install mysqlclient"),
         ("sqlite:////nonexistent/x.db", FinetuneError, "unable to open database file"),
