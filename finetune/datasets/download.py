@@ -39,8 +39,6 @@ def download(
     url: str | None = None,
     archive: Path | None = None,
     weights_only: bool = False,
-    *,
-    weights_url: str = WEIGHTS_URL,
 ) -> None:
     """Download the data set, from `url` or a local `archive` if given, and the weights.
 
@@ -56,7 +54,7 @@ def download(
         fetch_data(data_dir, url, None)
     elif not weights_only:
         fetch_data(data_dir, INATURALIST_URL, INATURALIST)
-    fetch_weights(weights_url)
+    fetch_weights(WEIGHTS_URL)
 
 
 def fetch_data(data_dir: Path, url: str, expected: ExpectedDataset | None) -> None:

@@ -37,9 +37,6 @@ class PartialDownload:
         self.total_bytes: int | None = None
         self.validator: str | None = None
         """The server's ETag or Last-Modified, which changes when the file is replaced."""
-        self._read_note()
-
-    def _read_note(self) -> None:
         try:
             note = json.loads(self.note_path.read_text(encoding="utf-8"))
             if self.path.exists() and note["url"] == self.source:

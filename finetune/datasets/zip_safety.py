@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import zipfile
 from collections import Counter
@@ -83,16 +84,13 @@ def find_root(names: Iterable[str]) -> str:
 
     Raises `UnexpectedArchive` unless there is exactly one at the smallest depth.
     """
-    names = list(names)
-    splits_of_root: dict[str, set[str]] = {}
-    for name in names:
-        parts = name.split("/")
-        if is_picture_name(name) and not _is_hidden(name):
-            for depth, part in enumerate(parts[:-2]):
-                if part in ("train", "val"):
-                    splits_of_root.setdefault("/".join([*parts[:depth], ""]), set()).add(part)
-    roots = [root for root, splits in splits_of_root.items() if len(splits) == 2]
-    shallowest = [r for r in roots if r.count("/") == min(root.count("/") for root in roots)]
+    names = [name for name in names if not _is_hidden(name)]
+    roots: dict[str, set[str]] = {"train": set(), "val": set()}
+    for name in filter(is_picture_name, names):
+        for match in re.finditer(r"(?<![^/])(train|val)(?=/[^/]+/)", name):
+            roots[match[1]].add(name[: match.start()])
+    both = sorted(roots["train"] & roots["val"], key=lambda root: (root.count("/"), root))
+    shallowest = [root for root in both if root.count("/") == both[0].count("/")]
     if len(shallowest) != 1:
         found = shallowest or sorted({name.split("/")[0] for name in names})[:8]
         raise UnexpectedArchive(

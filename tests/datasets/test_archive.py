@@ -20,27 +20,27 @@ FILES = tree()
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     return tmp_path / "inside"
 
 
-def write(place: Path, content: bytes) -> Path:
-    place.mkdir(exist_ok=True)
-    archive = place / "data.zip"
+def write(folder: Path, content: bytes) -> Path:
+    folder.mkdir(exist_ok=True)
+    archive = folder / "data.zip"
     archive.write_bytes(content)
     return archive
 
 
-def assert_nothing_left(place: Path) -> None:
-    """Only the archive, neither in its folder nor beside it."""
-    assert [p.relative_to(place.parent).as_posix() for p in place.parent.rglob("*")] == [
+def assert_nothing_left(folder: Path) -> None:
+    """The archive is the only file, in its folder and beside it."""
+    assert [p.relative_to(folder.parent).as_posix() for p in folder.parent.rglob("*")] == [
         "inside",
         "inside/data.zip",
     ]
 
 
 def with_member(name: str, content: bytes = b"x", kind: int = 0) -> bytes:
-    """A good archive with one member more."""
+    """A valid archive with an additional member."""
     out = io.BytesIO(zipped(FILES))
     info = zipfile.ZipInfo("placeholder")
     info.filename = info.orig_filename = name
@@ -51,13 +51,13 @@ def with_member(name: str, content: bytes = b"x", kind: int = 0) -> bytes:
 
 
 @pytest.mark.parametrize("root", ["", "inaturalist_12K/", "mirror/nature 12K/", "a/b/c/"])
-def test_the_data_set_is_found_however_deep_it_is_nested(place: Path, root: str) -> None:
-    unpack(write(place, zipped(FILES, root)), place / "data", "test")
-    assert {n: (place / "data" / n).read_bytes() for n in FILES} == FILES
-    assert find_data_dir(place / "data") == place / "data"
+def test_the_data_set_is_found_at_any_depth(folder: Path, root: str) -> None:
+    unpack(write(folder, zipped(FILES, root)), folder / "data", "test")
+    assert {n: (folder / "data" / n).read_bytes() for n in FILES} == FILES
+    assert find_data_dir(folder / "data") == folder / "data"
 
 
-def test_what_stands_beside_the_splits_is_left_out(place: Path) -> None:
+def test_files_beside_the_splits_are_left_out(folder: Path) -> None:
     extra = {
         "__MACOSX/inaturalist_12K/train/Aves/._000.jpg": b"x",
         "inaturalist_12K/.DS_Store": b"x",
@@ -66,8 +66,8 @@ def test_what_stands_beside_the_splits_is_left_out(place: Path) -> None:
         "README.txt": b"x",
     }
     content = zipped({f"inaturalist_12K/{n}": c for n, c in FILES.items()} | extra, root="")
-    unpack(write(place, content), place / "data", "test")
-    made = place / "data"
+    unpack(write(folder, content), folder / "data", "test")
+    made = folder / "data"
     found = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
     assert found == FILES.keys() | {"manifest.json"}
 
@@ -90,63 +90,63 @@ def test_what_stands_beside_the_splits_is_left_out(place: Path) -> None:
         (f"inaturalist_12K/train/Aves/{'n' * 300}.jpg", 0, "too long"),
     ],
 )
-def test_a_member_that_would_leave_the_folder_is_refused_and_leaves_nothing(
-    place: Path, name: str, kind: int, words: str
+def test_an_unsafe_member_is_refused_and_nothing_is_left(
+    folder: Path, name: str, kind: int, words: str
 ) -> None:
-    archive = write(place, with_member(name, b"/etc/passwd", kind))
+    archive = write(folder, with_member(name, b"/etc/passwd", kind))
     with pytest.raises(ArchiveError, match=words):
-        unpack(archive, place / "data", "test")
-    assert_nothing_left(place)
+        unpack(archive, folder / "data", "test")
+    assert_nothing_left(folder)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_member_that_comes_twice_is_refused(place: Path) -> None:
-    archive = write(place, with_member("inaturalist_12K/train/Aves/000.jpg"))
+def test_a_duplicate_member_is_refused(folder: Path) -> None:
+    archive = write(folder, with_member("inaturalist_12K/train/Aves/000.jpg"))
     with pytest.raises(ArchiveError, match="twice"):
-        unpack(archive, place / "data", "test")
-    assert_nothing_left(place)
+        unpack(archive, folder / "data", "test")
+    assert_nothing_left(folder)
 
 
-def test_an_encrypted_member_is_refused(place: Path) -> None:
+def test_an_encrypted_member_is_refused(folder: Path) -> None:
     content = bytearray(zipped(FILES))
     directory = content.index(b"PK\x01\x02")
     content[directory + 8] |= 1
     with pytest.raises(ArchiveError, match="encrypted"):
-        unpack(write(place, bytes(content)), place / "data", "test")
-    assert_nothing_left(place)
+        unpack(write(folder, bytes(content)), folder / "data", "test")
+    assert_nothing_left(folder)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_method_that_unpacks_in_blocks_of_any_size_is_refused(place: Path, method: int) -> None:
-    """Such a member may lie about its size, and fill the memory before anybody can look."""
-    archive = write(place, zipped(FILES))
+def test_a_method_that_unpacks_in_blocks_of_any_size_is_refused(folder: Path, method: int) -> None:
+    """Such a member may be larger than its header says and fill the memory."""
+    archive = write(folder, zipped(FILES))
     with zipfile.ZipFile(archive, "a", method) as opened:
         opened.writestr("inaturalist_12K/train/Aves/bomb.jpg", bytes(1000))
     with pytest.raises(
         ArchiveError, match=r"bomb.jpg' is packed by method \d+; 0 and 8 are allowed"
     ):
-        unpack(archive, place / "data", "test")
-    assert_nothing_left(place)
+        unpack(archive, folder / "data", "test")
+    assert_nothing_left(folder)
 
 
-def test_a_damaged_name_is_noticed_where_no_count_is_expected(place: Path) -> None:
+def test_a_damaged_name_is_detected_without_expected_counts(folder: Path) -> None:
     content = zipped(FILES)
     directory = content.index(b"PK\x01\x02")
     content = content[:directory] + content[directory:].replace(
         b"train/Aves/000", b"trbin/Aves/000"
     )
     with pytest.raises(ArchiveError, match="trbin/Aves/000"):
-        unpack(write(place, content), place / "data", "test")
-    assert_nothing_left(place)
+        unpack(write(folder, content), folder / "data", "test")
+    assert_nothing_left(folder)
 
 
-def test_a_bomb_is_refused_by_its_ratio(place: Path) -> None:
-    archive = write(place, with_member("inaturalist_12K/train/Aves/bomb.jpg", b""))
+def test_a_zip_bomb_is_refused_by_its_compression_ratio(folder: Path) -> None:
+    archive = write(folder, with_member("inaturalist_12K/train/Aves/bomb.jpg", b""))
     with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr("inaturalist_12K/train/Aves/zeros.jpg", bytes(20_000_000))
     with pytest.raises(ArchiveError, match="100 times its own size"):
-        unpack(archive, place / "data", "test")
-    assert_nothing_left(place)
+        unpack(archive, folder / "data", "test")
+    assert_nothing_left(folder)
 
 
 @pytest.mark.parametrize(
@@ -154,17 +154,17 @@ def test_a_bomb_is_refused_by_its_ratio(place: Path) -> None:
     [("MAX_MEMBERS", 9, "10 members; at most 9"), ("MAX_BYTES", 5000, "at most 5000")],
 )
 def test_too_many_members_or_bytes_are_refused(
-    place: Path, limit: str, value: int, words: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, limit: str, value: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zip_safety, limit, value)
-    archive = write(place, zipped(FILES))
+    archive = write(folder, zipped(FILES))
     with pytest.raises(ArchiveError, match=words):
-        unpack(archive, place / "data", "test")
-    assert_nothing_left(place)
+        unpack(archive, folder / "data", "test")
+    assert_nothing_left(folder)
 
 
 def lying_about_size(content: bytes) -> bytes:
-    """A first member said to be ten bytes long, everywhere that it is said."""
+    """Both headers of the first member say that it has ten bytes."""
     lied = bytearray(content)
     for magic, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
         at = lied.index(magic) + offset
@@ -187,18 +187,18 @@ def with_other_local_name(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "spoil", [lying_about_size, truncated, with_flipped_byte, with_other_local_name]
+    "damage", [lying_about_size, truncated, with_flipped_byte, with_other_local_name]
 )
-def test_a_damaged_archive_is_refused_with_where_and_leaves_nothing(
-    place: Path, spoil: Callable[[bytes], bytes]
+def test_a_damaged_archive_is_refused_and_nothing_is_left(
+    folder: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    archive = write(place, spoil(zipped(FILES)))
+    archive = write(folder, damage(zipped(FILES)))
     with pytest.raises(ArchiveError, match="damaged"):
-        unpack(archive, place / "data", "test")
-    assert_nothing_left(place)
+        unpack(archive, folder / "data", "test")
+    assert_nothing_left(folder)
 
 
-def test_the_manifest_is_written_last(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifest_is_written_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     write_text = Path.write_text
 
@@ -207,27 +207,27 @@ def test_the_manifest_is_written_last(place: Path, monkeypatch: pytest.MonkeyPat
         return write_text(path, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "write_text", watch)
-    unpack(write(place, zipped(FILES)), place / "data", "test")
+    unpack(write(folder, zipped(FILES)), folder / "data", "test")
     assert seen == [set(FILES)]
 
 
-def test_what_an_interrupted_unpacking_left_behind_is_no_hindrance(place: Path) -> None:
-    archive = write(place, zipped(FILES))
-    half = place / ".data.unpacking" / "train" / "Aves"
+def test_leftovers_of_an_interrupted_unpacking_are_replaced(folder: Path) -> None:
+    archive = write(folder, zipped(FILES))
+    half = folder / ".data.unpacking" / "train" / "Aves"
     half.mkdir(parents=True)
     (half / "000.jpg").write_bytes(b"half")
-    unpack(archive, place / "data", "test")
-    assert (place / "data/train/Aves/000.jpg").read_bytes() == FILES["train/Aves/000.jpg"]
+    unpack(archive, folder / "data", "test")
+    assert (folder / "data/train/Aves/000.jpg").read_bytes() == FILES["train/Aves/000.jpg"]
     assert not half.exists()
 
 
-def test_an_existing_folder_with_files_is_left_as_it_is(place: Path) -> None:
-    archive = write(place, zipped(FILES))
-    (place / "data").mkdir()
-    (place / "data" / "mine").write_text("mine")
+def test_a_folder_with_files_is_not_overwritten(folder: Path) -> None:
+    archive = write(folder, zipped(FILES))
+    (folder / "data").mkdir()
+    (folder / "data" / "mine").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
-        unpack(archive, place / "data", "test")
-    assert [p.name for p in (place / "data").iterdir()] == ["mine"]
+        unpack(archive, folder / "data", "test")
+    assert [p.name for p in (folder / "data").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -239,12 +239,14 @@ def test_an_existing_folder_with_files_is_left_as_it_is(place: Path) -> None:
         ([], "found"),
     ],
 )
-def test_an_archive_without_one_pair_of_splits_is_refused(names: list[str], words: str) -> None:
+def test_an_archive_must_have_exactly_one_train_and_val_folder(
+    names: list[str], words: str
+) -> None:
     with pytest.raises(DataError, match=words):
         find_root(names)
 
 
-def test_a_class_called_train_does_not_confuse_the_layout() -> None:
+def test_a_class_may_be_called_train() -> None:
     assert find_root(["d/train/train/1.jpg", "d/val/train/1.jpg"]) == "d/"
 
 
@@ -252,7 +254,7 @@ def test_a_class_called_train_does_not_confuse_the_layout() -> None:
     "content",
     ["{", "[]", json.dumps({"other": 1}), json.dumps({"files": [], "source": "", "pictures": {}})],
 )
-def test_a_foreign_manifest_is_refused(tmp_path: Path, content: str) -> None:
+def test_an_invalid_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DataError):
         read_manifest(tmp_path)

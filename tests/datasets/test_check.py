@@ -52,7 +52,7 @@ def test_a_good_data_set_has_no_findings(
 
 
 def plant(data_dir: Path) -> dict[str, bytes]:
-    """Unreadable files of every kind, by name."""
+    """Write unreadable files of every kind; return them by name."""
     whole = jpeg(1000, (64, 64))
     planted = {
         "train/Aves/cut.jpg": whole[: len(whole) // 2],
@@ -65,7 +65,7 @@ def plant(data_dir: Path) -> dict[str, bytes]:
     return planted
 
 
-def test_planted_faults_are_all_found_and_nothing_else(
+def test_all_unreadable_and_repeated_pictures_are_found(
     data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted = plant(data_dir)
@@ -95,7 +95,7 @@ def test_the_same_pixels_in_another_format_are_the_same_picture(data_dir: Path) 
     assert found["same_bytes"] is False
 
 
-def test_flat_pictures_of_other_sizes_are_not_the_same(data_dir: Path) -> None:
+def test_black_pictures_of_different_sizes_are_not_the_same(data_dir: Path) -> None:
     Image.new("RGB", (30, 20)).save(data_dir / "train/Aves/black.png")
     Image.new("RGB", (20, 30)).save(data_dir / "val/Aves/black.png")
     assert examine(data_dir).repeated == []
@@ -106,7 +106,7 @@ def test_a_copy_within_one_class_of_one_split_is_not_reported(data_dir: Path) ->
     assert examine(data_dir).repeated == []
 
 
-def test_a_leak_alone_is_noted_and_stops_no_run(
+def test_a_picture_in_two_splits_is_a_warning_and_stops_no_run(
     data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(data_dir, {"val/Aves/leak.jpg": tree()["train/Aves/000.jpg"]})
@@ -114,7 +114,7 @@ def test_a_leak_alone_is_noted_and_stops_no_run(
     assert "several splits: train/Aves/000.jpg = val/Aves/leak.jpg" in capsys.readouterr().out
 
 
-def test_folders_that_break_a_run_are_all_named(data_dir: Path) -> None:
+def test_all_folders_that_stop_a_run_are_listed(data_dir: Path) -> None:
     (data_dir / "train/Empty").mkdir()
     write(data_dir, {"val/Only/1.jpg": jpeg(2000)})
     faults = examine(data_dir).faults
@@ -124,7 +124,7 @@ def test_folders_that_break_a_run_are_all_named(data_dir: Path) -> None:
     assert "class 'Only' is in val/ but not in train/" in faults
 
 
-def test_too_few_pictures_to_validate_on_are_a_fault_as_they_are_in_a_run(tmp_path: Path) -> None:
+def test_too_few_pictures_to_validate_are_a_fault_in_check_and_in_a_run(tmp_path: Path) -> None:
     write(tmp_path, tree(train=2))
     (fault,) = examine(tmp_path).faults
     assert "fewer than 3 pictures in each class" in fault
@@ -135,7 +135,7 @@ def test_too_few_pictures_to_validate_on_are_a_fault_as_they_are_in_a_run(tmp_pa
     assert len(find_splits(RunConfig(data_dir=tmp_path)).val) == 1
 
 
-def test_a_class_that_skip_unreadable_would_empty_is_a_fault(data_dir: Path) -> None:
+def test_a_class_without_readable_pictures_is_a_fault(data_dir: Path) -> None:
     write(data_dir, {f"val/Fungi/{number:03d}.jpg": b"" for number in range(2)})
     found = examine(data_dir)
     assert found.faults == ["val/Fungi has no readable picture"]
@@ -156,7 +156,7 @@ def test_a_test_folder_is_checked_like_the_others(data_dir: Path) -> None:
     assert repeated["files"] == ["val/Aves/000.jpg", "test/Aves/leak.jpg"]
 
 
-def test_imbalance_is_measured_and_noted(
+def test_imbalance_is_measured_and_a_warning_is_printed(
     data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(data_dir, {f"train/Aves/more{i}.jpg": jpeg(3000 + i) for i in range(9)})
@@ -165,7 +165,7 @@ def test_imbalance_is_measured_and_noted(
     assert "largest class has 4 times the pictures" in capsys.readouterr().out
 
 
-def test_files_that_no_run_reads_are_listed_and_hidden_ones_are_not(data_dir: Path) -> None:
+def test_files_that_are_not_pictures_are_listed_unless_hidden(data_dir: Path) -> None:
     write(data_dir, {"train/Aves/.DS_Store": b"x", "train/Aves/clip.gif": b"x", "train/notes": b""})
     assert examine(data_dir).ignored == ["train/Aves/clip.gif"]
 
@@ -179,13 +179,13 @@ def test_modes_are_counted(data_dir: Path) -> None:
     assert modes == {"RGB": 10, "L": 1, "P": 1, "RGBA": 1, "CMYK": 1}
 
 
-def test_a_broken_link_and_a_pipe_are_unreadable_and_do_not_hang(data_dir: Path) -> None:
+def test_a_broken_link_and_a_pipe_are_unreadable(data_dir: Path) -> None:
     (data_dir / "train/Aves/gone.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(data_dir / "train/Aves/pipe.jpg")
     assert examine(data_dir).unreadable.keys() == {"train/Aves/gone.jpg", "train/Aves/pipe.jpg"}
 
 
-def test_names_of_any_bytes_stay_on_one_line(
+def test_any_file_name_is_printed_on_one_line(
     data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [b"new\nline.jpg", b"quo\"te's.jpg", "snö☃.jpg".encode(), b"latin\xe9.jpg"]
@@ -198,14 +198,16 @@ def test_names_of_any_bytes_stay_on_one_line(
     assert len(found["unreadable"]) == 4
 
 
-def test_a_folder_without_splits_is_refused_with_the_command_that_fetches_them(
+def test_a_missing_folder_is_refused_with_the_download_command(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(DataError, match="python -m finetune download"):
         check(tmp_path / "missing")
 
 
-def test_the_command_exits_1_on_faults_and_prints_json_alone(data_dir: Path) -> None:
+def test_the_command_exits_with_1_for_unreadable_pictures_and_prints_only_json(
+    data_dir: Path,
+) -> None:
     plant(data_dir)
     command = [sys.executable, "-m", "finetune", "check", "--data_dir", str(data_dir.parent)]
     ended = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, check=False)

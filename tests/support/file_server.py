@@ -1,4 +1,4 @@
-"""A file server on loopback that can do what servers on the way to a large file do."""
+"""A file server on 127.0.0.1 that fails in the ways that real servers do."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from tests.support.loopback import Handler, listening
 
 @dataclass
 class FileServer:
-    """What it serves, and how it behaves at each request, in order; then well."""
+    """The file and the failures, one per request in order; after them, requests succeed."""
 
     content: bytes
     etag: str | None = '"one"'
     ranges: bool = True
     cuts: list[int] = field(default_factory=list)
-    """After so many bytes of a body, the connection closes."""
+    """The connection closes after this many bytes of a body."""
     statuses: list[int] = field(default_factory=list)
-    """Answered instead of the file; 200 is the file."""
+    """Sent instead of the file; 200 sends the file."""
     stalls_seconds: list[float] = field(default_factory=list)
-    """Silence in the middle of a body."""
+    """A pause in the middle of a body."""
     length_lie: int = 0
-    """Added to the true length."""
-    damage: dict[int, int] = field(default_factory=dict)
-    """How often each byte is still to be served wrong."""
+    """Added to the reported length."""
+    damage: list[int] = field(default_factory=list)
+    """Positions of bytes that are sent wrong once."""
     chunked: bool = False
     slow_block: tuple[int, float] | None = None
-    """Bytes a block, and seconds between two."""
+    """Bytes per block and seconds between blocks."""
     requests: list[str | None] = field(default_factory=list)
-    """The Range of each request."""
+    """The Range header of each request."""
+    authorization: str | None = None
+    """The Authorization header of the last request."""
     num_sent: int = 0
     url: str = ""
 
     def body(self, start: int, end: int) -> bytes:
         served = bytearray(self.content[start:end])
-        for place in list(self.damage):
-            if start <= place < end and self.damage[place]:
-                served[place - start] ^= 0xFF
-                self.damage[place] -= 1
+        for position in list(self.damage):
+            if start <= position < end:
+                served[position - start] ^= 0xFF
+                self.damage.remove(position)
         return bytes(served)
 
 
@@ -53,6 +55,7 @@ class _Handler(Handler):
         self.close_connection = True
         asked = self.headers.get("Range")
         served.requests.append(asked)
+        served.authorization = self.headers.get("Authorization")
         status = served.statuses.pop(0) if served.statuses else 200
         if status != 200:
             self.send_response(status)
@@ -106,7 +109,7 @@ class _Handler(Handler):
                 time.sleep(pause)
             if served.chunked:
                 self.wfile.write(b"0\r\n\r\n")
-        except OSError:  # the client went away
+        except OSError:  # the client has closed the connection
             pass
 
 

@@ -1,4 +1,4 @@
-"""An HTTP server on 127.0.0.1, for as long as a test wants it."""
+"""An HTTP server on 127.0.0.1 for the duration of a test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A quiet one."""
+    """A handler that logs nothing."""
 
     protocol_version = "HTTP/1.1"
 
@@ -23,13 +23,13 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # the client went away
+        if not isinstance(sys.exception(), OSError):  # the client has closed the connection
             super().handle_error(request, client_address)
 
 
 @contextmanager
 def listening(handler: type[Handler]) -> Iterator[str]:
-    """The server's address, without a path."""
+    """Start a server; the value is its URL without a path."""
     server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

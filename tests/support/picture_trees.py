@@ -1,4 +1,4 @@
-"""Small picture trees and archives for the tests of everything around real data."""
+"""Small picture folders and archives for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def jpeg(seed: int, size: tuple[int, int] = (24, 18)) -> bytes:
-    """A JPEG of noise, another one for each seed."""
+    """A JPEG of noise that depends on the seed."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG")
@@ -21,7 +21,7 @@ def jpeg(seed: int, size: tuple[int, int] = (24, 18)) -> bytes:
 def tree(
     classes: tuple[str, ...] = ("Aves", "Fungi"), train: int = 3, val: int = 2
 ) -> dict[str, bytes]:
-    """SPLIT/CLASS/FILE and bytes, with `train` and `val` pictures a class."""
+    """Bytes by SPLIT/CLASS/FILE, with `train` and `val` pictures per class."""
     numbered = [
         f"{split}/{name}/{number:03d}.jpg"
         for split, count in (("train", train), ("val", val))
