@@ -27,6 +27,7 @@ from finetune.analysis.statistics import (
     model_differences,
     selection_corrected,
 )
+from finetune.system.text import listed
 
 CONFIRM = "python -m finetune confirm RUNS_DIR"
 
@@ -179,10 +180,6 @@ def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
 def _headline(comparison: Comparison) -> str:
     if not comparison.standings:
         return "No run has ended well yet, so there is nothing to compare."
@@ -209,9 +206,9 @@ def _headline(comparison: Comparison) -> str:
     if not told:
         return f"{opening}, but its lead over the other strategies' best can't be told from luck."
     within = max([one.within for one in told], key=len)
-    closing = f"; it beats the best of {_listed([one.strategy for one in told])}{within}"
+    closing = f"; it beats the best of {listed([one.strategy for one in told])}{within}"
     if untold:
-        closing += f", and can't be told from luck against {_listed([o.strategy for o in untold])}"
+        closing += f", and can't be told from luck against {listed([o.strategy for o in untold])}"
     return f"{opening}{closing}."
 
 
@@ -224,7 +221,7 @@ def _verdict(
     seeds = min(len(one.chosen) for one in (leader, *told, *untold))
     if untold:
         named = [f"{one.strategy} ({percent(one.accuracy)})" for one in (leader, *untold)]
-        opening = f"{_listed(named)} can't be told apart"
+        opening = f"{listed(named)} can't be told apart"
         between = "difference" if len(untold) == 1 else "differences"
         rest = f"over {seeds} fresh seeds, the {between} may be luck"
     else:

@@ -8,7 +8,6 @@ validation pictures were right. Knows nothing about what they mean together.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from finetune.analysis.statistics import Correct
-from finetune.config.fields import RunConfig, read_mapping
+from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, RunResult, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.system.errors import FinetuneError, RunDirError
+from finetune.system.files import walk
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,13 @@ def read_runs(runs_dir: Path) -> list[RunRecord]:
 
 
 def _run_dirs(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise RunDirError(f"{error.filename} can't be read: {error.strerror}")
-
-    for place, dirs, files in os.walk(folder, onerror=refuse):
-        dirs.sort()
-        dirs[:] = [d for d in dirs if not d.startswith(".")]
-        if "config.yaml" in files:
-            dirs.clear()
-            yield Path(place)
+    try:
+        for place, folders, files in walk(folder):
+            if "config.yaml" in files:
+                folders.clear()
+                yield place
+    except OSError as error:
+        raise RunDirError(f"{error.filename} can't be read: {error.strerror}") from None
 
 
 def _read(place: Path) -> RunRecord:
@@ -88,7 +86,7 @@ def _read(place: Path) -> RunRecord:
     try:
         if run_dir.finished:
             return _finished(run_dir)
-        config = RunConfig.from_fields(read_mapping(run_dir.config_path)).to_fields()
+        config = run_dir.read_config().to_fields()
         rows = tuple(read_metrics(run_dir.metrics_path))
     except (FinetuneError, OSError) as error:
         return RunRecord(place, {}, (), "unreadable", str(error))

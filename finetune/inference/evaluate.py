@@ -25,7 +25,7 @@ from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import digest
 from finetune.system.errors import DataError
 from finetune.system.progress import bar, no_progress
-from finetune.system.text import one_line
+from finetune.system.text import listed, one_line
 
 MAX_SHOWN_CLASSES = 12
 """Up to so many classes the terminal shows the whole confusion matrix, else its largest entries."""
@@ -80,16 +80,11 @@ def check_classes(pictures: Pictures, class_names: list[str]) -> None:
         "unknown to the run": [name for name in found if name not in class_names],
     }
     if any(problems.values()):
-        differences = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+        differences = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
         raise DataError(
             f"{pictures.folder}: its classes are not the run's ({'; '.join(differences)}). "
-            f"It needs one folder for each of: {_listed(class_names)}"
+            f"It needs one folder for each of: {listed(class_names)}"
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more
 
 
 def measure(predictor: Predictor, pictures: Pictures, skip_unreadable: bool) -> Evaluation:

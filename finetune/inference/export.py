@@ -23,7 +23,7 @@ from torchvision.models import ResNet
 from finetune.model.network import MEAN, STD, forward, load_best, normalise, on_meta
 from finetune.model.weights import read_checkpoint, write_checkpoint
 from finetune.system.errors import MissingPackage, RunDirError, WeightsError
-from finetune.system.files import remove_left_behind
+from finetune.system.files import remove_leftovers
 
 TOLERANCE = 1e-4
 """The largest allowed difference between a logit of the exported file and of the model."""
@@ -45,7 +45,7 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
     about = _about(model, run_dir)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_behind(path)
+        remove_leftovers(path)
         difference = _difference(model, about["image_size"], write(model, about, temporary))
         if not difference <= TOLERANCE:
             raise WeightsError(

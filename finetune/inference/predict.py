@@ -9,7 +9,6 @@ is imported, which keeps the start-up time short.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from finetune.runs.predictions import softmax
 from finetune.runs.run_dir import RunDir
 from finetune.system.devices import num_cores
 from finetune.system.errors import DataError
+from finetune.system.files import walk
 from finetune.system.progress import StartProgress, bar, no_progress
 from finetune.system.text import one_line
 
@@ -121,11 +121,13 @@ def find_images(given: Sequence[Path]) -> list[Found]:
 
 
 def _below(folder: Path) -> list[Found]:
-    names: list[Path] = []
     errors: list[OSError] = []
-    for place, dirs, files in os.walk(folder, onerror=errors.append):
-        dirs[:] = [name for name in dirs if not name.startswith(".")]
-        names += [Path(place, name).relative_to(folder) for name in files if is_picture_name(name)]
+    names = [
+        (place / name).relative_to(folder)
+        for place, _, files in walk(folder, errors.append)
+        for name in files
+        if is_picture_name(name)
+    ]
     names.sort(key=lambda name: (name.parts[0], name.as_posix()))
     found: list[Found] = [(folder / name, None) for name in names]
     for error in errors:

@@ -1,10 +1,4 @@
-"""What a run will be: its fields, a config file and a resume become one config and one directory.
-
-Turns what was given into a `RunConfig` and a `RunDir`, and `auto` into what this machine and these
-pictures make of it. Knows nothing about networks or training.
-
-    >>> config, run_dir = prepare_run({"strategy": "partial", "epochs": 3}, print)  # doctest: +SKIP
-"""
+"""A run's config and directory, from what was given and from what the machine and data allow."""
 
 from __future__ import annotations
 
@@ -21,46 +15,49 @@ import torch
 from finetune.config.fields import RunConfig, advice, differences, read_mapping
 from finetune.data.splits import Splits, find_splits
 from finetune.runs.run_dir import RunDir
-from finetune.system.array_store import num_kept_bytes
+from finetune.system.array_store import num_stored_bytes
 from finetune.system.errors import ConfigError
+from finetune.system.files import absolute
 
 DEFAULT_CACHE_GB = 20.0
 
 
-def prepare_run(fields: Mapping[str, Any], say: Callable[[str], None]) -> tuple[RunConfig, RunDir]:
-    """The config and the run directory that fields, a config file and a resume amount to."""
+def prepare_run(fields: Mapping[str, Any], log: Callable[[str], None]) -> tuple[RunConfig, RunDir]:
+    """The config and directory of a run with these fields.
+
+    Besides those of `RunConfig`, `config` is a YAML file of fields, which the others override, and
+    `resume` a run directory, whose config must not change except for a larger number of epochs.
+    Raises `ConfigError` and `RunDirError`.
+    """
     given = {name: value for name, value in fields.items() if value not in (None, "None")}
     resume, file = given.pop("resume", None), given.pop("config", None)
     if file is not None:
         given = read_mapping(Path(file)) | given
-    run_dir = RunDir(_absolute(resume)) if resume else None
-    if run_dir is None:
+    if resume:
+        run_dir = RunDir(absolute(Path(resume)))
+    else:
         config = RunConfig.from_fields(given)
         for line in advice(given, config):
-            say(line)
+            log(line)
         run_dir = RunDir(config.out / _run_id())
         if not run_dir.config_path.exists():
             return config, run_dir
-    before = run_dir.read_config()
-    changed = differences(before, given)
-    if changed.get("epochs", (0, 0))[1] > before.epochs:
-        epochs = changed.pop("epochs")[1]
-    else:
-        epochs = before.epochs
-    if changed:
-        listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changed.items())
+    recorded = run_dir.read_config(allow_unknown=False)
+    changes = differences(recorded, given)
+    epochs = recorded.epochs
+    if changes.get("epochs", (0, 0))[1] > epochs:
+        epochs = changes.pop("epochs")[1]
+    if changes:
+        listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changes.items())
         raise ConfigError(
-            f"{run_dir.path} belongs to another config: {listed}; only a larger epochs may differ"
+            f"{run_dir.path} has another config: {listed}; only epochs may change, to a larger "
+            "number"
         )
-    return before.model_copy(update={"epochs": epochs}), run_dir
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))
+    return recorded.model_copy(update={"epochs": epochs}), run_dir
 
 
 def _run_id() -> str:
-    """W&B's id where W&B has chosen one; it names the run directory too."""
+    """W&B's id of this run if W&B has set one; it is the name of the run directory too."""
     run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     if not re.fullmatch(r"[\w-][\w.-]*", run_id):
         raise ConfigError(f"WANDB_RUN_ID: got {run_id!r}; letters, digits, - _ and . are allowed")
@@ -68,14 +65,14 @@ def _run_id() -> str:
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, Splits]:
-    """Replace what only the machine and the data can tell: `auto` and the cache's size."""
+    """Replace `auto` and the cache's size by what the machine and the data allow."""
     splits = find_splits(config)
     accelerator = _accelerator(config.accelerator)
     cache_gb = config.cache_gb
     if cache_gb is None:
-        place = next(p for p in (config.cache_dir, *config.cache_dir.parents) if p.exists())
-        room = shutil.disk_usage(place).free + num_kept_bytes(config.cache_dir)
-        cache_gb = round(min(DEFAULT_CACHE_GB, room / 2e9), 1)
+        existing = next(p for p in (config.cache_dir, *config.cache_dir.parents) if p.exists())
+        free_bytes = shutil.disk_usage(existing).free + num_stored_bytes(config.cache_dir)
+        cache_gb = round(min(DEFAULT_CACHE_GB, free_bytes / 2e9), 1)
     resolved = {
         "val_fraction": splits.val_fraction,
         "accelerator": accelerator,
@@ -93,7 +90,7 @@ def _accelerator(asked: str) -> str:
             return found
     elif asked == "cpu" or {"cuda": has_cuda, "mps": has_mps}[asked]:
         return asked
-    raise ConfigError(f"accelerator: got {asked!r}, but torch sees none here; pass auto or cpu")
+    raise ConfigError(f"accelerator: got {asked!r}, but torch finds none here; pass auto or cpu")
 
 
 def _precision(accelerator: str) -> str:

@@ -1,22 +1,24 @@
-"""A run's outcome and its directory on disk.
-
-Turns a finished run into one `RunResult`, and a directory into the files that a run leaves there.
-Knows nothing about torch: checkpoints are paths here.
-
-    >>> RunResult.load(Path("runs/k3x9q2ab")).best_val_acc  # doctest: +SKIP
-"""
+"""How a run ended: its result, or its failure."""
 
 from __future__ import annotations
 
 import json
+import signal
+import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.config.strategies import PARTS
-from finetune.system.errors import RunDirError
+from finetune.system.errors import FinetuneError, Pruned, RunDirError, Stopped
+from finetune.system.shutdown import PREEMPTION_SIGNAL
+
+FORMAT_VERSION = 2
+"""Of result.json. Version 1, which 0.1.0 wrote, doesn't name its version."""
+
 
 METRICS = (
     "epoch",
@@ -29,20 +31,21 @@ METRICS = (
     "images_per_second",
     *(f"lr/{part}" for part in PARTS),
 )
-"""The keys that W&B, metrics.csv and the report have once an epoch."""
-
-Array = Any
-"""NumPy's; this room imports it where predictions are read."""
+"""The keys that W&B, metrics.csv and the report have once per epoch."""
 
 Row = dict[str, float]
 """One epoch's metrics."""
 
 
 class RunResult(BaseModel):
-    """What a run that ended well is remembered by. Accuracies are fractions."""
+    """The result of a finished run. Accuracies are fractions.
+
+    Fields with a default may be missing in older files; unknown fields of newer ones are kept.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
+    format_version: int = FORMAT_VERSION
     run_id: str
     strategy: str
     seed: int
@@ -51,30 +54,36 @@ class RunResult(BaseModel):
     best_epoch: int
     last_val_acc: float
     epochs_run: int
-    stopped_early: bool
-    num_threads: int
-    train_seconds: float
-    cache_seconds: float
-    images_per_second: float
-    trainable_parameters: int
-    class_names: list[str]
-    num_train: int
-    num_val: int
-    unreadable: list[str]
-    dataset_fingerprint: str
-    split_fingerprint: str
-    weights_fingerprint: str | None
-    versions: dict[str, str]
-    git_commit: str | None
-    prefix_timings: dict[str, float]
-    """Milliseconds a picture, by boundary: the frozen layers recomputed, and read."""
+    stopped_early: bool = False
+    num_threads: int = 0
+    train_seconds: float = 0.0
+    cache_seconds: float = 0.0
+    images_per_second: float = 0.0
+    trainable_parameters: int = 0
+    """The most at any epoch."""
+    start_epochs: dict[str, int] = Field(default_factory=dict)
+    """The epoch at which each part starts to train; nothing from version 1."""
+    class_names: list[str] = Field(default_factory=list)
+    num_train: int = 0
+    num_val: int = 0
+    unreadable: list[str] = Field(default_factory=list)
+    dataset_fingerprint: str = ""
+    split_fingerprint: str = ""
+    weights_fingerprint: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    git_commit: str | None = None
+    prefix_timings: dict[str, float] = Field(default_factory=dict)
+    """Milliseconds per picture to compute and to read the frozen layers' outputs, by boundary."""
     config: dict[str, Any]
 
     @classmethod
     def load(cls, run_dir: Path) -> Self:
         """The result of a run directory. Raises `RunDirError`."""
         try:
-            return cls.model_validate(json.loads((run_dir / "result.json").read_bytes()))
+            content = json.loads((run_dir / "result.json").read_bytes())
+            if isinstance(content, dict):
+                content = {"format_version": 1, "run_id": run_dir.name} | content
+            return cls.model_validate(content)
         except FileNotFoundError:
             raise RunDirError(f"{run_dir} has no result.json: {_unfinished(run_dir)}") from None
         except ValidationError as error:
@@ -94,22 +103,51 @@ def best_epoch(rows: Sequence[Row]) -> int:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """What no encoding has, such as a name of odd bytes, stands there as JSON's own escape."""
+    """JSON in UTF-8; what has no encoding, such as a file name of arbitrary bytes, is escaped."""
     return json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")
 
 
+@dataclass(frozen=True)
+class Failure:
+    """How a run that did not finish ended, for failure.json and W&B."""
+
+    state: str
+    """failed, stopped, pruned, or preempted: a scheduler takes the machine and requeues the run."""
+    reason: str
+    exit_code: int
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The failure that an exception means for the run that it ended."""
+    match error:
+        case Stopped():
+            state = "preempted" if error.signum == PREEMPTION_SIGNAL else "stopped"
+            return Failure(state, str(error), 128 + error.signum)
+        case KeyboardInterrupt():
+            return Failure("stopped", "interrupted", 128 + signal.SIGINT)
+        case Pruned():
+            return Failure("pruned", str(error), 0)
+        case FinetuneError():
+            return Failure("failed", str(error), error.exit_code)
+        case _:
+            reason = "".join(traceback.format_exception_only(error)).strip()
+            return Failure("failed", reason, FinetuneError.exit_code)
+
+
 def read_failure(path: Path) -> Mapping[str, Any] | None:
-    """A failure.json, or None where there is none that can be read."""
+    """The content of a failure.json; None if there is none or it can't be read."""
     try:
         failure = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return failure if isinstance(failure, dict) else None
+    if not isinstance(failure, dict):
+        return None
+    return {"state": "failed", "reason": "no reason recorded", "epoch": None} | failure
 
 
 def _unfinished(run_dir: Path) -> str:
     if not (run_dir / "config.yaml").exists():
-        return "it is no run directory"
+        return "it is not a run directory"
     if failure := read_failure(run_dir / "failure.json"):
-        return f"the run {failure.get('state')}: {failure.get('reason')}"
-    return f"the run has not ended; go on with it by --resume {run_dir}"
+        return f"the run {failure['state']}: {failure['reason']}"
+    return f"the run has not finished; continue it with --resume {run_dir}"

@@ -1,4 +1,4 @@
-"""A run's directory: the files that a run leaves, written atomically and read with checks."""
+"""A run's directory: the files that a run leaves, written atomically and checked when read."""
 
 from __future__ import annotations
 
@@ -6,29 +6,40 @@ import csv
 import errno
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from filelock import FileLock, Timeout
 
 from finetune.config.fields import RunConfig, read_mapping
-from finetune.runs.result import METRICS, Array, Row, RunResult, json_bytes
+from finetune.runs.result import METRICS, Row, RunResult, json_bytes
 from finetune.system.errors import ConfigError, RunDirError
 from finetune.system.files import write_atomically
 
-_EVALUATION = frozenset(
-    {"folder", "pictures_fingerprint", "model_fingerprint", "accuracy", "accuracy_interval"}
-    | {"num_pictures", "per_class", "class_names", "confusion", "unreadable", "recorded_at"}
-)
+if TYPE_CHECKING:
+    from finetune.runs.predictions import Array
+
+_EVALUATION: Mapping[str, Any] = {
+    "pictures_fingerprint": "",
+    "model_fingerprint": "",
+    "accuracy_interval": [0.0, 1.0],
+    "per_class": [],
+    "class_names": [],
+    "confusion": [],
+    "unreadable": [],
+    "recorded_at": "at an unknown time",
+}
+"""What an evaluation has that doesn't record them."""
 
 
 class RunDir:
-    """The directory of one run; only its holder writes there."""
+    """The directory of one run; only the process that has claimed it writes there."""
 
     def __init__(self, path: Path, wait_seconds: float = 0) -> None:
-        """`wait_seconds`: how long `claim` waits for another process to let go of it."""
+        """`wait_seconds`: how long `claim` waits for another process to release the directory."""
         self.path = path
         self.config_path = path / "config.yaml"
         self.metrics_path = path / "metrics.csv"
@@ -44,38 +55,50 @@ class RunDir:
     def finished(self) -> bool:
         return self.result_path.exists()
 
-    def read_config(self) -> RunConfig:
-        """The config that the run was started with. Raises `RunDirError`."""
+    def read_config(self, allow_unknown: bool = True) -> RunConfig:
+        """The config that the run was started with. Raises `RunDirError`.
+
+        A newer version's fields are left out; to continue a run without them could change it, so
+        that a resume doesn't `allow_unknown`.
+        """
         if not self.config_path.exists():
-            raise RunDirError(f"{self.path} is no run directory: it has no config.yaml")
+            raise RunDirError(f"{self.path} is not a run directory: it has no config.yaml")
         try:
             fields = read_mapping(self.config_path)
             if "name" not in fields:  # the last one that is written
-                raise RunDirError(f"{self.config_path} is damaged: its end is missing")
-            return RunConfig.from_fields(fields)
+                raise ConfigError("its end is missing")
+            known = {k: v for k, v in fields.items() if k in RunConfig.model_fields}
+            config = RunConfig.from_fields(known)
         except ConfigError as error:
             raise RunDirError(f"{self.config_path} is damaged: {error}") from None
+        unknown = ", ".join(sorted(fields.keys() - known.keys()))
+        if unknown and not allow_unknown:
+            raise RunDirError(
+                f"{self.config_path} has fields that this version doesn't know: {unknown}; resume "
+                "the run with the version that wrote it"
+            )
+        return config
 
     def claim(self, config: RunConfig) -> None:
-        """Hold the directory for this process until `release`, made or taken up again.
+        """Create or reopen the directory and lock it for this process until `release`.
 
-        An unfinished directory is gone on with; a finished one too when `config` has more epochs:
-        its result is then kept under another name. Raises `RunDirError` when another process holds
-        it, it is finished, or it can't be written, and `OSError` without file handles.
+        An unfinished run is continued; a finished one too if `config` has more epochs: its result
+        is then renamed. Raises `RunDirError` if another process holds the directory, the run is
+        finished, or the directory can't be written, and `OSError` if no file handles are left.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             if self.finished:
                 self._reopen(config)
-            for left_behind in self.path.glob(".*.tmp"):
-                left_behind.unlink()
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink()
             self.write_config(config)
         except Timeout:
             raise RunDirError(f"{self.path} is in use by another process") from None
         except OSError as error:
             self.release()
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # another place would not help
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # another --out would not help
                 raise
             raise RunDirError(
                 f"out: {self.path} can't be written: {error.strerror or error}; pass another --out"
@@ -85,7 +108,7 @@ class RunDir:
             raise
 
     def _reopen(self, config: RunConfig) -> None:
-        """Take up a finished run for more epochs."""
+        """Make a finished run unfinished, for more epochs."""
         result = RunResult.load(self.path)
         if config.epochs <= result.config["epochs"]:
             raise RunDirError(
@@ -106,13 +129,13 @@ class RunDir:
 
     def write_metrics(self, rows: Iterable[Row]) -> None:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, METRICS)
+        writer = csv.DictWriter(text, METRICS, restval=math.nan, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.metrics_path, text.getvalue().encode())
 
     def write_result(self, result: RunResult) -> None:
-        """Written last: its existence means that the run ended well."""
+        """Write the result, after everything else: its existence means that the run finished."""
         write_atomically(self.result_path, result.to_json())
         self.failure_path.unlink(missing_ok=True)
 
@@ -125,15 +148,15 @@ class RunDir:
         try:
             records = json.loads(self.evaluation_path.read_bytes())["evaluations"]
             for record in records:
-                if missing := _EVALUATION - record.keys():
+                if missing := {"folder", "accuracy", "num_pictures"} - record.keys():
                     raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            return [{**_EVALUATION, **record} for record in records]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunDirError(
-                f"{self.evaluation_path} can't be read: {error}; remove it to evaluate anew"
+                f"{self.evaluation_path} can't be read: {error}; remove it to evaluate again"
             ) from None
-        return list(records)
 
     def write_evaluations(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raises `RunDirError`."""
@@ -149,7 +172,7 @@ class RunDir:
         import numpy as np
 
         try:
-            # np.load would leave a damaged file open
+            # np.load itself would leave a damaged file open
             with self.predictions_path.open("rb") as file, np.load(file) as predictions:
                 logits, labels, paths = (predictions[k] for k in ("logits", "labels", "paths"))
             if not (
@@ -158,24 +181,30 @@ class RunDir:
                 and np.isfinite(logits).all()
                 and 0 <= labels.min(initial=0) <= labels.max(initial=0) < logits.shape[1]
             ):
-                raise ValueError("its arrays don't fit together")
-        except Exception as error:  # zip, zlib and NumPy raise whatever they like
+                raise ValueError("its arrays don't match")
+        except Exception as error:  # zipfile, zlib and NumPy raise errors of many types
             reason = str(error) or type(error).__name__
             raise RunDirError(f"{self.predictions_path} is damaged: {reason}") from None
         return logits, labels, paths
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.csv, an epoch each; no file, no rows. Raises `RunDirError`."""
+    """One row per epoch from a metrics.csv; no rows if there is no file. Raises `RunDirError`.
+
+    Every row has the keys of `METRICS`. A column that the file doesn't have is nan, other columns
+    are left out.
+    """
     if not path.exists():
         return []
     try:
-        text = path.read_bytes().decode("ascii")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = [{key: float(value) for key, value in row.items()} for row in reader]
-        whole = text.endswith("\r\n") and tuple(reader.fieldnames or ()) == METRICS
-        if not whole or [row["epoch"] for row in rows] != list(range(len(rows))):
-            raise ValueError("not every epoch has its row")
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+        text = path.read_bytes().decode("utf-8")
+        head, *lines = csv.reader(io.StringIO(text, newline=""), strict=True) if text else ([],)
+        if not text.endswith("\n") or any(len(line) != len(head) for line in lines):
+            raise ValueError("a row is cut off")
+        columns = [dict(zip(head, line, strict=True)) for line in lines]
+        rows = [{name: float(row.get(name, math.nan)) for name in METRICS} for row in columns]
+        if [row["epoch"] for row in rows] != [*range(len(rows))]:
+            raise ValueError("an epoch's row is missing")
+    except (OSError, ValueError, csv.Error) as error:
         raise RunDirError(f"{path} is damaged: {error}") from None
     return rows

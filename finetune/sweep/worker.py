@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from finetune.config.fields import RunConfig
-from finetune.runs.result import Row
+from finetune.runs.result import Row, failure_of
 from finetune.runs.run_dir import RunDir
-from finetune.system.errors import FinetuneError, Pruned, Stopped, failure_of
+from finetune.system.errors import FinetuneError, Pruned, Stopped
 from finetune.system.resources import shortage
 from finetune.system.shutdown import stoppable
 from finetune.system.text import message

@@ -1,1 +1,1 @@
-"""How a process behaves: files, signals, progress, errors, large arrays on disk."""
+"""What every process needs: files, signals, progress, errors, large arrays on disk."""

@@ -1,12 +1,11 @@
-"""Large arrays on disk, computed once and shared by every process that wants the same.
+"""A cache of large arrays on disk, computed once and shared by all processes that need them.
 
-Turns a description of an array (everything that its bytes depend on) into a memory-mapped file.
-Built under a lock, written aside and renamed when whole, checked against its hash when opened, and
-evicted least recently used first, never while a process reads it. Knows nothing about what the
-arrays hold.
+An array is identified by a description of everything that its bytes depend on. It is built under a
+lock, renamed into place when complete, and memory-mapped once its hash has been checked. The least
+recently used arrays are deleted first, never one that a process has open.
 
-    CACHE_DIR/KIND-KEY/{data.npy, manifest.json}     an entry; the manifest is written last
-    CACHE_DIR/locks/KIND-KEY                         held shared by readers, alone by the builder
+    CACHE_DIR/KIND-KEY/{data.npy, manifest.json}     an array; the manifest is written last
+    CACHE_DIR/locks/KIND-KEY                         shared by readers, exclusive to the builder
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +28,31 @@ import numpy as np
 import xxhash
 
 FORMAT = 2
-"""Part of every key: raise it when the same description would give other bytes."""
+"""Part of every key: increase it when the same description would give other bytes."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Build = Callable[[Array], Mapping[str, Any]]
+"""Fills the array that it is given and returns notes to store with it."""
 
 
 def digest(content: object) -> str:
-    """A short hash of anything that JSON can say."""
+    """A short hash of anything that JSON can hold."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An array in the cache, opened and checked; no process evicts it while this one runs."""
+class StoredArray:
+    """An array in the cache, opened and checked. It isn't evicted as long as this object lives."""
 
     array: Array
     notes: Mapping[str, Any]
-    """What its builder returned beside the array."""
+    """What its builder returned."""
     _lock: _Lock
 
 
 class _Lock:
-    """One entry's lock file: shared by readers, exclusive to a builder or an evictor."""
+    """The lock file of one array: shared by readers, exclusive to whoever builds or deletes it."""
 
     _descriptor = -1
 
@@ -58,20 +60,18 @@ class _Lock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
-    def share(self) -> None:
+    def acquire_shared(self) -> None:
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
-    def hold(self) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-
-    def try_to_hold(self) -> bool:
+    def acquire_exclusive(self, wait: bool = False) -> bool:
+        """False if another process holds it and this one doesn't wait."""
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
         return True
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
@@ -83,33 +83,22 @@ class _Lock:
 
 
 class Cache:
-    """The entries of one directory, together at most `limit_bytes` large."""
+    """The arrays of one directory, at most `limit_bytes` in total."""
 
     def __init__(
-        self, directory: Path, limit_bytes: float, say: Callable[[str], None] = print
+        self, directory: Path, limit_bytes: float, log: Callable[[str], None] = print
     ) -> None:
         self.directory = directory
         self.limit_bytes = limit_bytes
-        self._say = say
-        self._opened: dict[str, Entry] = {}
+        self._log = log
+        self._opened: dict[str, StoredArray] = {}
 
-    def open(self, kind: str, description: Mapping[str, Any]) -> Entry | None:
-        """The entry of this description if it is there and whole, else None."""
+    def open(self, kind: str, description: Mapping[str, Any]) -> StoredArray | None:
+        """The array of this description, or None if it is missing or damaged."""
         name = self._name(kind, description)
-        if name in self._opened:
-            return self._opened[name]
-        if not (self.directory / name).exists():
+        if name not in self._opened and not (self.directory / name).exists():
             return None
-        try:
-            lock = _Lock(self.directory / "locks" / name)
-            lock.share()
-            entry = self._read(name, lock)
-        except OSError as error:
-            self._refuse(error)
-            return None
-        if entry is None:
-            lock.close()
-        return entry
+        return self._open(name)
 
     def open_or_build(
         self,
@@ -117,45 +106,48 @@ class Cache:
         description: Mapping[str, Any],
         shape: tuple[int, ...],
         dtype: str,
-        build: Callable[[Array], Mapping[str, Any]],
-    ) -> Entry | None:
-        """The entry of this description, built by one process while the others wait.
+        build: Build,
+    ) -> StoredArray | None:
+        """The array of this description, built by one process while the others wait.
 
-        `build` fills the array that it is given, of `shape` and `dtype`, and returns notes to keep
-        beside it. None, after a line that says so, when there is too little room.
+        None if the array doesn't fit into the cache, or the directory can't be used; the reason is
+        logged.
         """
         name = self._name(kind, description)
-        if name in self._opened:
-            return self._opened[name]
-        try:
-            lock = _Lock(self.directory / "locks" / name)
-            while True:
-                lock.share()
-                if entry := self._read(name, lock):
-                    return entry
-                # Not waited for: who is quicker builds it, and then reads it to its own end.
-                if not lock.try_to_hold():
-                    lock.let_go()
-                    time.sleep(random.uniform(0.01, 0.05))
-                    continue
-                if not (self.directory / name).exists() and not self._build(
-                    name, kind, shape, dtype, build
-                ):
-                    lock.close()
-                    return None
-        except OSError as error:
-            self._refuse(error)
-            return None
-
-    def _refuse(self, error: OSError) -> None:
-        self._say(f"cache: {self.directory} can't be used ({error}); going on without it")
+        return self._open(name, partial(self._build, name, shape, dtype, build))
 
     def _name(self, kind: str, description: Mapping[str, Any]) -> str:
         return f"{kind}-{digest({'format': FORMAT, **description})}"
 
-    def _read(self, name: str, lock: _Lock) -> Entry | None:
-        """Open an entry under its shared lock. A damaged one is said, removed, and not opened:
-        while the lock is shared nobody can have built another in its place."""
+    def _open(self, name: str, build: Callable[[], bool] | None = None) -> StoredArray | None:
+        if name in self._opened:
+            return self._opened[name]
+        try:
+            lock = self._lock(name)
+            while True:
+                lock.acquire_shared()
+                if stored := self._read(name, lock):
+                    return stored
+                if build is None:
+                    break
+                # Waiting here could take as long as another process reads what it has just built.
+                if not lock.acquire_exclusive():
+                    lock.release()
+                    time.sleep(random.uniform(0.01, 0.05))
+                    continue
+                if not (self.directory / name).exists() and not build():
+                    break
+            lock.close()
+        except OSError as error:
+            self._log(f"cache: {self.directory} can't be used ({error}); continuing without it")
+        return None
+
+    def _lock(self, name: str) -> _Lock:
+        return _Lock(self.directory / "locks" / name)
+
+    def _read(self, name: str, lock: _Lock) -> StoredArray | None:
+        """Open an array under its shared lock. A damaged one is logged and deleted; as long as the
+        lock is shared, no process can have built another in its place."""
         place = self.directory / name
         try:
             manifest = json.loads((place / "manifest.json").read_text())
@@ -163,112 +155,104 @@ class Cache:
             return None
         except ValueError:
             manifest = None
-        if not isinstance(manifest, dict):
-            manifest = None
         data_path = place / "data.npy"
-        if manifest is None or manifest != _manifest(data_path, manifest.get("notes")):
-            self._say(f"cache: {place} is damaged; it is removed and built again")
-            self._remove(place)
+        if not isinstance(manifest, dict) or manifest != _manifest(
+            data_path, manifest.get("notes")
+        ):
+            self._log(f"cache: {place} is damaged; it is deleted and built again")
+            self._delete(place)
             return None
         os.utime(place / "manifest.json")
-        # Copy-on-write keeps torch content with a writable array and the file as it is.
-        entry = Entry(np.load(data_path, mmap_mode="c"), manifest["notes"], lock)
-        self._opened[name] = entry
-        return entry
+        # Copy-on-write: torch wants a writable array, and the file must not change.
+        stored = StoredArray(np.load(data_path, mmap_mode="c"), manifest["notes"], lock)
+        self._opened[name] = stored
+        return stored
 
-    def _build(
-        self,
-        name: str,
-        kind: str,
-        shape: tuple[int, ...],
-        dtype: str,
-        build: Callable[[Array], Mapping[str, Any]],
-    ) -> bool:
-        """Build an entry under its exclusive lock; False when there is no room for it."""
-        for left_behind in self.directory.glob(f".{name}.*.tmp"):
-            shutil.rmtree(left_behind)
-        aside = self.directory / f".{name}.{os.getpid()}.tmp"
+    def _build(self, name: str, shape: tuple[int, ...], dtype: str, build: Build) -> bool:
+        """Build an array under its exclusive lock; False if there is no space for it."""
+        for leftover in self.directory.glob(f".{name}.*.tmp"):
+            shutil.rmtree(leftover)
+        temporary = self._temporary(name)
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         try:
-            with self._make_room(num_bytes) as free_bytes:
+            with self._free_space(num_bytes) as free_bytes:
                 if free_bytes < num_bytes:
-                    self._say(
-                        f"cache: {kind} wants {num_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB "
-                        "are free for it; going on without (raise --cache_gb to keep it)"
+                    self._log(
+                        f"cache: {name.partition('-')[0]} need {num_bytes / 1e9:.2f} GB, but "
+                        f"{free_bytes / 1e9:.2f} GB are free; continuing without them (a larger "
+                        "--cache_gb would store them)"
                     )
                     return False
-                aside.mkdir()
-                array = _allocate(aside / "data.npy", shape, dtype)
+                temporary.mkdir()
+                array = _allocate(temporary / "data.npy", shape, dtype)
             notes = dict(build(array))
             array.flush()
             del array
-            manifest = _manifest(aside / "data.npy", notes)
-            (aside / "manifest.json").write_text(json.dumps(manifest))
-            aside.rename(self.directory / name)
+            manifest = _manifest(temporary / "data.npy", notes)
+            (temporary / "manifest.json").write_text(json.dumps(manifest))
+            temporary.rename(self.directory / name)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return True
 
+    def _temporary(self, name: str) -> Path:
+        return self.directory / f".{name}.{os.getpid()}.tmp"
+
     @contextmanager
-    def _make_room(self, num_bytes: int) -> Iterator[float]:
-        """Evict until `num_bytes` fit, and yield what is free; one process at a time.
+    def _free_space(self, num_bytes: int) -> Iterator[float]:
+        """Evict arrays until `num_bytes` fit, and yield the free bytes; one process at a time.
 
-        Space allocated inside counts for the next process that asks.
+        What is allocated within the context is counted by the next process.
         """
-        room = _Lock(self.directory / "locks" / "room")
-        room.hold()
+        lock = self._lock("room")
+        lock.acquire_exclusive(wait=True)
         try:
-            self._remove_left_behind()
-            free = self.limit_bytes - num_kept_bytes(self.directory)
+            self._delete_leftovers()
+            free_bytes = self.limit_bytes - num_stored_bytes(self.directory)
             if num_bytes <= self.limit_bytes:
-                for place in sorted(self.directory.glob("[!.]*/manifest.json"), key=_last_used):
-                    if free >= num_bytes:
+                for manifest in sorted(self.directory.glob("[!.]*/manifest.json"), key=_last_used):
+                    if free_bytes >= num_bytes:
                         break
-                    free += self._evict(place.parent)
-            yield min(free, shutil.disk_usage(self.directory).free)
+                    free_bytes += self._evict(manifest.parent)
+            yield min(free_bytes, shutil.disk_usage(self.directory).free)
         finally:
-            room.close()
+            lock.close()
 
-    def _remove_left_behind(self) -> None:
-        """What processes that were killed have half built or half removed; its lock is free."""
-        for aside in self.directory.glob(".*-*.tmp"):
-            name = aside.name[1:].split(".")[0]
-            lock = _Lock(self.directory / "locks" / name)
-            if lock.try_to_hold():
-                shutil.rmtree(aside, ignore_errors=True)
+    def _delete_leftovers(self) -> None:
+        """Delete what killed processes have left; nobody holds the lock of such an array."""
+        for temporary in self.directory.glob(".*-*.tmp"):
+            lock = self._lock(temporary.name[1:].split(".")[0])
+            if lock.acquire_exclusive():
+                shutil.rmtree(temporary, ignore_errors=True)
             lock.close()
 
     def _evict(self, place: Path) -> int:
-        """Remove an entry unless a process uses it; the bytes won."""
-        lock = _Lock(self.directory / "locks" / place.name)
+        """Delete an array unless a process uses it; the number of bytes freed."""
+        lock = self._lock(place.name)
         try:
-            if not lock.try_to_hold():
+            if not lock.acquire_exclusive():
                 return 0
-            num_bytes = _size(place)
-            self._remove(place)
+            num_bytes = _num_bytes(place)
+            self._delete(place)
             return num_bytes
         finally:
             lock.close()
 
-    def _remove(self, place: Path) -> None:
-        """Rename first, so that a half-removed entry is never read. Another may be quicker."""
-        aside = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    def _delete(self, place: Path) -> None:
+        """Rename first, so that nobody reads a half-deleted array; another process may be
+        faster."""
+        temporary = self._temporary(place.name)
         with suppress(FileNotFoundError):
-            place.rename(aside)
-            shutil.rmtree(aside)
+            place.rename(temporary)
+            shutil.rmtree(temporary)
 
 
-def _manifest(data_path: Path, notes: object) -> dict[str, Any]:
-    """What a whole entry's manifest says."""
-    return {"xxh3": _hash(data_path), "notes": notes, "notes_digest": digest(notes)}
+def num_stored_bytes(directory: Path) -> int:
+    """The size of a cache directory, including arrays under construction."""
+    return sum(_num_bytes(place) for place in directory.glob("*-*"))
 
 
-def num_kept_bytes(directory: Path) -> int:
-    """What a cache directory takes, entries under construction included."""
-    return sum(_size(place) for place in directory.glob("*-*"))
-
-
-def _size(place: Path) -> int:
+def _num_bytes(place: Path) -> int:
     try:
         return sum(file.stat().st_size for file in place.iterdir())
     except FileNotFoundError:  # evicted or renamed meanwhile
@@ -282,20 +266,19 @@ def _last_used(manifest: Path) -> float:
         return 0
 
 
-def _hash(path: Path) -> str | None:
-    """xxh3 of a file's bytes: for damage, not for enemies."""
-    found = xxhash.xxh3_128()
+def _manifest(data_path: Path, notes: object) -> dict[str, Any]:
+    """The manifest of a complete array. The hash finds damage; it is not cryptographic."""
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                found.update(block)
+        with data_path.open("rb") as file:
+            xxh3 = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
     except FileNotFoundError:
-        return None
-    return found.hexdigest()
+        xxh3 = None
+    return {"xxh3": xxh3, "notes": notes, "notes_digest": digest(notes)}
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap[Any, Any]:
-    """A new .npy whose blocks are reserved: a full disk is an error here, not a SIGBUS later."""
+    """A new .npy whose disk blocks are reserved: a full disk is an error here, not a SIGBUS
+    later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -1,4 +1,4 @@
-"""The cores and GPUs that this process may use, without importing torch."""
+"""The cores and GPUs that this process may use, found without importing torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def num_cores() -> int:
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that CUDA would see, without importing torch; none on a machine without."""
+    """The GPUs that CUDA would use, by index or as CUDA_VISIBLE_DEVICES names them."""
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked is not None:
         return [device.strip() for device in asked.split(",") if device.strip()]

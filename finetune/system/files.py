@@ -1,15 +1,10 @@
-"""Files that are whole or not there, and texts that can't do harm.
-
-Turns bytes into a file by a rename, and a YAML file into plain values. Knows nothing about what the
-files mean.
-
-    >>> write_atomically(Path("runs.csv"), b"run_id\\n")  # doctest: +SKIP
-"""
+"""Atomic writes, folders without their hidden entries, and YAML files of plain values."""
 
 from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +16,51 @@ _MAX_BYTES, _MAX_VALUES = 1_000_000, 20_000
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root on, `~` replaced; links are kept as they are."""
+    """The absolute path, with `~` expanded; links are not resolved."""
     return Path(os.path.abspath(path.expanduser()))
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def walk(
+    folder: Path, on_error: Callable[[OSError], None] = _raise
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk` without hidden files and folders: each folder with its folders and files, sorted.
+
+    As with `os.walk`, the walk doesn't enter what is removed from the list of folders, nor links.
+    `on_error` gets the `OSError` of a folder that can't be read; by default it is raised.
+    """
+    for place, folders, files in os.walk(folder, onerror=on_error):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(place), folders, sorted(name for name in files if not name.startswith("."))
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: beside its place, synced, then renamed.
+    """Write a whole file or nothing: to a temporary file beside it, synced, then renamed.
 
     Raises `OSError` with the path in it.
     """
-    remove_left_behind(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:  # a write's own doesn't say where
+        temporary.replace(path)
+    except OSError as error:  # the error of a write doesn't name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def remove_left_behind(path: Path) -> None:
-    """Remove what processes left beside a file's place when they were killed at writing it."""
-    for aside in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not _is_alive(aside.name.split(".")[-2]):
-            aside.unlink(missing_ok=True)
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote this file."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not _is_alive(temporary.name.split(".")[-2]):
+            temporary.unlink(missing_ok=True)
 
 
 def _is_alive(pid: str) -> bool:
@@ -62,10 +74,9 @@ def _is_alive(pid: str) -> bool:
 
 
 def load_yaml(path: Path, what: str) -> Any:
-    """What a YAML file says, which is meant to be `what`: plain values alone.
+    """The content of a YAML file that should be `what`, in plain values.
 
-    Raises `ConfigError`, also for one that aliases or merges blow up: neither building nor walking
-    that would ever end.
+    Raises `ConfigError`, also for nested aliases or merges that would expand without limit.
     """
     try:
         with path.open("rb") as file:
@@ -83,12 +94,12 @@ def load_yaml(path: Path, what: str) -> Any:
 
 
 def _check_size(node: object) -> None:
-    count, left = 0, [node]
-    while left:
-        node = left.pop()
+    count, remaining = 0, [node]
+    while remaining:
+        node = remaining.pop()
         count += 1
         if count > _MAX_VALUES:
             raise ValueError(f"it holds more than {_MAX_VALUES} values; are aliases nested?")
         if isinstance(node, yaml.CollectionNode):
             for part in node.value:
-                left += part if isinstance(part, tuple) else [part]
+                remaining += part if isinstance(part, tuple) else [part]

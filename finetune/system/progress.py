@@ -1,10 +1,4 @@
-"""Progress of what takes longer than a second, on the terminal.
-
-Turns (what, total) into a bar that a terminal shows and a log leaves out. Knows nothing about what
-is being done.
-
-    >>> done = bar("decoding train/", 100)  # doctest: +SKIP
-"""
+"""Progress bars on a terminal, and lines in a log, for whatever takes longer than a second."""
 
 from __future__ import annotations
 
@@ -18,38 +12,36 @@ from typing import TYPE_CHECKING
 from finetune.system.shutdown import defer_stop
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 StartProgress = Callable[[str, int], Callable[[], None]]
-"""(what, total) -> a function that is called once for each one done."""
+"""(what, total) -> a function to call once for each item done."""
+
+PATIENCE_SECONDS = 1.0
+LINE_SECONDS = 10.0
+
+_running: list[Progress] = []
 
 
 def no_progress(what: str, total: int) -> Callable[[], None]:
     return lambda: None
 
 
-PATIENCE_SECONDS = 1.0
-LINE_SECONDS = 10.0
-
-
-_unfinished: list[Progress] = []
-
-
 @contextmanager
 def close_bars() -> Iterator[None]:
-    """At its end no bar is left on the terminal, nor its cursor hidden, whatever broke off."""
+    """Remove all bars at the end and show the cursor again, whatever ended the context."""
     try:
         yield
     finally:
-        while _unfinished:
-            _unfinished.pop().stop()
+        while _running:
+            _running.pop().stop()
 
 
 def bar(what: str, total: int) -> Callable[[], None]:
-    """A function to call once for each one done, from any thread.
+    """A function to call once for each item done, from any thread.
 
-    A terminal sees a bar once a second has passed; elsewhere one line says what was done and how
-    long it took, if it took longer than that.
+    On a terminal a bar appears after a second. Elsewhere one line at the end says how long it took,
+    if it took longer than that.
     """
     started = time.perf_counter()
     count = 0
@@ -64,39 +56,36 @@ def bar(what: str, total: int) -> Callable[[], None]:
             if count == total and not shown and seconds > PATIENCE_SECONDS:
                 print(f"{what}: {total} in {seconds:.0f} s", flush=True)
             elif not shown and seconds > PATIENCE_SECONDS and sys.stderr.isatty():
-                shown.append(_rich_bar(what, total))
+                shown.append(_start_bar(what, total))
             if shown:
                 shown[0](count)
 
     return done
 
 
-def _rich_bar(what: str, total: int) -> Callable[[int], None]:
+def _new_bar(*columns: ProgressColumn) -> Progress:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    label = TextColumn("{task.description}", markup=False)
+    return Progress(
+        label, BarColumn(), *columns, TimeRemainingColumn(), console=Console(stderr=True)
     )
 
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
+
+def _start_bar(what: str, total: int) -> Callable[[int], None]:
+    from rich.progress import MofNCompleteColumn
+
+    progress = _new_bar(MofNCompleteColumn())
     task = progress.add_task(what, total=total)
-    with defer_stop():  # one that is half started can't be stopped
-        _unfinished.append(progress)
+    with defer_stop():  # a bar that is only half started could not be stopped
+        _running.append(progress)
         progress.start()
 
     def show(count: int) -> None:
         progress.update(task, completed=count)
-        if count == total and progress in _unfinished:
-            _unfinished.remove(progress)
+        if count == total and progress in _running:
+            _running.remove(progress)
             progress.stop()
 
     return show
@@ -104,42 +93,27 @@ def _rich_bar(what: str, total: int) -> Callable[[int], None]:
 
 @contextmanager
 def byte_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Within it, a function to call with (bytes so far, bytes in all, if known).
+    """Within it, a function to call with (bytes so far, total bytes if known).
 
-    A terminal sees a bar with rate and remaining time, anything else a line now and then.
+    A terminal shows a bar with rate and remaining time, elsewhere a line appears now and then.
     """
     if not sys.stderr.isatty():
         yield _byte_lines(what)
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _new_bar(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task(what, total=None)
         yield lambda position, total: progress.update(task, completed=position, total=total)
 
 
 def _byte_lines(what: str) -> Callable[[int, int | None], None]:
-    said = time.perf_counter()
+    printed = time.perf_counter()
 
     def show(position: int, total: int | None) -> None:
-        nonlocal said
-        if time.perf_counter() - said > LINE_SECONDS:
-            said = time.perf_counter()
+        nonlocal printed
+        if time.perf_counter() - printed > LINE_SECONDS:
+            printed = time.perf_counter()
             share = f" of {total / 1e6:.1f} MB ({position / total:.0%})" if total else " MB"
             print(f"{what}: {position / 1e6:.1f}{share}", flush=True)
 

@@ -1,4 +1,4 @@
-"""What a machine can run out of: memory, disk space, file handles."""
+"""Resources that a process can run out of: memory, disk space, file handles."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from finetune.system.errors import FinetuneError, Shortage
 
 _REMEDIES = {
     errno.ENOSPC: "make room on the disk",
-    errno.EDQUOT: "make room within the disk's quota",
-    errno.EROFS: "pass a place that can be written",
+    errno.EDQUOT: "make room within the disk quota",
+    errno.EROFS: "pass a directory that can be written",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENFILE: "allow more open files on this machine",
 }
 
 
 def shortage(error: BaseException) -> Shortage | None:
-    """What the machine has run out of, where an error says so; None for any other error.
+    """The resource that an error says is used up; None for any other error.
 
-    Libraries wrap the system's errors in their own: in their causes, or in their words alone.
+    Libraries wrap a system error in their own, as its cause or only by its text.
     """
     found: BaseException | None = error
     while found is not None:
@@ -36,7 +36,7 @@ def shortage(error: BaseException) -> Shortage | None:
 
 
 def require_handles(count: int) -> None:
-    """Raise `OSError` unless so many more files can be opened: libraries may hang without."""
+    """Raise `OSError` unless `count` more files can be opened; some libraries hang without them."""
     pipes: list[tuple[int, int]] = []
     try:
         while 2 * len(pipes) < count:
@@ -47,5 +47,5 @@ def require_handles(count: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On the CPU, where torch's allocator raises a RuntimeError."""
+    """Whether memory is used up on the CPU, where torch's allocator raises a RuntimeError."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

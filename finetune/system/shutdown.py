@@ -1,10 +1,4 @@
-"""How a process ends: at its end, by a message, or by a signal once everything is written.
-
-Turns the first stop signal into `Stopped`, and a command's outcome into the process's own end.
-Knows nothing about what is being stopped.
-
-    >>> with stoppable(): ...  # doctest: +SKIP
-"""
+"""Stop signals, and how a command ends its process: by an exit code or by the signal."""
 
 from __future__ import annotations
 
@@ -18,57 +12,59 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import ClassVar, NoReturn
 
-from finetune.system.errors import PREEMPTION_SIGNAL, FinetuneError, Stopped
+from finetune.system.errors import FinetuneError, Stopped
 from finetune.system.resources import shortage
 from finetune.system.text import message
 
+PREEMPTION_SIGNAL = signal.SIGUSR1
+"""What schedulers send before they take the machine (Slurm: --signal=USR1@120)."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, PREEMPTION_SIGNAL)
 
 
 class _Stop:
-    """The handler of `STOP_SIGNALS`: the first to come raises `Stopped`, later ones do nothing.
+    """The handler of `STOP_SIGNALS`: the first signal raises `Stopped`, later ones do nothing.
 
-    It remembers that itself: a Trainer puts the handlers back that it has found, also on its way
-    out from a stop.
+    The handler itself counts them, because a Trainer that is stopped restores the handlers that it
+    has found.
     """
 
     active: ClassVar[_Stop | None] = None
 
     def __init__(self) -> None:
         self._has_raised = False
-        self._waiting: list[int] | None = None
+        self._deferred: list[int] | None = None
 
     def __call__(self, signum: int, frame: FrameType | None = None) -> None:
-        if self._waiting is not None:
-            self._waiting.append(signum)
+        if self._deferred is not None:
+            self._deferred.append(signum)
         elif not self._has_raised:
             self._has_raised = True
             raise Stopped(signum)
 
     @property
-    def has_come(self) -> bool:
-        return self._has_raised or bool(self._waiting)
+    def has_arrived(self) -> bool:
+        return self._has_raised or bool(self._deferred)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        if self._waiting is not None:
+        if self._deferred is not None:
             yield
             return
-        came = self._waiting = []
+        signums = self._deferred = []
         try:
             yield
         finally:
-            self._waiting = None
-            for signum in came:
+            self._deferred = None
+            for signum in signums:
                 self(signum)
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it, the first of `STOP_SIGNALS` raises `Stopped`; later ones wait for the clean-up.
+    """Within it, the first of `STOP_SIGNALS` raises `Stopped`; later ones are ignored.
 
-    Handlers are put back at the end. It does nothing within another `stoppable`, whose clean-up it
-    is a part of, and outside the main thread, where Python has no handlers.
+    The previous handlers are restored at the end. Within another `stoppable` it does nothing, nor
+    outside the main thread, where Python runs no handlers.
     """
     if _Stop.active or threading.current_thread() is not threading.main_thread():
         yield
@@ -87,7 +83,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def defer_stop() -> Iterator[None]:
-    """Within it, a stop waits for the end: what belongs together is written together."""
+    """Within it, a stop is deferred to the end: what belongs together is written together."""
     stop = _Stop.active
     if stop is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -97,34 +93,34 @@ def defer_stop() -> Iterator[None]:
 
 
 def is_stopping() -> bool:
-    """Whether a stop has come: the process cleans up, or will once `defer_stop` has ended."""
-    return _Stop.active is not None and _Stop.active.has_come
+    """Whether a stop signal has arrived, also one that `defer_stop` still defers."""
+    return _Stop.active is not None and _Stop.active.has_arrived
 
 
-def run_cli(door: Callable[[], int | None]) -> NoReturn:
-    """Call a command's main function and end the process as its outcome says.
+def run_cli(command: Callable[[], int | None]) -> NoReturn:
+    """Call a command's main function and end the process with its exit code.
 
     A `FinetuneError` prints its message alone, without a traceback. `Stopped` ends the process by
     the same signal, so that a shell shows 130 or 143 and W&B's agent sees no failure.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what no encoding has
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes without an encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    with stoppable():  # to the very end: a second Ctrl-C finds the first one at work
+    with stoppable():  # to the very end: a second Ctrl-C must not interrupt the first
         try:
-            code = door() or 0
+            code = command() or 0
             sys.stdout.flush()
             sys.exit(code)
         except FinetuneError as error:
             print(f"error: {message(error)}", file=sys.stderr)
             sys.exit(error.exit_code)
-        except BrokenPipeError:  # the reader of our output is gone (`| head`)
+        except BrokenPipeError:  # the reader of the output has closed it (`| head`)
             _discard_output()
             sys.exit(1)
         except Exception as error:
             if (short := shortage(error)) is None:
                 raise
             print(f"error: {short}", file=sys.stderr)
-            _discard_output()  # it may be what the disk has no room for
+            _discard_output()  # it may be what fills the disk
             sys.exit(short.exit_code)
         except Stopped as stop:
             print(str(stop), file=sys.stderr)
@@ -136,7 +132,7 @@ def run_cli(door: Callable[[], int | None]) -> NoReturn:
 
 
 def _discard_output() -> None:
-    """Nothing more can be written there; Python's own last flush would change the exit code."""
+    """Nothing more can be written to it, and Python's last flush would change the exit code."""
     try:
         sys.stdout.flush()
     except OSError:

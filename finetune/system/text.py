@@ -1,20 +1,28 @@
-"""Names and messages as a terminal may show them."""
+"""Names and messages as a terminal shows them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`; did you mean ...?` for a misspelt name, or nothing where no choice is near."""
+    """`; did you mean ...?` for a misspelt name, or nothing if no choice is similar."""
     near = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def listed(names: Sequence[str], at_most: int = 12) -> str:
+    """`a, b and c`, or `a, b and 7 more`."""
+    shown = list(names[:at_most])
+    if len(names) > at_most:
+        shown.append(f"{len(names) - at_most} more")
+    return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+
+
 def one_line(name: object) -> str:
-    """A name from outside as a terminal may show it: line breaks, control characters and bytes
-    that are no text stand there as escapes."""
+    """A name from outside on one line: line breaks, control characters and undecodable bytes are
+    escaped."""
     return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
 
 
@@ -23,5 +31,5 @@ def _escaped(character: str) -> str:
 
 
 def message(error: BaseException) -> str:
-    """What an error says, its own line breaks kept, as a terminal may show it."""
+    """An error's message with its own line breaks; other unprintable characters are escaped."""
     return "\n".join(map(one_line, str(error).split("\n")))

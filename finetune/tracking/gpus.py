@@ -16,8 +16,8 @@ import threading
 from pathlib import Path
 
 from finetune.system.devices import visible_devices
-from finetune.system.errors import PREEMPTION_SIGNAL, ConfigError, Stopped
-from finetune.system.shutdown import defer_stop
+from finetune.system.errors import ConfigError, Stopped
+from finetune.system.shutdown import PREEMPTION_SIGNAL, defer_stop
 
 
 def gpus(sweep_id: str, count: int | None = None) -> int:

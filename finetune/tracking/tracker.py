@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 from finetune.config.fields import RunConfig
 from finetune.data.layout import PICTURE_FORMATS
 from finetune.runs.predictions import confident_mistakes
-from finetune.runs.result import Row, RunResult
+from finetune.runs.result import Failure, Row, RunResult, failure_of
 from finetune.runs.run_dir import RunDir
-from finetune.system.errors import Failure, FinetuneError, Stopped, failure_of
+from finetune.system.errors import FinetuneError, Stopped
 from finetune.system.resources import require_handles
 from finetune.system.shutdown import defer_stop, is_stopping
 from finetune.system.text import one_line

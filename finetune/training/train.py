@@ -27,9 +27,9 @@ from finetune.data.splits import Splits
 from finetune.features.loader import EpochLoader
 from finetune.model.network import build, build_from, load_best, read_best
 from finetune.runs.resolve import prepare_run, resolve
-from finetune.runs.result import RunResult, best_epoch
+from finetune.runs.result import RunResult, best_epoch, failure_of
 from finetune.runs.run_dir import RunDir
-from finetune.system.errors import FinetuneError, RunDirError, Shortage, WeightsError, failure_of
+from finetune.system.errors import FinetuneError, RunDirError, Shortage, WeightsError
 from finetune.system.progress import bar
 from finetune.system.resources import is_out_of_memory, shortage
 from finetune.system.shutdown import defer_stop, stoppable

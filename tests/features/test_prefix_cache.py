@@ -141,7 +141,7 @@ def test_too_little_room_means_working_without(
 ) -> None:
     with_cache = train(strategy="freeze")
     without = train(strategy="freeze", cache_gb=0.0001, cache_dir=with_cache.path / "small")
-    assert "going on without" in capsys.readouterr().out
+    assert "continuing without" in capsys.readouterr().out
     for ours, theirs in zip(
         read_metrics(with_cache.metrics_path), read_metrics(without.metrics_path), strict=True
     ):

@@ -18,7 +18,7 @@ import finetune
 from finetune.__main__ import main
 from finetune.datasets.download import fetch_data
 from finetune.runs.run_dir import RunDir
-from finetune.system.array_store import Cache, num_kept_bytes
+from finetune.system.array_store import Cache, num_stored_bytes
 from tests.conftest import Train
 from tests.robustness.test_interrupted import outcome
 from tests.support.file_server import FileServer, serve
@@ -150,7 +150,7 @@ def test_what_a_killed_eviction_or_build_left_takes_no_room_for_long(
     assert left_in(tmp_path)
     Cache(tmp_path, 1e9).open_or_build("other", {}, (10,), "float32", lambda array: {})
     assert left_in(tmp_path) == []
-    assert num_kept_bytes(tmp_path) < 1000
+    assert num_stored_bytes(tmp_path) < 1000
 
 
 @pytest.fixture

@@ -225,7 +225,7 @@ def test_a_cache_without_room_changes_nothing_but_time(
         mount(disk, "remount", f"size={size}")
     capsys.readouterr()
     train_and_finetune(**fields)
-    assert "going on without" in capsys.readouterr().out
+    assert "continuing without" in capsys.readouterr().out
     (place,) = (tmp_path / "runs").iterdir()
     assert outcome(place) == expected
     assert not list(disk.glob("cache/.*"))
@@ -329,7 +329,7 @@ def test_a_cache_entry_that_finds_no_file_handle_is_not_taken_for_damaged(
         with few_handles(spare):
             assert ask(tmp_path) is None
         said = capsys.readouterr().out
-        assert "Too many open files" in said and "going on without it" in said
+        assert "Too many open files" in said and "continuing without it" in said
     found(ask(tmp_path, build=forbidden))
 
 

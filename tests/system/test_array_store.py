@@ -1,4 +1,4 @@
-"""Built once, shared, bounded, and never believed when damaged."""
+"""Stored arrays are built once, shared, bounded, and never read when damaged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.system import array_store as cache
-from finetune.system.array_store import Cache, Entry, num_kept_bytes
+from finetune.system import array_store
+from finetune.system.array_store import Cache, StoredArray, num_stored_bytes
 
 SHAPE = (10, 100)
 NUM_BYTES = 10 * 100 * 4 + 128
@@ -30,16 +30,16 @@ def forbidden(array: Any) -> dict[str, str]:
     raise AssertionError("built again")
 
 
-def ask(place: Path, key: str = "a", build: Any = fill, limit: float = 1e9) -> Entry | None:
+def ask(place: Path, key: str = "a", build: Any = fill, limit: float = 1e9) -> StoredArray | None:
     return Cache(place, limit).open_or_build("rows", {"key": key}, SHAPE, "float32", build)
 
 
-def found(entry: Entry | None) -> Entry:
-    assert entry is not None
-    return entry
+def found(stored: StoredArray | None) -> StoredArray:
+    assert stored is not None
+    return stored
 
 
-def test_what_one_builds_another_opens(tmp_path: Path) -> None:
+def test_a_stored_array_is_opened_and_not_built_again(tmp_path: Path) -> None:
     built = found(ask(tmp_path))
     opened = found(ask(tmp_path, build=forbidden))
     np.testing.assert_array_equal(built.array, opened.array)
@@ -47,7 +47,7 @@ def test_what_one_builds_another_opens(tmp_path: Path) -> None:
     assert Cache(tmp_path, 1e9).open("rows", {"key": "b"}) is None
 
 
-def test_another_description_is_another_entry(tmp_path: Path) -> None:
+def test_another_description_is_another_array(tmp_path: Path) -> None:
     found(ask(tmp_path))
     with pytest.raises(AssertionError, match="built again"):
         ask(tmp_path, key="b", build=forbidden)
@@ -59,7 +59,7 @@ def test_writing_to_an_opened_array_leaves_the_file_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "list", "notes", "gone"])
-def test_a_damaged_entry_is_said_and_built_again(
+def test_a_damaged_array_is_reported_and_built_again(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found(ask(tmp_path))
@@ -83,7 +83,7 @@ def test_a_damaged_entry_is_said_and_built_again(
     assert "damaged" in capsys.readouterr().out
 
 
-def test_an_entry_without_a_manifest_was_never_finished(tmp_path: Path) -> None:
+def test_an_array_without_a_manifest_was_never_finished(tmp_path: Path) -> None:
     found(ask(tmp_path))
     (manifest,) = tmp_path.glob("rows-*/manifest.json")
     manifest.unlink()
@@ -93,7 +93,7 @@ def test_an_entry_without_a_manifest_was_never_finished(tmp_path: Path) -> None:
 def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         ask(tmp_path, build=forbidden)
-    assert num_kept_bytes(tmp_path) == 0
+    assert num_stored_bytes(tmp_path) == 0
     assert found(ask(tmp_path)).array[0, 5] == 5
 
 
@@ -113,11 +113,11 @@ def _count_a_build(place: Path, counted: Any) -> None:
         time.sleep(0.3)
         return fill(array)
 
-    entry = found(ask(place, build=build))
-    assert entry.array[9, 99] == 999
+    stored = found(ask(place, build=build))
+    assert stored.array[9, 99] == 999
 
 
-def test_a_builder_killed_half_way_leaves_nothing_that_is_read(tmp_path: Path) -> None:
+def test_what_a_killed_builder_leaves_is_not_read(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     process = context.Process(target=_die_while_building, args=(tmp_path,))
     process.start()
@@ -127,7 +127,7 @@ def test_a_builder_killed_half_way_leaves_nothing_that_is_read(tmp_path: Path) -
     assert not list(tmp_path.glob(".rows-*"))
 
 
-def test_eight_processes_at_once_build_one_entry_once(tmp_path: Path) -> None:
+def test_eight_processes_at_once_build_an_array_once(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     counted = context.Value("i", 0)
     processes = [context.Process(target=_count_a_build, args=(tmp_path, counted)) for _ in range(8)]
@@ -139,26 +139,24 @@ def test_eight_processes_at_once_build_one_entry_once(tmp_path: Path) -> None:
     assert counted.value == 1
 
 
-def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_array_is_evicted_first(tmp_path: Path) -> None:
     for age, key in enumerate("abc"):
         ask(tmp_path, key)
         for manifest in tmp_path.glob("rows-*/manifest.json"):
             if manifest.stat().st_mtime > 10:
                 os.utime(manifest, (age, age))
-    room_for_three = 3.5 * (NUM_BYTES + 100)
-    found(ask(tmp_path, "d", limit=room_for_three))
+    space_for_three = 3.5 * (NUM_BYTES + 100)
+    found(ask(tmp_path, "d", limit=space_for_three))
     with pytest.raises(AssertionError, match="built again"):
         ask(tmp_path, "a", build=forbidden)
     for key in "bcd":
         found(ask(tmp_path, key, build=forbidden))
 
 
-def test_what_is_in_use_is_never_evicted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_open_array_is_never_evicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     in_use = found(ask(tmp_path, "a"))
     assert ask(tmp_path, "b", limit=1.5 * NUM_BYTES) is None
-    assert "going on without" in capsys.readouterr().out
+    assert "continuing without" in capsys.readouterr().out
     assert in_use.array[9, 99] == 999
     del in_use
     found(ask(tmp_path, "b", limit=1.5 * NUM_BYTES))
@@ -170,36 +168,36 @@ def test_an_array_larger_than_the_limit_evicts_nothing(tmp_path: Path) -> None:
     found(ask(tmp_path, "a", build=forbidden))
 
 
-def test_a_directory_that_cannot_be_used_means_going_on_without(
+def test_an_unusable_directory_is_reported_and_no_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     assert ask(tmp_path / "file" / "cache") is None
-    assert "going on without" in capsys.readouterr().out
+    assert "continuing without" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["missing", "damaged"])
-def test_two_that_find_it_so_at_the_same_time_both_get_it(
+def test_two_readers_of_a_missing_or_damaged_array_both_get_it(
     damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quicker one reads it until it ends, and the other must not wait for that."""
+    """The faster one keeps it open, and the other must not wait for that."""
     if damaged:
         ask(tmp_path)
         (data,) = tmp_path.glob("*/data.npy")
         data.write_bytes(data.read_bytes()[:-8])
-    meet, share = threading.Barrier(2), cache._Lock.share
+    meet, acquire = threading.Barrier(2), array_store._Lock.acquire_shared
 
-    def share_together(self: cache._Lock) -> None:
-        share(self)
+    def acquire_together(self: array_store._Lock) -> None:
+        acquire(self)
         with suppress(threading.BrokenBarrierError):
             meet.wait(1)
 
-    monkeypatch.setattr(cache._Lock, "share", share_together)
-    got: list[Entry | None] = []
+    monkeypatch.setattr(array_store._Lock, "acquire_shared", acquire_together)
+    got: list[StoredArray | None] = []
     both = [threading.Thread(target=lambda: got.append(ask(tmp_path)), daemon=True) for _ in "ab"]
     for thread in both:
         thread.start()
     for thread in both:
         thread.join(20)
-    first, second = (found(entry).array for entry in got)
+    first, second = (found(stored).array for stored in got)
     assert np.array_equal(first, second)
