@@ -62,7 +62,7 @@ def fetch_data(data_dir: Path, url: str, expected: ExpectedDataset | None) -> No
 
     The archive is kept in NAME.zip.part beside `data_dir` until it is unpacked.
     """
-    data_dir = _real_path(data_dir)
+    data_dir = Path(os.path.realpath(data_dir.expanduser()))
     partial = PartialDownload(url, data_dir.parent)
 
     def check_space(missing_bytes: int) -> None:  # unpacked, pictures are hardly larger
@@ -90,14 +90,11 @@ def fetch_data(data_dir: Path, url: str, expected: ExpectedDataset | None) -> No
 
 def unpack_archive(data_dir: Path, archive: Path) -> None:
     """Make `data_dir` hold the data set in a local zip, which is kept. Raises `DataError`."""
-    data_dir, archive = _real_path(data_dir), archive.expanduser().absolute()
+    data_dir = Path(os.path.realpath(data_dir.expanduser()))
+    archive = archive.expanduser().absolute()
     with _locked(data_dir.parent):
         if not _is_complete(data_dir, str(archive), None):
             _print_summary(data_dir, unpack(archive, data_dir, str(archive)))
-
-
-def _real_path(data_dir: Path) -> Path:
-    return Path(os.path.realpath(data_dir.expanduser()))
 
 
 @contextmanager

@@ -128,7 +128,6 @@ def _attempt(partial: PartialDownload, check_space: Callable[[int], None]) -> No
         _check_response(partial, response)
         if partial.total_bytes is not None:
             check_space(partial.total_bytes - partial.num_bytes)
-        partial.write_note()
         if response.status_code != 416:
             _append(partial, response)
     if not partial.is_complete:
@@ -137,7 +136,7 @@ def _attempt(partial: PartialDownload, check_space: Callable[[int], None]) -> No
 
 
 def _check_response(partial: PartialDownload, response: requests.Response) -> None:
-    """Check that a response continues the same file; start over where the file has changed."""
+    """Raise an error unless a response belongs to the same file; note its size and version."""
     content_range, position = response.headers.get("Content-Range", ""), partial.num_bytes
     if response.status_code == 206 and not content_range.startswith(f"bytes {position}-"):
         raise _Interrupted("the server sent another range than requested")
@@ -154,21 +153,20 @@ def _check_response(partial: PartialDownload, response: requests.Response) -> No
     etag = response.headers.get("ETag", "")
     # RFC 9110, 13.1.5: a weak ETag does not show that ranges belong to the same file.
     validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
-    if partial.validator and validator not in (partial.validator, None):
-        partial.remove()
-        if response.status_code != 200:
-            raise _Interrupted("the file on the server has changed; starting over")
     partial.total_bytes, partial.validator = total, validator or partial.validator
+    partial.write_note()
 
 
 def _append(partial: PartialDownload, response: requests.Response) -> None:
-    """Append a response's body, without what a server that ignores ranges sends again."""
-    num_repeated = partial.num_bytes if response.status_code == 200 else 0
+    """Append a response's body, or start over with it if it is the whole file.
+
+    A server sends the whole file if it does not support ranges, or if the file was replaced.
+    """
+    mode = "wb" if response.status_code == 200 else "ab"
     try:
-        with partial.path.open("ab") as file, byte_bar(f"fetching {partial.name}") as show:
+        with partial.path.open(mode) as file, byte_bar(f"fetching {partial.name}") as show:
             for block in response.raw.stream(_BLOCK_BYTES, decode_content=False):
-                file.write(block[num_repeated:])
-                num_repeated = max(0, num_repeated - len(block))
+                file.write(block)
                 show(file.tell(), partial.total_bytes)
     except HTTPError:
         return
