@@ -9,22 +9,14 @@ import hashlib
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
+from finetune.data import layout
 from finetune.data.decode import decode_many
-from finetune.data.layout import (
-    PICTURE_FORMATS,
-    SPLITS,
-    class_dirs,
-    files_of_class,
-    find_data_dir,
-    is_picture_name,
-)
 from finetune.data.splits import AUTO_VAL_FRACTION, num_held_out
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, bar, no_progress
@@ -84,7 +76,7 @@ def check(data_dir: Path, as_json: bool = False) -> int:
 
 def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
     """Read every picture once, in parallel. Raises `DataError` if there are no splits."""
-    data_dir = find_data_dir(data_dir)
+    data_dir = layout.find_data_dir(data_dir)
     findings = Findings(str(data_dir))
     names = _list_files(data_dir, findings)
     done = progress(f"reading {data_dir}", len(names))
@@ -101,7 +93,12 @@ def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
     decode_many([data_dir / name for name in names], _IMAGE_SIZE, add)
     pictures = {name: pictures[name] for name in names if name in pictures}
     findings.unreadable = dict(sorted(findings.unreadable.items()))
-    findings.faults += _unreadable_classes(findings.counts, pictures)
+    with_pictures = {_class_of(name) for name in pictures}
+    findings.faults += [
+        f"{name} has no readable picture"  # stops a run with --skip_unreadable too
+        for name in dict.fromkeys(map(_class_of, names))
+        if name not in with_pictures
+    ]
     findings.repeated = _find_repeated(data_dir, pictures)
     findings.modes = dict(Counter(p.mode for p in pictures.values()).most_common())
     for side in ("width", "height"):
@@ -113,14 +110,16 @@ def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
 def _list_files(data_dir: Path, findings: Findings) -> list[str]:
     """Names of all pictures. Adds the findings that need no picture to be read."""
     names: list[str] = []
-    for split in SPLITS:
+    for split in layout.SPLITS:
         if not (data_dir / split).is_dir():
             continue
         counts = findings.counts[split] = {}
-        for class_dir in class_dirs(data_dir / split):
-            files = sorted(f"{split}/{class_dir.name}/{name}" for name in files_of_class(class_dir))
-            pictures = [name for name in files if is_picture_name(name)]
-            findings.ignored += [name for name in files if not is_picture_name(name)]
+        for class_dir in layout.class_dirs(data_dir / split):
+            files = sorted(
+                f"{split}/{class_dir.name}/{name}" for name in layout.files_of_class(class_dir)
+            )
+            pictures = [name for name in files if layout.is_picture_name(name)]
+            findings.ignored += [name for name in files if not layout.is_picture_name(name)]
             counts[class_dir.name] = len(pictures)
             names += pictures
             if not pictures:
@@ -141,21 +140,14 @@ def _list_files(data_dir: Path, findings: Findings) -> list[str]:
 
 
 def _describe(path: Path, pixels: bytes) -> Picture:
-    with Image.open(path, formats=PICTURE_FORMATS) as image:
+    with Image.open(path, formats=layout.PICTURE_FORMATS) as image:
         content = f"{image.width}x{image.height} ".encode() + pixels
         pixels_hash = hashlib.blake2b(content).hexdigest()
         return Picture(image.width, image.height, image.mode, pixels_hash)
 
 
-def _unreadable_classes(counts: dict[str, dict[str, int]], readable: Iterable[str]) -> list[str]:
-    """These stop a run with --skip_unreadable too."""
-    classes = {f"{split}/{name}": held[name] for split, held in counts.items() for name in held}
-    with_pictures = {"/".join(name.split("/")[:2]) for name in readable}
-    return [
-        f"{name} has no readable picture"
-        for name, number in classes.items()
-        if number and name not in with_pictures
-    ]
+def _class_of(name: str) -> str:
+    return "/".join(name.split("/")[:2])
 
 
 def _class_differences(counts: dict[str, dict[str, int]]) -> list[str]:

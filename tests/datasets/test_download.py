@@ -555,6 +555,14 @@ def test_weights_with_a_wrong_hash_are_refused_and_removed(
     fetch_weights(weights_server.url)
 
 
+def test_damaged_weights_are_downloaded_again(weights_server: FileServer) -> None:
+    fetch_weights(weights_server.url)
+    (file,) = checkpoints_dir().iterdir()
+    file.write_bytes(b"damaged")
+    fetch_weights(weights_server.url)
+    assert file.read_bytes() == weights_server.content
+
+
 def test_weights_are_downloaded_alone_and_with_the_data(
     server: FileServer, weights_server: FileServer, target: Path, torch_home: Path
 ) -> None:
