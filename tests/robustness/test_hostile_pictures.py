@@ -21,7 +21,7 @@ from finetune.__main__ import main
 from finetune.data.decode import decode, decode_many
 from finetune.datasets.check import examine
 from finetune.runs.result import RunResult
-from finetune.system.errors import DataError
+from finetune.system.errors import DataError, FinetuneError
 
 NUM_DAMAGED = int(os.environ.get("NUM_DAMAGED", "500"))
 
@@ -193,12 +193,12 @@ def test_loops_of_links_end_everywhere(
         ["download", "--data_dir", loop, "--archive", loop],
         ["confirm", loop],
     ):
-        with pytest.raises(finetune.errors.FinetuneError):
+        with pytest.raises(FinetuneError):
             main([*map(str, command)])
     for name in ("out", "cache_dir", "data_dir", "weights", "config", "resume"):
         small = fields | {"epochs": 1, "strategy": "freeze", name: loop}
         if name == "cache_dir":
             finetune.train_and_finetune(**small)
             continue
-        with pytest.raises(finetune.errors.FinetuneError, match=str(loop)):
+        with pytest.raises(FinetuneError, match=str(loop)):
             finetune.train_and_finetune(**small)
