@@ -40,7 +40,7 @@ __all__ = ["base"]
 
 WITH_LITTLE_MEMORY = """
 import resource, sys
-import agent, finetune.train
+import agent, finetune.training.train
 from finetune.system.shutdown import run_cli
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv.pop(1)) * 1_000_000
@@ -353,7 +353,7 @@ def test_pictures_that_find_no_file_handle_are_not_taken_for_unreadable_or_missi
 
 WITH_FEW_HANDLES = """
 import os, resource, sys
-import agent, finetune.train, finetune.__main__, finetune.sweep.drive
+import agent, finetune.training.train, finetune.__main__, finetune.sweep.runner
 from finetune.system.shutdown import run_cli
 limit = len(os.listdir("/proc/self/fd")) - 1 + int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
