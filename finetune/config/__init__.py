@@ -1,1 +1,1 @@
-"""What can be asked of a run."""
+"""The fields of a run's config, and the strategies and schedules as data."""

@@ -42,10 +42,10 @@ SCHEDULED_PATIENCE, CONSTANT_PATIENCE = 0, 3
 
 
 class RunConfig(BaseModel):
-    """Everything that a run depends on, as one flat value.
+    """Everything that a run depends on.
 
-    A field that means nothing to the chosen strategy is None, whatever was asked for, so that it
-    can't tell two equal runs apart.
+    A field that the strategy ignores is None, whatever value was given, so that two runs that do
+    the same have the same config.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -153,7 +153,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """None, and a field that means nothing to the strategy, take the strategy's default."""
+        """Replace None by the default, which may depend on the strategy and the environment."""
         fields = {name: value for name, value in given.items() if value is not None}
         entry = STRATEGIES.get(str(fields.get("strategy", "partial")))
         if entry is None:
@@ -182,7 +182,7 @@ class RunConfig(BaseModel):
             and self.plan.start_epochs.keys() != {"fc"}
         ):
             raise ValueError(
-                "batch_size: got 1 with image_size 32: layer4's BatchNorm would see one value a "
+                "batch_size: got 1 with image_size 32: layer4's BatchNorm would see one value per "
                 "channel; pass a batch_size of 2 or more or a larger image_size"
             )
         if self.name is None:
@@ -191,17 +191,17 @@ class RunConfig(BaseModel):
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Self:
-        """The config of these values, of whatever spelling. Raises `ConfigError`, naming each."""
+        """The config of these values, in any spelling. Raises `ConfigError` with all errors."""
         unknown = [name for name in given if name not in cls.model_fields]
         if unknown:
             raise ConfigError("; ".join(unknown_field(name) for name in unknown))
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(cls, one) for one in error.errors())) from None
+            raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
 
     def to_fields(self) -> dict[str, Any]:
-        """Plain values, as YAML, JSON and W&B keep them; `from_fields` reads them back."""
+        """Plain values for YAML, JSON and W&B; the inverse of `from_fields`."""
         return self.model_dump(mode="json")
 
     @property
@@ -227,43 +227,43 @@ class RunConfig(BaseModel):
 
 
 PLACES = frozenset({"config", "resume"})
-"""Flags and keyword arguments that say where a config comes from; a config doesn't hold them."""
+"""Flags and keyword arguments that are not fields but say where a config comes from."""
 
 
 def unknown_field(name: str) -> str:
-    """The message for a name that isn't a field, with the nearest ones that are."""
+    """The message for a name that is not a field, with the most similar fields."""
     names = [*RunConfig.model_fields, *sorted(PLACES)]
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping of fields. Raises `ConfigError`."""
+    """The fields in a YAML file. Raises `ConfigError`."""
     fields = load_yaml(path, "a config")
     if not isinstance(fields, dict):
-        raise ConfigError(f"config: {path} holds no mapping of fields, such as 'epochs: 10'")
+        raise ConfigError(f"config: {path} must hold a mapping of fields, such as 'epochs: 10'")
     return {str(name): value for name, value in fields.items()}
 
 
 def advice(given: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """What a user should know of the values given: fields without a meaning, too few epochs."""
+    """Notes on the given values: fields that have no effect, too few epochs."""
     lines = []
     ignored = sorted(
         name for name in STRATEGIES[config.strategy].ignores if given.get(name) is not None
     )
     if ignored:
-        lines.append(f"{', '.join(ignored)}: no meaning for strategy {config.strategy}; ignored")
+        lines.append(f"{', '.join(ignored)}: no effect with strategy {config.strategy}; ignored")
     late = config.plan.opened_too_late(config.epochs)
     if late:
         starts = ", ".join(f"{part} at epoch {start}" for part, start in late.items())
         lines.append(
-            f"epochs={config.epochs} is too few to open every part: {starts} would come after the "
-            f"end; epochs={config.plan.all_open_epoch + 1} or more trains them"
+            f"epochs={config.epochs} is too few to unfreeze every part: {starts} would come "
+            f"after the end; epochs={config.plan.all_open_epoch + 1} or more trains them"
         )
     return lines
 
 
 def differences(ours: RunConfig, given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields of `given` that mean something else than in `ours`, as (ours, given)."""
+    """The fields of `given` whose value differs from `ours`, as (ours, given)."""
     asked = {k: v for k, v in given.items() if v is not None and v != "auto"}
     theirs = RunConfig.from_fields(ours.to_fields() | asked)
     return {
@@ -274,7 +274,7 @@ def differences(ours: RunConfig, given: Mapping[str, Any]) -> dict[str, tuple[An
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:
-    """One of pydantic's errors as: what was wrong, what was found, what is allowed."""
+    """A pydantic error as a message: the field, the value found, what is allowed."""
     message = str(error["msg"]).removeprefix("Value error, ")
     name = next((str(part) for part in error["loc"]), "")
     if not name:
@@ -287,6 +287,6 @@ def _explain(model: type[BaseModel], error: Any) -> str:
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no whole number of thousands of digits
+    except ValueError:  # Python refuses to print an integer of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,9 +1,6 @@
-"""The command line of one run: `--field value` for every field of the config.
+"""The command line of one run: `--field value` for each field of the config.
 
-Turns arguments into a mapping of given fields, unchecked: `RunConfig` checks them, as it does for
-every other door. Knows nothing about torch.
-
-    python agent.py --help
+Values stay text here; `RunConfig` checks them, however a run is started.
 """
 
 from __future__ import annotations
@@ -22,26 +19,26 @@ _SIGNS = {at.Ge: ("≥", "ge"), at.Gt: (">", "gt"), at.Le: ("≤", "le"), at.Lt:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """A field's numeric range, such as `≥ 1`, read off its own constraints."""
+    """A field's range from its constraints, such as `≥ 1`."""
     metadata = list(field.metadata)
-    for option in getattr(field.annotation, "__args__", ()):  # X | None keeps them inside
+    for option in getattr(field.annotation, "__args__", ()):  # those of X in X | None
         metadata += getattr(option, "__metadata__", ())
     signs = [(_SIGNS[type(m)], m) for m in metadata if type(m) in _SIGNS]
     return ", ".join(f"{sign} {getattr(m, attribute):g}" for (sign, attribute), m in signs)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose mistakes are `ConfigError`s."""
+    """An argparse parser that raises `ConfigError`."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def parser(program: str) -> argparse.ArgumentParser:
-    """The parser of a run's flags; every value stays text."""
+    """The parser of a run's flags; values stay text."""
     made = Parser(
         prog=program,
-        description="Fine-tune ResNet18 on a folder of pictures: one run.",
+        description="One run: fine-tune ResNet18 on a folder of pictures.",
         epilog="A value of None means the default. Exit codes: 0 done, 1 the run failed, "
         "2 the command line or a config is wrong.",
         allow_abbrev=False,
@@ -57,24 +54,24 @@ def parser(program: str) -> argparse.ArgumentParser:
             metavar="VALUE",
             help=" ".join(notes).replace("%", "%%"),
             default=None,
-            # `--skip_unreadable` alone means yes
+            # `--skip_unreadable` without a value means true
             nargs="?" if field.annotation is bool else None,
             const="true" if field.annotation is bool else None,
         )
-    made.add_argument("--config", metavar="FILE", help="a YAML file of fields; flags win over it")
+    made.add_argument("--config", metavar="FILE", help="a YAML file of fields; flags override it")
     made.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="go on with this run directory after its last finished epoch; of the other flags only "
-        "a larger --epochs may differ from its config",
+        help="continue the run of this directory after its last finished epoch; only a larger "
+        "--epochs may differ from its config",
     )
     return made
 
 
 def given_fields(arguments: Sequence[str], program: str = "agent.py") -> dict[str, Any]:
-    """The fields that a command line names. Raises `ConfigError` for what it can't mean."""
+    """The fields of a command line. Raises `ConfigError` for unknown ones."""
     known, rest = parser(program).parse_known_args(arguments)
-    # W&B's agent adds arguments of its own to a run that it queues again.
+    # W&B's agent adds such arguments to a run that it queues again.
     rest = [word for word in rest if not word.startswith("--_wandb")]
     if rest:
         named = [word.lstrip("-").partition("=")[0] for word in rest if word.startswith("-")]

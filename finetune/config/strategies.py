@@ -1,15 +1,13 @@
-"""Fine-tuning strategies as data: which part of the network trains from when, and how fast.
+"""Fine-tuning strategies as data: which parts of the network train from which epoch, how fast.
 
-Turns a strategy's name and a few numbers into a `Plan`, which answers for any epoch which parts
-train and with which share of the learning rate. Knows nothing about torch, pictures or runs.
-Nobody outside this file compares a strategy's name: a fifth strategy is one entry of `STRATEGIES`.
+A new strategy is one more entry of `STRATEGIES`; no other file compares a strategy's name.
 
     >>> plan("gradual").start_epochs
     {'layer2': 3, 'layer3': 2, 'layer4': 1, 'fc': 0}
 
-Keeping freezing as data rather than as code is big_vision's idea
-(https://github.com/google-research/big_vision); unfreezing part by part with rates that fall
-towards the input is Howard & Ruder's, 2018 (https://arxiv.org/abs/1801.06146).
+Freezing as data follows big_vision (https://github.com/google-research/big_vision); unfreezing part
+by part, with smaller learning rates towards the input, follows Howard & Ruder 2018
+(https://arxiv.org/abs/1801.06146).
 """
 
 from __future__ import annotations
@@ -20,19 +18,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 PARTS = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
-"""ResNet18's parts, from the input on."""
+"""ResNet18's parts from input to output."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to fine-tune: its defaults, and the config fields that mean nothing to it."""
+    """A strategy: its defaults, and the config fields that it ignores."""
 
     summary: str
     deepest_part: str
-    """The part nearest the input that trains; `unfreeze_from` may name another."""
+    """The part nearest the input that trains, unless `unfreeze_from` names another."""
     lr_decay: float = 1.0
     stepwise: bool = False
-    """The parts open one after the other, fc first, instead of all at once."""
+    """The parts are unfrozen one by one, fc first, instead of all at once."""
     pretrained: bool = True
     ignores: frozenset[str] = frozenset()
 
@@ -50,7 +48,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
             ignores=frozenset({"unfreeze_every"}),
         ),
         "gradual": Strategy(
-            "fc first, then one part after the other down to unfreeze_from, the deeper the slower",
+            "fc first, then one part after the other down to unfreeze_from, each more slowly",
             deepest_part="layer2",
             lr_decay=0.5,
             stepwise=True,
@@ -70,25 +68,25 @@ class Plan:
     """When each part starts to train, and its share of the head's learning rate."""
 
     start_epochs: Mapping[str, int]
-    """Epoch (from 0) at which a part starts to train; a part that never does is missing."""
+    """The epoch, from 0, at which each part starts to train; without those that never do."""
     rate_shares: Mapping[str, float]
-    """Share of the head's learning rate, for every part."""
+    """The factor from the head's learning rate to that of each part."""
 
     def trainable_parts(self, epoch: int) -> tuple[str, ...]:
-        """The parts that train at this epoch, from the input on."""
+        """The parts that train at this epoch, from input to output."""
         return tuple(p for p in PARTS if self.start_epochs.get(p, math.inf) <= epoch)
 
     def first_trainable(self, epoch: int) -> str:
-        """The part nearest the input that trains; all before it is the frozen prefix."""
+        """The part nearest the input that trains; those before it are the frozen prefix."""
         return self.trainable_parts(epoch)[0]
 
     @property
     def all_open_epoch(self) -> int:
-        """The first epoch at which everything that will train is training."""
+        """The first epoch at which every part that will train is training."""
         return max(self.start_epochs.values())
 
     def opened_too_late(self, epochs: int) -> dict[str, int]:
-        """The parts, with their start, that a run of so many epochs ends before."""
+        """The parts, with their start epoch, that don't start within so many epochs."""
         return {part: start for part, start in self.start_epochs.items() if start >= epochs}
 
 
@@ -98,7 +96,7 @@ def plan(
     unfreeze_every: int | None = None,
     lr_decay: float | None = None,
 ) -> Plan:
-    """What a strategy does with these settings; None takes the strategy's own default."""
+    """The plan of a strategy with these settings; None means the strategy's default."""
     entry = STRATEGIES[strategy]
     deepest = PARTS.index(unfreeze_from or entry.deepest_part)
     step = (unfreeze_every or 1) if entry.stepwise else 0
@@ -131,18 +129,18 @@ def _onecycle(progress: float) -> float:
 
 
 SCHEDULES = MappingProxyType({"constant": _constant, "cosine": _cosine, "onecycle": _onecycle})
-"""Schedule -> multiplier of every part's learning rate at a share (0 to 1) of the run's steps.
+"""Schedule -> multiplier of all learning rates after a share (0 to 1) of the run's steps.
 
-`cosine` is SGDR's without restarts (https://arxiv.org/abs/1608.03983); `onecycle` has the shape and
-constants of torch.optim.lr_scheduler.OneCycleLR (https://arxiv.org/abs/1708.07120), momentum
-left alone.
+`cosine` is SGDR without restarts (https://arxiv.org/abs/1608.03983); `onecycle` has the shape and
+constants of torch.optim.lr_scheduler.OneCycleLR (https://arxiv.org/abs/1708.07120), but leaves
+momentum as it is.
 """
 
 
 def epochs_since_best(val_losses: list[float], plan: Plan) -> int:
-    """Epochs since the best validation loss, counted once everything that will train is training.
+    """Epochs since the best validation loss, from the epoch at which every part is training.
 
-    `val_losses` has one value an epoch, from epoch 0 on. Early stopping stops at `patience`.
+    `val_losses` has one value per epoch. Training stops early when the result reaches `patience`.
     """
     counted = val_losses[plan.all_open_epoch :]
     return len(counted) - 1 - counted.index(min(counted)) if counted else 0

@@ -1,1 +1,1 @@
-"""Which pictures, which split, which order, as batches."""
+"""Pictures on disk, their splits, their order in an epoch, and batches."""

@@ -1,9 +1,4 @@
-"""One epoch's batches, made as they are asked for.
-
-Turns an order of pictures into what each step sees. Knows nothing about where the inputs come from.
-
-    >>> batch_bounds(65, 32)
-    [(0, 32), (32, 65)]
+"""The batches of one epoch.
 
 Legend: B batch, H height, W width.
 """
@@ -20,7 +15,11 @@ from finetune.data.pictures import Indices, Pictures
 
 
 def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
-    """Start and end of each batch; a last batch of a single picture joins the one before."""
+    """Start and end of each batch; a last batch of one picture is merged with the previous one.
+
+    >>> batch_bounds(65, 32)
+    [(0, 32), (32, 65)]
+    """
     starts = list(range(0, num_pictures, batch_size))
     if len(starts) > 1 and num_pictures - starts[-1] == 1:
         starts.pop()
@@ -28,10 +27,9 @@ def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def num_at_once(image_size: int, accelerator: str) -> int:
-    """Pictures that go through the network at once where nothing learns from them.
+    """Batch size of inference: on a CPU the activations of a batch should fit into its caches.
 
-    On a CPU their activations should fit its caches: of 256 pixels, 8 are an eighth faster than 32,
-    of 64 pixels, 128 are a tenth faster. The numbers that come out are the same to the bit.
+    The outputs don't depend on it.
 
     >>> num_at_once(256, "cpu"), num_at_once(64, "cpu"), num_at_once(256, "cuda")
     (8, 128, 32)
@@ -41,20 +39,20 @@ def num_at_once(image_size: int, accelerator: str) -> int:
 
 
 class Batch(NamedTuple):
-    """What one step sees."""
+    """The input of one training or validation step."""
 
     inputs: Tensor
-    """uint8 pictures, (B, H, W, 3), where `part` is the network's first; else activations."""
+    """uint8 pictures, (B, H, W, 3), if `part` is the network's first part; else activations."""
     flips: Tensor | None
-    """Positions in the batch of the pictures still to be flipped, int64."""
+    """Positions in the batch of the pictures that are still to be flipped, int64."""
     labels: Tensor
     """int64, (B,)."""
     part: str
-    """The part of the network that `inputs` enter."""
+    """The part of the network that takes `inputs`."""
 
 
 class EpochBatches:
-    """The batches of one epoch, made as they are asked for. `fetch` makes the inputs."""
+    """The batches of one epoch in this order; `fetch` returns the inputs and flips of each."""
 
     def __init__(
         self,

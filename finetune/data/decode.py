@@ -1,10 +1,4 @@
-"""Picture files -> uint8 RGB squares, and their strong augmentation.
-
-Turns a path into pixels, or into the reason why there are none. Knows nothing about splits, stores
-or networks.
-
-    >>> decode(Path("picture.jpg"), image_size=256).shape  # doctest: +SKIP
-    torch.Size([256, 256, 3])
+"""Decoding of picture files to uint8 RGB squares, and strong augmentation.
 
 Legend: H height, W width, C=3 channels (RGB).
 """
@@ -33,13 +27,13 @@ from finetune.system.errors import DataError
 from finetune.system.resources import is_out_of_memory, shortage
 from finetune.system.text import one_line
 
-_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where Pillow calls it a bomb
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # Pillow raises an error above it
 
 
 def decode(path: Path, image_size: int) -> Tensor:
-    """A picture as uint8 RGB, (image_size, image_size, 3), its aspect not kept.
+    """A picture as uint8 RGB, (image_size, image_size, 3); its aspect ratio is not kept.
 
-    Bilinear with antialiasing, as torchvision's Resize does it. Grey, palette, alpha, CMYK and
+    Bilinear with antialiasing, as torchvision's Resize. Grey, palette, alpha, CMYK and
     16-bit pictures become 8-bit RGB. Raises `DataError`, naming the path.
     """
     with _quiet():
@@ -52,8 +46,8 @@ def _decode(path: Path, image_size: int) -> Tensor:
         size = [image_size, image_size]
         resized: Tensor = v2.functional.resize(image_CHW, size, antialias=True)
         return resized.permute(1, 2, 0).contiguous()
-    except Exception as error:  # decoders raise whatever they like; here each means the same
-        if is_out_of_memory(error) or shortage(error):  # which is not the picture's fault
+    except Exception as error:  # decoders raise errors of many types
+        if is_out_of_memory(error) or shortage(error):  # not the picture's fault
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = _DECODER_PLACE.sub("", reason).replace(f" {str(path)!r}", "")
@@ -65,9 +59,9 @@ _DECODER_PLACE = re.compile(r"^decode_jpeg, \S+, ")
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Pillow warns below its own limit, and of odd metadata.
+    """Suppress Pillow's warnings about large pictures and unusual metadata.
 
-    Python's filters belong to the process: set them before threads start, never in them.
+    Python's warning filters are global: they are set before threads start, not within them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,8 +69,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _read_rgb(path: Path) -> Tensor:
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-        raise ValueError("it is no regular file")
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+        raise ValueError("it is not a regular file")
     with Image.open(path, formats=PICTURE_FORMATS) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too many")
@@ -108,8 +102,8 @@ _strong = lru_cache(maxsize=1)(
 def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
     """Random resized crop, flip and TrivialAugment (https://arxiv.org/abs/2103.10158).
 
-    uint8 in and out, the size stays. The draw follows from `seed` alone; torch's own generator is
-    left as it was.
+    Takes and returns uint8 of the same size. The result depends on `seed` alone; the state of
+    torch's generator is restored.
     """
     state = torch.get_rng_state()
     try:
@@ -123,7 +117,7 @@ def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
 def decode_many(
     paths: Sequence[Path], image_size: int, each: Callable[[int, Tensor | DataError], None]
 ) -> None:
-    """Decode in parallel; `each` gets an index and its picture, or why there is none."""
+    """Decode in parallel; `each` gets an index and its picture, or the reason if it has none."""
 
     def attempt(index: int) -> None:
         try:

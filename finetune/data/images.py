@@ -1,9 +1,4 @@
-"""The decoded pictures of a split, from a store that runs share or straight from their files.
-
-Turns pictures into batches of uint8, and names those that can't be read. Knows nothing about order,
-flips or networks.
-
-    >>> images, unreadable = open_images(pictures, 256, False, cache)  # doctest: +SKIP
+"""The decoded pictures of a split, from the cache or directly from their files.
 
 Legend: B batch, H height, W width, C=3 channels (RGB), N pictures of a folder.
 """
@@ -28,7 +23,7 @@ _ADVICE = "repair or remove it, or pass --skip_unreadable"
 
 
 class Images:
-    """The decoded pictures of a split, by their indices."""
+    """The decoded pictures of a split, by index."""
 
     def __init__(self, pictures: Pictures, image_size: int, stored_NHWC: Any | None) -> None:
         self.pictures = pictures
@@ -36,7 +31,7 @@ class Images:
         self._stored_NHWC = stored_NHWC
 
     def batch(self, indices: Indices) -> Tensor:
-        """uint8, (B, H, W, 3). Raises `DataError` where a picture can't be read."""
+        """uint8, (B, H, W, 3). Raises `DataError` if a picture can't be read."""
         if self._stored_NHWC is not None:
             return torch.from_numpy(self._stored_NHWC.take(self.pictures.rows[indices], axis=0))
         images: list[Tensor | None] = [None] * len(indices)
@@ -57,10 +52,10 @@ def open_images(
     cache: Cache | None,
     progress: StartProgress = no_progress,
 ) -> tuple[Images, list[str]]:
-    """A split's decoded pictures, from the folder's store, and the names it goes on without.
+    """A split's decoded pictures, and the names of those that are left out as unreadable.
 
-    Raises `DataError` naming a picture that can't be read, unless `skip_unreadable`. Without a
-    cache, pictures are decoded each time they are asked for.
+    The cache holds all pictures of the split's folder. Without a cache, pictures are decoded each
+    time they are needed. Raises `DataError` for an unreadable picture unless `skip_unreadable`.
     """
     stored = None
     unreadable: dict[str, str] = {}
@@ -87,13 +82,13 @@ def _check_all_classes_left(pictures: Pictures) -> None:
     empty = set(range(len(pictures.class_names))) - set(pictures.labels.tolist())
     if empty:
         listed = ", ".join(pictures.class_names[label] for label in sorted(empty))
-        raise DataError(f"{pictures.folder}: no readable picture is left of class {listed}")
+        raise DataError(f"{pictures.folder}: no picture of these classes can be read: {listed}")
 
 
 def _open_store(
     folder: Pictures, image_size: int, cache: Cache, progress: StartProgress
 ) -> tuple[Any | None, dict[str, str]]:
-    """The folder's decoded pictures, (N, H, W, 3), and why some are missing, by name."""
+    """The folder's decoded pictures, (N, H, W, 3), and the errors of those that are missing."""
 
     def build(images_NHWC: Any) -> dict[str, str]:
         done = progress(f"decoding {folder.folder.name}/", len(folder))
@@ -109,7 +104,7 @@ def _open_store(
         decode_many([folder.path(i) for i in range(len(folder))], image_size, store)
         return unreadable
 
-    entry = cache.open_or_build(
+    stored = cache.open_or_build(
         "images",
         {
             "files": folder.identity,
@@ -120,7 +115,7 @@ def _open_store(
         "uint8",
         build,
     )
-    return (entry.array, dict(entry.notes)) if entry else (None, {})
+    return (stored.array, dict(stored.notes)) if stored else (None, {})
 
 
 def _find_unreadable(

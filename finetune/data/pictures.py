@@ -1,10 +1,4 @@
-"""A split's folder of pictures, in the order of their names.
-
-Turns `SPLIT/CLASS/*` into labelled names, and these into keys and fingerprints. Knows nothing about
-what is in a picture.
-
-    >>> find_pictures(Path("data/train")).class_names  # doctest: +SKIP
-"""
+"""The labelled pictures of a split's folder, ordered by name, without their content."""
 
 from __future__ import annotations
 
@@ -31,11 +25,11 @@ class Pictures:
 
     folder: Path
     names: tuple[str, ...]
-    """CLASS/FILE, with forward slashes: what identifies a picture on any machine."""
+    """CLASS/FILE with a forward slash; identifies a picture on every machine."""
     labels: Indices
     class_names: tuple[str, ...]
     rows: Indices
-    """Where each one stands in the folder's whole listing, and so in its decoded store."""
+    """The index of each in the whole folder, and so in the cache."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,36 +48,36 @@ class Pictures:
 
     @cached_property
     def keys(self) -> Keys:
-        """A number for each picture, made from its name alone."""
+        """A number for each picture that depends on its name alone."""
         hashes = (hashlib.blake2b(os.fsencode(n), digest_size=8).digest() for n in self.names)
         return np.frombuffer(b"".join(hashes), dtype="<u8").astype(np.uint64)
 
     @cached_property
     def identity(self) -> str:
-        """Hash of what tells these files' bytes from others on this machine, without reading them.
+        """A hash that changes when a file's content does, on this machine, without reading it.
 
-        Change times are part of it: they move whenever a file's bytes do, and can't be set back.
+        It includes change times (ctime): every write updates them, and no program can reset them.
         """
-
-        def stand(path: str) -> list[object]:
-            try:
-                found = os.stat(path)
-            except OSError:  # a broken link: reading it will say so
-                return [path]
-            return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-        return digest([stand(str(self.folder / name)) for name in self.names])
+        return digest([_file_stamp(str(self.folder / name)) for name in self.names])
 
     @cached_property
     def sizes(self) -> list[tuple[str, int]]:
-        """SPLIT/CLASS/FILE and its bytes, -1 for a broken link."""
+        """SPLIT/CLASS/FILE and its size in bytes, -1 for a broken link."""
         split = self.folder.name
         return [(f"{split}/{name}", _num_bytes(self.folder / name)) for name in self.names]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of names and sizes: the same on every machine that holds the same files."""
+        """A hash of names and sizes, the same on every machine with the same files."""
         return digest(self.sizes)
+
+
+def _file_stamp(path: str) -> list[object]:
+    try:
+        found = os.stat(path)
+    except OSError:  # a broken link; reading it will raise
+        return [path]
+    return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _num_bytes(path: Path) -> int:
@@ -94,9 +88,9 @@ def _num_bytes(path: Path) -> int:
 
 
 def find_pictures(folder: Path) -> Pictures:
-    """The pictures below `folder`/CLASS, hidden and foreign files left out.
+    """The pictures below `folder`/CLASS, without hidden and other files.
 
-    Raises `DataError` for a folder without classes and for a class without pictures.
+    Raises `DataError` for a folder without classes and a class without pictures.
     """
     classes = class_dirs(folder)
     if not classes:

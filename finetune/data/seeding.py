@@ -1,10 +1,7 @@
-"""Order and chance: functions of (seed, epoch, picture) alone.
+"""Random order, flips and augmentation as functions of seed, epoch and a picture's name.
 
-Turns pictures' names into an epoch's order, flips and seeds of augmentation, so that a resumed run
-needs no generator's state and a picture's draws do not depend on the others. Knows nothing about
-what is in a picture.
-
-    >>> epoch_order(pictures, seed=42, epoch=0)  # doctest: +SKIP
+A resumed run therefore needs no generator's state, and a picture's values don't depend on the other
+pictures.
 """
 
 from __future__ import annotations
@@ -17,35 +14,35 @@ from finetune.data.pictures import Indices, Keys, Pictures
 
 
 def mixed(keys: Keys, salt: int) -> Keys:
-    """SplitMix64's finaliser (Steele, Lea & Flood 2014) of each key, for one salt."""
+    """SplitMix64's finalizer (Steele, Lea & Flood 2014) of each key plus a salt."""
     with np.errstate(over="ignore"):
         salted = np.array([salt], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = keys + _finalised(salted)
-        return _finalised(z)
+        z = keys + _finalize(salted)
+        return _finalize(z)
 
 
-def _finalised(z: Keys) -> Keys:
+def _finalize(z: Keys) -> Keys:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def _random_bits(pictures: Pictures, seed: int, epoch: int, use: int) -> Keys:
-    """64 random bits for each picture: its draw at this seed and epoch, for one use."""
+    """64 random bits for each picture at this seed and epoch; each `use` has its own."""
     return mixed(mixed(pictures.keys, seed), epoch * 4 + use)
 
 
 def epoch_order(pictures: Pictures, seed: int, epoch: int) -> Indices:
-    """The order in which the pictures train in an epoch, a permutation of their indices."""
+    """The order of an epoch's training pictures, a permutation of their indices."""
     return np.argsort(_random_bits(pictures, seed, epoch, 0), kind="stable")
 
 
 def epoch_flips(pictures: Pictures, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which pictures are flipped in an epoch, by their indices."""
+    """Whether each picture is flipped in an epoch."""
     draws = _random_bits(pictures, seed, epoch, 1)
     return np.asarray(draws >= np.uint64(1 << 63))
 
 
 def epoch_augment_seeds(pictures: Pictures, seed: int, epoch: int) -> Keys:
-    """Each picture's seed for random augmentation in an epoch, by their indices."""
+    """The seed of each picture's strong augmentation in an epoch."""
     return _random_bits(pictures, seed, epoch, 2)

@@ -1,10 +1,4 @@
-"""What trains, what validates, and what is kept for the test.
-
-Turns a data folder and a config into disjoint, stratified splits that follow from the pictures'
-names alone. Knows nothing about what is in a picture.
-
-    >>> splits = find_splits(config)  # doctest: +SKIP
-"""
+"""The training, validation and test pictures of a run; they depend on the pictures' names alone."""
 
 from __future__ import annotations
 
@@ -24,13 +18,14 @@ AUTO_VAL_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Splits:
-    """What trains, what validates, and what is kept for the test, if anything."""
+    """The training and validation pictures, and the test pictures if there are any."""
 
     train: Pictures
     val: Pictures
     test: Pictures | None
     val_fraction: float
     note: str
+    """The splits in one line for the terminal."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -38,7 +33,7 @@ class Splits:
 
     @property
     def dataset_fingerprint(self) -> str:
-        """Hash of the files' names and sizes: the same on every machine, however they are split."""
+        """A hash of the files' names and sizes, independent of machine and split."""
         parts = [self.train, self.val, *([self.test] if self.test else [])]
         return digest(sorted(size for part in parts for size in part.sizes))
 
@@ -48,7 +43,7 @@ class Splits:
 
 
 def find_splits(config: RunConfig) -> Splits:
-    """What trains and what validates under `config`. Raises `DataError`."""
+    """The splits that `config` asks for. Raises `DataError`."""
     data_dir = find_data_dir(config.data_dir)
     has_test = (data_dir / "test").is_dir()
     fraction = config.val_fraction
@@ -82,15 +77,15 @@ def _same_classes(train: Pictures, other: Pictures) -> None:
         only += [f"{c!r} only in {other.folder.name}/" for c in sorted(theirs - ours)]
         raise DataError(
             f"{train.folder.parent}: the splits hold different classes: {', '.join(only)}; "
-            "every split needs every class"
+            "each split needs all classes"
         )
 
 
 def split_stratified(pictures: Pictures, fraction: float) -> tuple[Indices, Indices]:
-    """Indices (kept, held out): of each class the same share, to the nearest picture.
+    """Indices (kept, held out): the same share of each class, rounded to whole pictures.
 
-    Which ones follows from the pictures' names alone: not from a seed, the directory's order or
-    the machine. A class keeps at least one picture.
+    It depends on the pictures' names alone, not on a seed, the order of the directory or the
+    machine. At least one picture of each class is kept.
     """
     held_out = np.zeros(len(pictures), dtype=bool)
     for label in range(len(pictures.class_names)):
@@ -101,5 +96,5 @@ def split_stratified(pictures: Pictures, fraction: float) -> tuple[Indices, Indi
 
 
 def num_held_out(num_pictures: int, fraction: float) -> int:
-    """How many of a class's pictures `split_stratified` holds out."""
+    """The number of a class's pictures that `split_stratified` holds out."""
     return max(0, min(round(num_pictures * fraction), num_pictures - 1))

@@ -94,7 +94,7 @@ def test_meaningless_fields_are_named_and_left_out() -> None:
     config = RunConfig.from_fields(given)
     assert config == make(strategy="freeze")
     assert advice(given, config) == [
-        "lr_decay, unfreeze_from: no meaning for strategy freeze; ignored"
+        "lr_decay, unfreeze_from: no effect with strategy freeze; ignored"
     ]
 
 

@@ -75,7 +75,7 @@ def test_a_missing_data_dir_names_the_command_that_fetches_it(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"does not exist.*python -m finetune download --data_dir"):
         find_splits(config(tmp_path / "missing"))
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         find_splits(config(tmp_path / "file"))
 
 
@@ -430,7 +430,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         decode(tmp_path / "x.jpg", 32)
 
 
