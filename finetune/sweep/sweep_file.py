@@ -111,18 +111,15 @@ class _Reader:
         ]
 
     def _integer(self, where: str, value: object, least: int) -> int | None:
-        if value is None:
-            return None
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        if value is None or (type(value) is int and value >= least):  # no booleans
             return value
         self.faults.append(f"{where}: got {value!r}; must be an integer >= {least}")
         return None
 
     def _check_top_level(self, needs_program: bool) -> None:
-        self._check_keys("", [key for key in self.content if key not in _UNSUPPORTED], _KEYS)
-        for key, reason in _UNSUPPORTED.items():
-            if key in self.content:
-                self.faults.append(f"{key}: not supported: {reason}")
+        self._check_keys("", self.content.keys() - _UNSUPPORTED.keys(), _KEYS)
+        for key in self.content.keys() & _UNSUPPORTED.keys():
+            self.faults.append(f"{key}: not supported: {_UNSUPPORTED[key]}")
         program = self.content.get("program")
         if program is None and needs_program and "command" not in self.content:
             self.faults.append(f"program: missing; W&B's agents need 'program: {PROGRAM}'")

@@ -1,11 +1,4 @@
-"""What W&B's environment and its agents have decided for a run before it starts.
-
-Turns environment variables and a sweep's parameters into a mode, a run's fields and a sweep's name.
-Knows nothing about how a run is logged.
-
-    >>> mode({"WANDB_MODE": "offline"})
-    'offline'
-"""
+"""What W&B's environment variables and agents set for a run before it starts."""
 
 from __future__ import annotations
 
@@ -22,29 +15,25 @@ from finetune.config.fields import RunConfig, differences
 from finetune.system.errors import ConfigError
 
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
-"""What W&B's client knows."""
+"""The modes of W&B's client."""
+
+NAME_TIMEOUT_SECONDS = 5
+"""Timeout of one request for a sweep's name; W&B's client makes two."""
 
 
-NAME_SECONDS = 5
-"""How long one question for a sweep's name may take; W&B's client asks in two ways."""
+def mode(environ: Mapping[str, str] = os.environ) -> str:
+    """`WANDB_MODE` if it is set; else online if a key is configured, and offline if not.
 
-
-def mode(environ: dict[str, str] | None = None) -> str:
-    """`WANDB_MODE` where it is set; else online with a key, offline without one.
-
-    Raises `ConfigError` for a mode that W&B doesn't know.
+    Raises `ConfigError` for an unknown mode.
     """
-    variables = os.environ if environ is None else environ
-    if (asked := variables.get("WANDB_MODE")) is not None:
-        if asked not in MODES:
-            raise ConfigError(f"WANDB_MODE: got {asked!r}; must be one of {', '.join(MODES)}")
-        return asked
-    if variables.get("WANDB_SWEEP_ID") or _has_key(dict(variables)):
-        return "online"
-    return "offline"
+    if (given := environ.get("WANDB_MODE")) is not None:
+        if given not in MODES:
+            raise ConfigError(f"WANDB_MODE: got {given!r}; must be one of {', '.join(MODES)}")
+        return given
+    return "online" if environ.get("WANDB_SWEEP_ID") or _has_key(environ) else "offline"
 
 
-def _has_key(environ: dict[str, str]) -> bool:
+def _has_key(environ: Mapping[str, str]) -> bool:
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
@@ -55,48 +44,49 @@ def _has_key(environ: dict[str, str]) -> bool:
         return False
 
 
-def sweep_name(config: RunConfig, chosen: str) -> str | None:
-    """The name of the sweep whose agent started this run, or its id where it has none."""
+def sweep_name(config: RunConfig, wandb_mode: str) -> str | None:
+    """The name of the W&B sweep that this run belongs to, or its id if it has no name.
+
+    None without a W&B sweep. The id, too, if W&B doesn't answer: a run doesn't fail for a name.
+    """
     sweep_id = os.environ.get("WANDB_SWEEP_ID")
-    if sweep_id is None or chosen != "online":
+    if sweep_id is None or wandb_mode != "online":
         return sweep_id
     import wandb
 
     path = "/".join(filter(None, (config.entity, config.project, sweep_id)))
     try:
-        sweep: Any = wandb.Api(timeout=NAME_SECONDS).sweep(path)  # type: ignore[no-untyped-call]
-        return sweep.config.get("name") or sweep_id
-    except Exception:  # whatever it is, a name isn't worth a run
+        api = wandb.Api(timeout=NAME_TIMEOUT_SECONDS)  # type: ignore[no-untyped-call]
+        return api.sweep(path).config.get("name") or sweep_id
+    except Exception:
         return sweep_id
 
 
 def fields_of_run(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's fields: what its command line says, and its W&B sweep where an agent started it.
+    """A run's fields: the parameters of its W&B sweep, if an agent started it, and its flags.
 
-    Raises `ConfigError` where the two contradict each other: W&B would show the sweep's value.
+    Raises `ConfigError` if they contradict each other: W&B would show the sweep's value.
     """
     parameters = sweep_parameters()
     if shared := {name: flags[name] for name in flags.keys() & parameters.keys()}:
         of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
         differing = differences(RunConfig.from_fields(of_sweep), shared)
-        for name, (set_by_sweep, given) in differing.items():
+        for name, (in_sweep, given) in differing.items():
             raise ConfigError(
-                f"{name}: the sweep says {set_by_sweep} and the command line {given}; leave it "
-                "out of one of them"
+                f"{name}: got {given} on the command line and {in_sweep} from the sweep; "
+                "set it in one of them only"
             )
     return parameters | dict(flags)
 
 
 def sweep_parameters() -> dict[str, Any]:
-    """What a W&B agent has set and locked for this run; nothing where no agent started it."""
+    """The parameters that a W&B agent has set for this run; empty without an agent."""
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not Path(path).exists():
         return {}
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        return {}
     return {
         name: given["value"]
-        for name, given in content.items()
+        for name, given in (content.items() if isinstance(content, dict) else ())
         if isinstance(given, dict) and "value" in given and name != "_wandb"
     }

@@ -1,11 +1,4 @@
-"""A W&B sweep's runs, fetched into a folder of run directories.
-
-Turns ENTITY/PROJECT/SWEEP into what a local sweep would have left, checkpoints apart: the runs
-have sent their metrics, predictions and results along (`finetune.tracking.RUN_FILES`). Knows
-nothing about what is then done with them.
-
-    >>> fetch_sweep("me/finetune/ab12cd34", Path("runs"))  # doctest: +SKIP
-"""
+"""Fetches the runs of a W&B sweep into a folder of run directories, without their checkpoints."""
 
 from __future__ import annotations
 
@@ -23,29 +16,30 @@ from finetune.system.progress import bar
 from finetune.tracking.tracker import FOLDER, RUN_FILES
 
 FETCHED = ".wandb"
-"""Inside a folder of runs: hidden, because the same runs may lie beside it."""
+"""Subfolder of a folder of runs. Hidden, because the same runs may also be in that folder."""
 
-_ENDED_BADLY = ("failed", "crashed", "killed", "preempted")
+_FAILED = ("failed", "crashed", "killed", "preempted")
+"""W&B's states of a run that didn't finish."""
 
 
 def fetch_sweep(address: str, runs_dir: Path) -> Path:
-    """Fetch what is new of a sweep into `runs_dir`/.wandb/ENTITY-PROJECT-SWEEP and return that.
+    """Fetch the new runs of a sweep into `runs_dir`/.wandb/ENTITY-PROJECT-SWEEP; returns that.
 
-    Raises `ConfigError` for an address that isn't ENTITY/PROJECT/SWEEP, and `FinetuneError` when
-    W&B can't be reached or has no such sweep.
+    Raises `ConfigError` if the address isn't ENTITY/PROJECT/SWEEP, and `FinetuneError` if W&B
+    can't be reached or has no such sweep.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+/[\w.-]+", address):
-        raise ConfigError(f"--wandb: got {address!r}; ENTITY/PROJECT/SWEEP is needed")
+        raise ConfigError(f"--wandb: got {address!r}; must be ENTITY/PROJECT/SWEEP")
     import wandb
 
     folder = runs_dir / FETCHED / address.replace("/", "-")
     try:
         sweep: Any = wandb.Api().sweep(address)  # type: ignore[no-untyped-call]
         runs = list(sweep.runs)
-        done = bar(f"fetching runs of {address}", len(runs))
+        advance = bar(f"fetching runs of {address}", len(runs))
         for run in runs:
             _fetch_run(run, folder)
-            done()
+            advance()
     except (wandb.errors.Error, ValueError) as error:
         raise FinetuneError(f"W&B: sweep {address}: {error}") from None
     except OSError as error:
@@ -56,23 +50,22 @@ def fetch_sweep(address: str, runs_dir: Path) -> Path:
 
 
 def _fetch_run(run: Any, folder: Path) -> None:
-    """One run's directory, whole or not at all; a finished one is fetched once."""
+    """Fetch one run's directory, complete or not at all, unless it is there and finished."""
     if not re.fullmatch(r"[\w-][\w.-]*", run.id):
-        raise ValueError(f"a run has the id {run.id!r}, which can't name a folder")
-    place = folder / run.id
-    if RunDir(place).finished:
+        raise ValueError(f"a run has the id {run.id!r}, which can't be the name of a folder")
+    target, partial = folder / run.id, folder / f".{run.id}.part"
+    if RunDir(target).finished:
         return
-    beside = folder / f".{run.id}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.rmtree(place, ignore_errors=True)
-    beside.mkdir(parents=True)
+    for outdated in (partial, target):
+        shutil.rmtree(outdated, ignore_errors=True)
+    partial.mkdir(parents=True)
     config = {k: v for k, v in run.config.items() if k in RunConfig.model_fields}
-    (beside / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (partial / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     for file in run.files(names=[f"{FOLDER}/{name}" for name in RUN_FILES]):
-        file.download(root=str(beside), replace=True).close()
-        (beside / file.name).replace(beside / Path(file.name).name)
-    if run.state in _ENDED_BADLY:
+        file.download(root=str(partial), replace=True).close()
+        (partial / file.name).replace(partial / Path(file.name).name)
+    if run.state in _FAILED:
         summary = run.summary
-        reason = summary.get("reason") or f"W&B says {run.state}, and the run left no word"
-        RunDir(beside).write_failure(str(summary.get("state") or run.state), str(reason), None)
-    beside.rename(place)
+        reason = summary.get("reason") or f"W&B says {run.state}; the run gave no reason"
+        RunDir(partial).write_failure(str(summary.get("state") or run.state), str(reason), None)
+    partial.rename(target)
