@@ -1,19 +1,18 @@
-"""The main job on handwritten digits: nothing to sign up for, nothing to download.
+"""The four strategies compared on handwritten digits: `python -m finetune demo`.
 
-Turns an empty folder into two small tasks, source weights, a local sweep over the four strategies,
-its table and its report. Knows nothing that the rooms it calls know.
-
-    python -m finetune demo
+It needs no account and no download: data, source weights, local sweep, table and report.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from finetune.analysis.report.report import report
+from finetune.config.strategies import STRATEGIES
 from finetune.datasets.digits import write_digits
 from finetune.sweep.runner import run_sweep
 from finetune.sweep.table import final_table, open_console
@@ -21,7 +20,10 @@ from finetune.sweep.trials import TrialResult
 
 SOURCE_DIGITS, TARGET_DIGITS = range(5), range(5, 10)
 
+COMMON: dict[str, Any] = {"image_size": 48, "data_aug": "n", "val_fraction": 0}
+
 SOURCE: dict[str, Any] = {
+    **COMMON,
     "strategy": "scratch",
     "epochs": 4,
     "batch_size": 16,
@@ -30,49 +32,46 @@ SOURCE: dict[str, Any] = {
     "name": "source",
 }
 
-TARGET: dict[str, Any] = {
-    "epochs": 40,
-    "batch_size": 5,
-    "patience": 0,
-}
-"""25 pictures make 5 steps an epoch, so a run takes 200."""
-
-COMMON: dict[str, Any] = {"image_size": 48, "data_aug": "n", "val_fraction": 0}
+TARGET: dict[str, Any] = {**COMMON, "epochs": 40, "batch_size": 5, "patience": 0}
+"""25 pictures make 5 steps per epoch, so a run has 200 steps."""
 
 LEARNING_RATES = (0.003, 0.01)
 
-HONEST_LINE = (
-    "The same writers and scanner made both tasks: this shows the tool at work, "
-    "not which strategy suits your data."
+CAUTION = (
+    "Both tasks have the same writers and scanner: this demonstrates the tool, not which strategy "
+    "suits your data."
 )
 
 
-def demo(out: Path, seed: int = 42) -> int:
-    """Make data and weights, sweep, print the table, write the report; the exit code."""
+def demo(out: Path, seed: int = 42, **fields: Any) -> int:
+    """Make data and weights, run the sweep, print its table, write the report.
+
+    `fields` override those of all runs, such as `epochs=2`. Returns the exit code.
+    """
     started = time.perf_counter()
     console = open_console()
     source, target = out / "data" / "digits-0-4", out / "data" / "digits-5-9"
     write_digits(source, SOURCE_DIGITS, train_per_class=140, val_per_class=10, num_colours=3)
     write_digits(target, TARGET_DIGITS, train_per_class=5, val_per_class=30, num_colours=1)
-    places = {"cache_dir": out / "cache", "seed": seed}
+    common = {"cache_dir": out / "cache", "seed": seed, **fields}
     weights = out / "resnet18-digits-0-4.pth"
     if not weights.exists():
         console.print("Training the source network on digits 0-4, once ...")
-        _train_source(weights, {"data_dir": source, "out": out / "source", **places})
-    console.print("Fine-tuning it on five pictures each of digits 5-9, four ways ...")
-    outcomes = run_sweep(
+        _train_source(weights, SOURCE | common | {"data_dir": source, "out": out / "source"})
+    console.print("Fine-tuning it on five pictures of each of the digits 5-9, in four ways ...")
+    trials = run_sweep(
         _sweep(f"demo-seed{seed}"),
         out=out / "runs",
         workers=min(2, os.cpu_count() or 1, len(LEARNING_RATES)),
-        fields=COMMON | TARGET | places | {"data_dir": target, "weights": weights},
+        fields=TARGET | common | {"data_dir": target, "weights": weights},
         console=console,
     )
-    console.print(final_table(outcomes, "best_val_acc"))
-    _conclude(outcomes, console.print)
+    console.print(final_table(trials, "best_val_acc"))
+    console.print(f"Best validation accuracy: {_best_accuracies(trials)}")
     report(out / "runs")
-    console.print(HONEST_LINE)
+    console.print(CAUTION)
     console.print(f"Took {time.perf_counter() - started:.0f} s.")
-    return 0 if all(outcome.state == "finished" for outcome in outcomes) else 1
+    return 0 if all(trial.state == "finished" for trial in trials) else 1
 
 
 def _sweep(name: str) -> dict[str, Any]:
@@ -82,26 +81,26 @@ def _sweep(name: str) -> dict[str, Any]:
         "method": "grid",
         "metric": {"name": "best_val_acc", "goal": "maximize"},
         "parameters": {
-            "strategy": {"values": ["freeze", "partial", "gradual", "scratch"]},
+            "strategy": {"values": list(STRATEGIES)},
             "learning_rate": {"values": list(LEARNING_RATES)},
         },
     }
 
 
 def _train_source(weights: Path, fields: dict[str, Any]) -> None:
-    """Train on the source task and keep everything but its head."""
+    """Train on the source task and save the network without its head."""
     from finetune.model.weights import write_checkpoint
     from finetune.training.train import train_and_finetune
 
-    model = train_and_finetune(**(COMMON | SOURCE | fields))
+    model = train_and_finetune(**fields)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
     write_checkpoint(state, weights)
 
 
-def _conclude(outcomes: list[TrialResult], say: Any) -> None:
+def _best_accuracies(trials: Iterable[TrialResult]) -> str:
+    """Each strategy's best accuracy, the highest first."""
     best: dict[str, float] = {}
-    for outcome in outcomes:
-        accuracy = outcome.best_val_acc or 0.0
-        best[outcome.strategy] = max(accuracy, best.get(outcome.strategy, 0.0))
+    for trial in trials:
+        best[trial.strategy] = max(trial.best_val_acc or 0.0, best.get(trial.strategy, 0.0))
     ranked = sorted(best.items(), key=lambda item: -item[1])
-    say("Best validation accuracy: " + ", ".join(f"{name} {acc:.3f}" for name, acc in ranked))
+    return ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in ranked)

@@ -1,10 +1,6 @@
-"""Each strategy's best setting again, with fresh seeds, equally often.
+"""Repeats each strategy's best setting with fresh seeds: `python -m finetune confirm RUNS_DIR`.
 
-Turns a folder of finished runs into a sweep of its own: the setting with the best mean of each
-strategy, repeated. The best of many tries flatters itself; fresh seeds don't. Knows nothing about
-storages or processes.
-
-    python -m finetune confirm runs --seeds 5
+The best of many runs overestimates its setting; runs with fresh seeds don't.
 """
 
 from __future__ import annotations
@@ -12,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from rich.table import Table
 
-from finetune.config.fields import RunConfig
+from finetune.config.field_tables import fields_with_role
 from finetune.runs.result import RunResult
+from finetune.runs.settings import best_setting, results_by_setting
 from finetune.sweep.runner import conclude, run_sweep
 from finetune.sweep.spec import Sweep
 from finetune.sweep.table import open_console
@@ -28,21 +25,23 @@ from finetune.sweep.trials import TrialResult
 from finetune.system.errors import ConfigError, RunDirError
 from finetune.system.text import message
 
-_NOT_A_SETTING = ("seed", "out", "name", "group", "cache_gb")  # the last follows the disk
+_SEARCHED = fields_with_role("searched")
+_SHARED = {*fields_with_role("environment"), "project", "entity"} - {"out", "cache_gb"}
+"""Fields that repeats take from the runs; `cache_gb` depends on the free disk space."""
 
 
 def confirm(
     runs_dir: Path, num_seeds: int = 5, workers: int | None = None, storage: str | None = None
 ) -> int:
-    """Repeat, and print each strategy's accuracies; the exit code.
+    """Repeat each strategy's best setting and print its accuracies; returns the exit code.
 
-    The runs go to RUNS_DIR/confirm. Started again it goes on, and with more seeds it adds them.
+    The runs go to RUNS_DIR/confirm. The same call resumes them; a larger `num_seeds` adds runs.
     Raises `ConfigError` and what `run_sweep` raises.
     """
     sweep = confirmation(runs_dir, num_seeds)
     console = open_console()
-    strategies = len(sweep.source["settings"])
-    console.print(f"{strategies} strategies, {num_seeds} fresh seeds each: {sweep.out_dir}")
+    num_strategies = len(sweep.source["settings"])
+    console.print(f"{num_strategies} strategies, {num_seeds} fresh seeds each: {sweep.out_dir}")
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
     code = conclude(outcomes, sweep.metric.name, console)
     console.print(spread_table(outcomes))
@@ -50,31 +49,43 @@ def confirm(
 
 
 def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
-    """The sweep that repeats the best settings of a folder of runs."""
+    """The sweep that repeats the best settings of the runs in `runs_dir`.
+
+    The best settings are those of the report. The runs may come from several machines: fields of
+    the environment, such as `accelerator`, `precision` and `cache_dir`, are kept if the repeated
+    runs agree on them, and else have their defaults on this machine. `data_dir` and `weights` are
+    paths that exist on this machine, if there are any. Raises `ConfigError`.
+    """
     if num_seeds < 1:
-        raise ConfigError(f"seeds: got {num_seeds}; a whole number from 1 on is needed")
-    best = _best_settings(_results(runs_dir))
-    text = json.dumps(best, sort_keys=True)
+        raise ConfigError(f"seeds: got {num_seeds}; must be an integer >= 1")
+    best = _best_runs(_results(runs_dir))
+    settings = {strategy: _setting(runs) for strategy, runs in best.items()}
+    text = json.dumps(settings, sort_keys=True)
     name = f"confirm-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
     first_seed = _first_seed(runs_dir, name)
     cells = [
         {**setting, "seed": (first_seed + i) % 2**32}
         for i in range(num_seeds)
-        for setting in best.values()
+        for setting in settings.values()
     ]
     return Sweep(
         name=name,
         method="grid",
         dimensions=(),
-        fixed={"out": str(runs_dir / "confirm")},
+        fixed={
+            **_environment([run for runs in best.values() for run in runs]),
+            "out": str(runs_dir / "confirm"),
+        },
         listed=tuple(cells),
-        source={"settings": best, "first_seed": first_seed},
+        source={"settings": settings, "first_seed": first_seed},
     )
 
 
 def _first_seed(runs_dir: Path, name: str) -> int:
-    """Where this confirmation began, if it did; else behind every seed that was used, by other
-    confirmations too: a seed that two settings share is fresh for neither."""
+    """The first seed of this confirmation if it was started before; else a seed above all others.
+
+    Those include the seeds of other confirmations: a seed must be fresh for every setting.
+    """
     results = _load(runs_dir.rglob("result.json"))
     mine = [result.seed for result in results if result.config.get("group") == name]
     return min(mine) if mine else max(result.seed for result in results) + 1
@@ -93,35 +104,50 @@ def _load(paths: Iterable[Path]) -> list[RunResult]:
 def _results(runs_dir: Path) -> list[RunResult]:
     results = _load(runs_dir.glob("*/result.json"))
     if not results:
-        raise ConfigError(
-            f"{runs_dir} holds no finished runs; pass the folder that a sweep's --out named"
-        )
+        raise ConfigError(f"{runs_dir} has no finished runs; pass the --out folder of a sweep")
     splits = {result.split_fingerprint for result in results}
     if len(splits) > 1:
         raise ConfigError(
-            f"{runs_dir} holds runs on {len(splits)} different splits or data sets, whose "
-            "accuracies can't be compared; pass a folder with runs on one"
+            f"{runs_dir} has runs on {len(splits)} different splits or data sets, whose accuracies "
+            "can't be compared; pass a folder with runs on a single one"
         )
     return results
 
 
-def _best_settings(results: list[RunResult]) -> dict[str, dict[str, Any]]:
-    """Strategy -> the fields of its setting with the best mean over the seeds tried."""
-    tried: dict[tuple[str, str], list[float]] = defaultdict(list)
+def _best_runs(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
+    """The results of each strategy's best setting, by strategy."""
+    by_strategy: dict[str, list[RunResult]] = defaultdict(list)
     for result in results:
-        fields = {
-            name: value
-            for name, value in result.config.items()
-            if name in RunConfig.model_fields and name not in _NOT_A_SETTING and value is not None
-        }
-        tried[result.strategy, json.dumps(fields, sort_keys=True)].append(result.best_val_acc)
-    best: dict[str, dict[str, Any]] = {}
-    for (strategy, text), _ in sorted(tried.items(), key=lambda item: (-mean(item[1]), item[0])):
-        best.setdefault(strategy, json.loads(text))
-    return dict(sorted(best.items()))
+        by_strategy[result.strategy].append(result)
+    groups = {name: results_by_setting(by_strategy[name]) for name in sorted(by_strategy)}
+    return {strategy: settings[best_setting(settings)] for strategy, settings in groups.items()}
 
 
-def spread_table(outcomes: list[TrialResult]) -> Table:
+def _setting(runs: Sequence[RunResult]) -> dict[str, Any]:
+    """The searched fields of runs with the same setting."""
+    config = runs[0].config
+    setting = {name: config[name] for name in _SEARCHED if config.get(name) is not None}
+    if "weights" in setting and setting["weights"] != "imagenet":
+        setting["weights"] = _existing(run.config["weights"] for run in runs)
+    return setting
+
+
+def _environment(runs: Sequence[RunResult]) -> dict[str, Any]:
+    """The fields of the environment on which the runs agree, and a `data_dir`."""
+    agreed = {name: runs[0].config[name] for name in _SHARED if name in runs[0].config}
+    for run in runs:
+        agreed = {k: v for k, v in agreed.items() if run.config.get(k) == v}
+    # All runs have the same split fingerprint, so their data is the same too.
+    return {**agreed, "data_dir": _existing(run.config["data_dir"] for run in runs)}
+
+
+def _existing(paths: Iterable[str]) -> str:
+    """The first path that exists on this machine, or else the first one."""
+    candidates = list(paths)
+    return next((path for path in candidates if Path(path).exists()), candidates[0])
+
+
+def spread_table(outcomes: Iterable[TrialResult]) -> Table:
     """Each strategy's best_val_acc over its seeds, the best mean first."""
     found: dict[str, list[float]] = defaultdict(list)
     for outcome in outcomes:

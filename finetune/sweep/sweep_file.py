@@ -6,8 +6,9 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.fields import RunConfig, read_mapping, unknown_field
 from finetune.config.flags import given_fields
 from finetune.runs.result import METRICS
@@ -35,7 +36,6 @@ _UNSUPPORTED = {
     **dict.fromkeys(("job", "image_uri", "scheduler", "launch"), "it belongs to W&B Launch"),
     "prior_runs": "runs of a W&B project can't be read here",
 }
-_TIMING = ("strategy", "unfreeze_from", "unfreeze_every", "lr_decay")
 
 
 def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
@@ -255,7 +255,7 @@ class _Reader:
         rule = sweep.early_termination
         if rule is None:
             return
-        timing = [d for d in sweep.dimensions if d.name in _TIMING]
+        timing = [d for d in sweep.dimensions if d.name in TIMING_FIELDS]
         names = [d.name for d in timing]
         for values in itertools.product(*(d.examples() for d in timing)):
             config = sweep.config(dict(zip(names, values, strict=True)))
@@ -275,15 +275,10 @@ def _read_field(name: str, entry: object) -> Dimension | Constant:
     """One entry of `parameters`. Raises `ConfigError`."""
     if name not in RunConfig.model_fields and name != "config":
         raise ConfigError(unknown_field(name))
-    field = RunConfig.model_fields.get(name)
-    read = read_parameter(name, entry, field is not None and _is_numeric(field.annotation))
+    read = read_parameter(name, entry, name in NUMERIC_FIELDS)
     if isinstance(read, Dimension) and name in ("config", "out", "group"):
         raise ConfigError(f"{name}: must have the same value in all trials")
     return read
-
-
-def _is_numeric(annotation: object) -> bool:
-    return annotation in (int, float) or any(map(_is_numeric, get_args(annotation)))
 
 
 def _samples(sweep: Sweep) -> Iterator[dict[str, Value]]:

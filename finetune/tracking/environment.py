@@ -56,8 +56,8 @@ def sweep_name(config: RunConfig, wandb_mode: str) -> str | None:
 
     path = "/".join(filter(None, (config.entity, config.project, sweep_id)))
     try:
-        api = wandb.Api(timeout=NAME_TIMEOUT_SECONDS)  # type: ignore[no-untyped-call]
-        return api.sweep(path).config.get("name") or sweep_id
+        api = wandb.Api(timeout=NAME_TIMEOUT_SECONDS)
+        return api.sweep(path).config.get("name") or sweep_id  # type: ignore[no-untyped-call]
     except Exception:
         return sweep_id
 

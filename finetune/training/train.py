@@ -113,13 +113,13 @@ class _Execution:
         self.recorder = recorder = Recorder(run_dir, config, source, log, self.on_epoch)
         checkpoint_path = self._resume(recorder, source)
         self.tracker = tracker = Tracker.open(config, run_dir, log)
-        tracker.catch_up(recorder.rows)
+        tracker.log_missing_epochs(recorder.rows)
         loader = EpochLoader(config, self.splits, log, bar)
         module = FineTuning(network, config, loader)
         if not recorder.is_complete:
             self._trainer(recorder, tracker).fit(module, ckpt_path=checkpoint_path)
         result = self._result(recorder, loader, source)
-        tracker.conclude(result, run_dir)
+        tracker.log_result(result, run_dir)
         with defer_stop():  # the server and the directory agree on how the run ended
             tracker.close()
             run_dir.write_result(result)

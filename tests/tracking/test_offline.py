@@ -1,4 +1,4 @@
-"""W&B without an account: offline, complete, and never at a prompt."""
+"""W&B without an account: runs log offline, completely, and never wait at a prompt."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from tests.test_agent import as_flags
         ({"WANDB_MODE": "disabled"}, "disabled"),
     ],
 )
-def test_wandb_mode_is_honoured_and_offline_without_a_key(
+def test_wandb_mode_is_used_and_defaults_to_offline_without_a_key(
     environ: dict[str, str], expected: str
 ) -> None:
     assert mode({"NETRC": "/nonexistent"} | environ) == expected
 
 
-def test_a_key_in_netrc_counts(tmp_path: Path) -> None:
+def test_a_key_in_netrc_is_found(tmp_path: Path) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine api.wandb.ai login user password " + "k" * 40)
     assert mode({"NETRC": str(netrc)}) == "online"
     assert mode({"NETRC": str(netrc), "WANDB_BASE_URL": "http://127.0.0.1:1"}) == "offline"
 
 
-def test_an_offline_run_holds_every_key(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_an_offline_run_has_every_metric(fields: dict[str, Any], tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "agent.py"), *as_flags(fields | {"strategy": "partial"})],
@@ -75,13 +75,13 @@ def records(log: Path) -> Iterator[bytes]:
     content, block = log.read_bytes(), 32768
     at, parts = 7, b""
     while at + 7 <= len(content):
-        if block - at % block < 7:  # the rest of a block is too small for a record's header
+        if block - at % block < 7:  # a header doesn't fit into the rest of the block
             at += block - at % block
             continue
         _, length, kind = struct.unpack_from("<IHB", content, at)
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
+        if kind in (1, 4):  # a full record or its last part
             yield parts
             parts = b""
 

@@ -1,4 +1,4 @@
-"""W&B for real: its client, its agents and its core, against a server on loopback."""
+"""W&B's real client and agents against a server on loopback."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tests.test_agent import as_flags
 
 PROJECT = "digits"
 STOP_SECONDS = 30
-"""What W&B's agent grants between SIGTERM and SIGKILL."""
+"""The time between SIGTERM and SIGKILL of W&B's agent."""
 
 
 @dataclass
 class Place:
-    """A user's shell: the server's address in its environment, and what was started from it."""
+    """A user's shell: its environment, with the server's address, and its processes."""
 
     server: WandbServer
     path: Path
@@ -59,7 +59,7 @@ class Place:
         return self.start("-m", "wandb", "agent", *options, address, **environment)
 
     def sweep(self, parameters: dict[str, Any], **more: Any) -> str:
-        """The id of what `wandb sweep` has registered: the repo's sweep.yaml, cut down."""
+        """Register sweep.yaml with other parameters by `wandb sweep`; its id."""
         content = yaml.safe_load((ROOT / "sweep.yaml").read_text()) | more
         content["parameters"] = parameters
         file = self.path / "sweep.yaml"
@@ -80,8 +80,7 @@ def place(fields: dict[str, Any], tmp_path: Path) -> Iterator[Place]:
         for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             environment[name] = str(tmp_path / name.lower())
             Path(environment[name]).mkdir()
-        # Another test of this process may have started a wandb-core: it would outlive a killed run,
-        # and hold its id.
+        # A wandb-core started by another test would outlive a killed run and keep its id in use.
         environment.pop("WANDB_SERVICE", None)
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         made = Place(server, tmp_path, environment)
@@ -89,12 +88,12 @@ def place(fields: dict[str, Any], tmp_path: Path) -> Iterator[Place]:
         for process in made.started:
             process.kill()
             process.wait()
-        print(made.output())  # shown where the test has failed
+        print(made.output())  # shown if the test fails
         assert not server.unknown, f"the client asked for {server.unknown}"
 
 
 def fixed(fields: dict[str, Any], **changed: Any) -> dict[str, Any]:
-    """A run's fields as parameters of a sweep."""
+    """A run's fields as a sweep's parameters: lists vary."""
     described = {k: str(v) if isinstance(v, Path) else v for k, v in (fields | changed).items()}
     return {k: {"values": v} if isinstance(v, list) else {"value": v} for k, v in described.items()}
 
@@ -111,16 +110,16 @@ def the_run(server: WandbServer) -> Run:
     return run
 
 
-def assert_history_is_whole(run: Run, run_dir: Path) -> None:
-    """The server has every row that metrics.csv has, once, in order."""
+def assert_history_is_complete(run: Run, run_dir: Path) -> None:
+    """The server has every row of metrics.csv once and in order."""
     rows = read_metrics(run_dir / "metrics.csv")
     assert len(rows) > 0
     logged = [row for row in run.history if "val_acc" in row]
     assert [{key: row[key] for key in METRICS} for row in logged] == rows
 
 
-def assert_report_says_the_same(place: Place, sweep: str) -> None:
-    """What is fetched from W&B is what the run directories hold."""
+def assert_reports_agree(place: Place, sweep: str) -> None:
+    """A report on runs fetched from W&B equals one on the run directories."""
     address = f"{ENTITY}/{PROJECT}/{sweep}"
     fetched = place.path / "fetched"
     command = ["-m", "finetune", "report", str(fetched), "--wandb", address]
@@ -137,7 +136,7 @@ def assert_report_says_the_same(place: Place, sweep: str) -> None:
     assert tables[0] == tables[1]
 
 
-def test_two_agents_run_every_cell_of_the_sweep_once(place: Place, fields: dict[str, Any]) -> None:
+def test_two_agents_run_each_cell_of_a_sweep_once(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(
         fixed(fields, strategy=["freeze", "partial"], data_aug=[True, "n"], epochs=2)
     )
@@ -152,15 +151,15 @@ def test_two_agents_run_every_cell_of_the_sweep_once(place: Place, fields: dict[
         assert run.values("best_val_acc")[-1] == result["best_val_acc"]
         assert result["strategy"] == run.args["strategy"]
         assert result["config"]["data_aug"] == {True: "y", "n": "n"}[run.args["data_aug"]]
-        assert_history_is_whole(run, place.run_dir(run))
+        assert_history_is_complete(run, place.run_dir(run))
         assert (run.group, run.tags) == ("strategies", [run.args["strategy"]])
         assert run.display_name.startswith(f"{run.args['strategy']}-lr0.01-bs5")
     assert len({(r.args["strategy"], r.args["data_aug"]) for r in runs}) == 4
     assert "locked by" not in place.output()
-    assert_report_says_the_same(place, sweep)
+    assert_reports_agree(place, sweep)
 
 
-def test_the_dashboard_has_the_winner_and_what_it_gets_wrong(
+def test_the_dashboard_has_the_best_model_and_its_mistakes(
     place: Place, fields: dict[str, Any]
 ) -> None:
     done = place.start("agent.py", *as_flags(fields | {"epochs": 2, "project": PROJECT}))
@@ -188,7 +187,7 @@ def test_the_dashboard_has_the_winner_and_what_it_gets_wrong(
     assert len(pictures) == 15 - round(num_right)
 
 
-def test_parameters_come_from_the_sweep_where_no_flags_are_given(
+def test_parameters_without_flags_come_from_the_sweep(
     place: Place, fields: dict[str, Any]
 ) -> None:
     sweep = place.sweep(
@@ -201,7 +200,7 @@ def test_parameters_come_from_the_sweep_where_no_flags_are_given(
     assert (result["strategy"], result["config"]["momentum"]) == ("freeze", 0.5)
 
 
-def test_a_stopped_run_is_whole_on_the_server_in_time(place: Place, fields: dict[str, Any]) -> None:
+def test_a_stopped_run_is_complete_on_the_server_in_time(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(fixed(fields, strategy="scratch", epochs=500, patience=0))
     agent = place.agent(sweep)
     (run,) = place.server.sweep_runs(sweep)
@@ -213,7 +212,7 @@ def test_a_stopped_run_is_whole_on_the_server_in_time(place: Place, fields: dict
     assert agent.wait(60) == 0
     assert (run.state, run.exit_code) == ("failed", 128 + signal.SIGTERM)
     assert (run.summary["state"], run.summary["reason"]) == ("stopped", "stopped by SIGTERM")
-    assert_history_is_whole(run, place.run_dir(run))
+    assert_history_is_complete(run, place.run_dir(run))
     model = run.artifact("model").files["best.ckpt"]
     assert model == (place.run_dir(run) / "best.ckpt").read_bytes()
     failure = read_failure(place.run_dir(run) / "failure.json")
@@ -235,7 +234,7 @@ def test_ten_stops_in_a_row_do_not_end_the_agent(place: Place, fields: dict[str,
     assert [run.summary["state"] for run in runs] == ["stopped"] * 11
 
 
-def test_a_preempted_run_is_queued_again_and_ends_as_if_nothing_had_happened(
+def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
     place: Place, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     scontrol = tmp_path / "bin" / "scontrol"
@@ -270,7 +269,7 @@ def test_a_preempted_run_is_queued_again_and_ends_as_if_nothing_had_happened(
     assert second.wait(120) == 0
     assert (run.state, run.num_starts) == ("finished", 2)
     assert (run.summary["state"], run.summary["reason"]) == ("finished", "")
-    assert_history_is_whole(run, place.run_dir(run))
+    assert_history_is_complete(run, place.run_dir(run))
     assert not (place.run_dir(run) / "failure.json").exists()
 
     flags = as_flags(fields | changed | {"out": tmp_path / "uninterrupted"})
@@ -282,7 +281,7 @@ def test_a_preempted_run_is_queued_again_and_ends_as_if_nothing_had_happened(
     assert ours == theirs
 
 
-def test_a_stop_while_the_end_is_sent_changes_nothing(place: Place, fields: dict[str, Any]) -> None:
+def test_a_stop_while_the_result_is_sent_changes_nothing(place: Place, fields: dict[str, Any]) -> None:
     place.server.delay("CommitArtifact", seconds=10)
     process = place.start("agent.py", *as_flags(fields | {"epochs": 1}))
     wait_until(lambda: any(r.summary.get("state") for r in place.server.runs.values()))
@@ -296,7 +295,7 @@ def test_a_stop_while_the_end_is_sent_changes_nothing(place: Place, fields: dict
 
 
 @pytest.mark.slow
-def test_a_stop_while_the_server_is_silent_ends_in_time(
+def test_a_stopped_run_ends_in_time_if_the_server_is_silent(
     place: Place, fields: dict[str, Any]
 ) -> None:
     process = place.start("agent.py", *as_flags(fields | {"epochs": 5000, "patience": 0}))
@@ -309,7 +308,7 @@ def test_a_stop_while_the_server_is_silent_ends_in_time(
     assert "wandb sync" in place.output()
 
 
-def test_a_sweep_whose_name_the_server_keeps_costs_no_run(
+def test_a_run_finishes_if_the_sweep_s_name_is_unavailable(
     place: Place, fields: dict[str, Any]
 ) -> None:
     sweep = place.sweep(fixed(fields, strategy="freeze", epochs=1))
@@ -319,7 +318,7 @@ def test_a_sweep_whose_name_the_server_keeps_costs_no_run(
     assert (run.state, run.group) == ("finished", sweep)
 
 
-def test_server_faults_lose_nothing(place: Place, fields: dict[str, Any]) -> None:
+def test_no_data_is_lost_in_server_faults(place: Place, fields: dict[str, Any]) -> None:
     server = place.server
     server.fail("UpsertBucket", times=2)
     server.fail("/upload/", status=503, times=3)
@@ -330,23 +329,23 @@ def test_server_faults_lose_nothing(place: Place, fields: dict[str, Any]) -> Non
     assert not any(fault.times for fault in server.faults)
     run = the_run(server)
     assert run.state == "finished"
-    assert_history_is_whole(run, place.run_dir(run))
+    assert_history_is_complete(run, place.run_dir(run))
     model = run.artifact("model").files["best.ckpt"]
     assert model == (place.run_dir(run) / "best.ckpt").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_minute_of_silence_loses_nothing(place: Place, fields: dict[str, Any]) -> None:
+def test_no_data_is_lost_in_a_minute_without_a_server(place: Place, fields: dict[str, Any]) -> None:
     done = place.start("agent.py", *as_flags(fields | {"epochs": 12, "patience": 0}))
     wait_until(lambda: any(run.history for run in place.server.runs.values()))
     place.server.be_silent(60)
     assert done.wait(300) == 0
     run = the_run(place.server)
     assert run.state == "finished"
-    assert_history_is_whole(run, place.run_dir(run))
+    assert_history_is_complete(run, place.run_dir(run))
 
 
-def test_a_server_that_is_gone_at_the_start_is_named(place: Place, fields: dict[str, Any]) -> None:
+def test_a_server_that_is_unreachable_at_the_start_is_reported(place: Place, fields: dict[str, Any]) -> None:
     started = time.monotonic()
     gone = place.start("agent.py", *as_flags(fields), WANDB_BASE_URL="http://127.0.0.1:9")
     assert gone.wait(120) == 1
@@ -356,7 +355,7 @@ def test_a_server_that_is_gone_at_the_start_is_named(place: Place, fields: dict[
     assert "Traceback" not in place.output()
 
 
-def test_failed_runs_say_why_and_the_next_one_starts(place: Place, fields: dict[str, Any]) -> None:
+def test_failed_runs_have_a_reason_and_the_next_one_starts(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(fixed(fields, learning_rate=["fast", 1e30, 0.01], epochs=2))
     assert place.agent(sweep).wait(240) == 0
     wrong, diverged, good = place.server.sweep_runs(sweep)
@@ -369,7 +368,7 @@ def test_failed_runs_say_why_and_the_next_one_starts(place: Place, fields: dict[
     assert good.state == "finished"
 
 
-def test_a_killed_run_goes_on_and_its_history_is_whole(
+def test_a_killed_and_resumed_run_has_a_complete_history(
     place: Place, fields: dict[str, Any]
 ) -> None:
     killed = place.start("agent.py", *as_flags(fields | {"epochs": 30, "patience": 0}))
@@ -380,10 +379,10 @@ def test_a_killed_run_goes_on_and_its_history_is_whole(
     run = the_run(place.server)
     assert place.start("agent.py", f"--resume={place.run_dir(run)}").wait(120) == 0
     assert run.state == "finished"
-    assert_history_is_whole(run, place.run_dir(run))
+    assert_history_is_complete(run, place.run_dir(run))
 
 
-def test_an_offline_run_that_was_interrupted_is_synced_whole(
+def test_a_resumed_offline_run_is_synced_completely(
     place: Place, fields: dict[str, Any]
 ) -> None:
     flags = as_flags(fields | {"epochs": 12, "patience": 0, "group": "apart"})
@@ -399,22 +398,22 @@ def test_an_offline_run_that_was_interrupted_is_synced_whole(
     assert place.start("-m", "wandb", "sync", *attempts).wait(120) == 0
     run = the_run(place.server)
     assert (run.state, run.group, run.summary["state"]) == ("finished", "apart", "finished")
-    assert_history_is_whole(run, run_dir)
+    assert_history_is_complete(run, run_dir)
 
 
-def test_the_stop_button_ends_a_run_in_good_order(place: Place, fields: dict[str, Any]) -> None:
+def test_the_stop_button_ends_a_run_with_its_state_and_model(place: Place, fields: dict[str, Any]) -> None:
     process = place.start("agent.py", *as_flags(fields | {"epochs": 500, "patience": 0}))
     wait_until(lambda: any(run.history for run in place.server.runs.values()))
     run = the_run(place.server)
     place.server.stop(run.name)
     assert process.wait(60) == -signal.SIGINT
     assert (run.state, run.summary["state"]) == ("failed", "stopped")
-    assert_history_is_whole(run, place.run_dir(run))
+    assert_history_is_complete(run, place.run_dir(run))
     assert run.artifact("model").files
 
 
 @pytest.mark.parametrize("after", ["imports", "W&B's start"])
-def test_a_stop_before_the_first_epoch_is_told_too(
+def test_a_stop_before_the_first_epoch_is_reported(
     place: Place, fields: dict[str, Any], after: str
 ) -> None:
     sweep = place.server.add_sweep(
@@ -447,7 +446,7 @@ def test_gpus_starts_an_agent_on_each_device(place: Place, fields: dict[str, Any
         assert lines[-1] == f"{name} the agent has ended"
 
 
-def test_ctrl_c_ends_all_gpus_in_good_order(place: Place, fields: dict[str, Any]) -> None:
+def test_ctrl_c_ends_the_runs_of_all_gpus_with_their_state(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(fixed(fields, strategy="freeze", epochs=5000, patience=0, seed=[1, 2]))
     address = f"{ENTITY}/{PROJECT}/{sweep}"
     process = place.start("-m", "finetune", "gpus", address, CUDA_VISIBLE_DEVICES="0,1")
@@ -457,10 +456,10 @@ def test_ctrl_c_ends_all_gpus_in_good_order(place: Place, fields: dict[str, Any]
     assert process.wait(STOP_SECONDS + 15) == -signal.SIGINT
     for run in runs:
         assert run.summary["state"] == "stopped"
-        assert_history_is_whole(run, place.run_dir(run))
+        assert_history_is_complete(run, place.run_dir(run))
 
 
-def test_a_machine_that_is_taken_away_leaves_its_runs_to_others(
+def test_runs_of_a_preempted_machine_are_queued_again(
     place: Place, fields: dict[str, Any]
 ) -> None:
     sweep = place.sweep(fixed(fields, strategy="freeze", epochs=5000, patience=0))
@@ -473,13 +472,13 @@ def test_a_machine_that_is_taken_away_leaves_its_runs_to_others(
     assert place.server.sweeps[sweep].waiting == [run.name]
 
 
-def test_an_agent_that_dies_is_reported(place: Place) -> None:
+def test_an_agent_that_fails_is_reported(place: Place) -> None:
     gone = place.start("-m", "finetune", "gpus", f"{ENTITY}/{PROJECT}/nosuchsweep")
     assert gone.wait(60) == 1
-    assert "[cpu] the agent has died: exit code" in place.output()
+    assert "[cpu] the agent has failed: exit code" in place.output()
 
 
-def test_the_key_reaches_no_file_and_no_body(place: Place, fields: dict[str, Any]) -> None:
+def test_the_key_is_in_no_file_and_no_request_body(place: Place, fields: dict[str, Any]) -> None:
     done = place.start("agent.py", *as_flags(fields | {"epochs": 1}), A_SECRET="hush-hush")
     assert done.wait(120) == 0
     run = the_run(place.server)
@@ -492,5 +491,5 @@ def test_the_key_reaches_no_file_and_no_body(place: Place, fields: dict[str, Any
 
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-offline.sbatch"])
-def test_slurm_scripts_are_sound_shell(script: str) -> None:
+def test_slurm_scripts_have_valid_syntax(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / "sweeps" / script], check=True)

@@ -1,0 +1,90 @@
+"""Which settings `confirm` repeats, and in which environment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.runs.run_dir import RunDir
+from finetune.sweep.confirmation import confirmation
+from tests.support.synthetic import write_run
+
+HERE, ELSEWHERE = "/here", "/elsewhere"
+
+
+def repeated(runs_dir: Path) -> dict[str, Any]:
+    """The single setting that is repeated."""
+    (setting,) = confirmation(runs_dir, 1).source["settings"].values()
+    return dict(setting)
+
+
+def change_result(run_dir: Path, **changed: Any) -> None:
+    path = RunDir(run_dir).result_path
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def write_two_machines(runs_dir: Path) -> None:
+    """Two settings with two seeds each, from two machines; learning rate 0.1 has the best mean."""
+    accuracies = {(0.1, HERE): 0.78, (0.1, ELSEWHERE): 0.82}
+    accuracies |= {(0.01, HERE): 0.85, (0.01, ELSEWHERE): 0.55}
+    for seed, ((learning_rate, machine), accuracy) in enumerate(accuracies.items()):
+        write_run(
+            runs_dir,
+            f"run{seed}",
+            accuracy,
+            seed=seed,
+            learning_rate=learning_rate,
+            data_dir=f"{machine}/data",
+            cache_dir=f"{machine}/cache",
+            accelerator="cuda" if machine == ELSEWHERE else "cpu",
+            precision="32-true",
+        )
+
+
+def write_tie(runs_dir: Path) -> None:
+    """Two settings with equal accuracies; learning rate 0.001 has the lower validation loss."""
+    for name, learning_rate, loss in (("a", 0.1, 0.5), ("b", 0.001, 0.4)):
+        run_dir = write_run(runs_dir, name, 0.8, learning_rate=learning_rate)
+        change_result(run_dir, best_val_acc=0.8, best_val_loss=loss)
+
+
+def test_runs_of_two_machines_with_one_setting_are_one_setting(tmp_path: Path) -> None:
+    write_two_machines(tmp_path)
+    assert repeated(tmp_path)["learning_rate"] == 0.1
+
+
+def test_a_tie_goes_to_the_lower_validation_loss(tmp_path: Path) -> None:
+    write_tie(tmp_path)
+    assert repeated(tmp_path)["learning_rate"] == 0.001
+
+
+def test_an_environment_that_the_runs_do_not_share_is_not_repeated(tmp_path: Path) -> None:
+    write_two_machines(tmp_path)
+    sweep = confirmation(tmp_path, 1)
+    (cell,) = sweep.cells()
+    config = sweep.config(cell)
+    assert config.accelerator == "auto"
+    assert config.cache_dir == Path.cwd() / ".cache"
+    assert config.precision == "32-true", "all runs had it"
+
+
+def test_the_data_of_this_machine_is_used(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_run(tmp_path / "runs", name, seed=ord(name), data_dir=tmp_path / name)
+    (tmp_path / "b").mkdir()
+    assert confirmation(tmp_path / "runs", 1).fixed["data_dir"] == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_each_strategy_has_the_same_fresh_seeds(tmp_path: Path, num_seeds: int) -> None:
+    for strategy in ("freeze", "partial"):
+        for seed in (3, 7):
+            write_run(tmp_path, f"{strategy}{seed}", strategy=strategy, seed=seed)
+    cells = [(cell["strategy"], cell["seed"]) for cell in confirmation(tmp_path, num_seeds).cells()]
+    fresh = range(8, 8 + num_seeds)
+    assert sorted(cells) == [
+        (strategy, seed) for strategy in ("freeze", "partial") for seed in fresh
+    ]
