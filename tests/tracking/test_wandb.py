@@ -187,9 +187,7 @@ def test_the_dashboard_has_the_best_model_and_its_mistakes(
     assert len(pictures) == 15 - round(num_right)
 
 
-def test_parameters_without_flags_come_from_the_sweep(
-    place: Place, fields: dict[str, Any]
-) -> None:
+def test_parameters_without_flags_come_from_the_sweep(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(
         fixed(fields, strategy="freeze", epochs=1, momentum=0.5),
         command=["${env}", "${interpreter}", "${program}"],
@@ -200,7 +198,9 @@ def test_parameters_without_flags_come_from_the_sweep(
     assert (result["strategy"], result["config"]["momentum"]) == ("freeze", 0.5)
 
 
-def test_a_stopped_run_is_complete_on_the_server_in_time(place: Place, fields: dict[str, Any]) -> None:
+def test_a_stopped_run_is_complete_on_the_server_in_time(
+    place: Place, fields: dict[str, Any]
+) -> None:
     sweep = place.sweep(fixed(fields, strategy="scratch", epochs=500, patience=0))
     agent = place.agent(sweep)
     (run,) = place.server.sweep_runs(sweep)
@@ -281,7 +281,9 @@ def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
     assert ours == theirs
 
 
-def test_a_stop_while_the_result_is_sent_changes_nothing(place: Place, fields: dict[str, Any]) -> None:
+def test_a_stop_while_the_result_is_sent_changes_nothing(
+    place: Place, fields: dict[str, Any]
+) -> None:
     place.server.delay("CommitArtifact", seconds=10)
     process = place.start("agent.py", *as_flags(fields | {"epochs": 1}))
     wait_until(lambda: any(r.summary.get("state") for r in place.server.runs.values()))
@@ -345,7 +347,9 @@ def test_no_data_is_lost_in_a_minute_without_a_server(place: Place, fields: dict
     assert_history_is_complete(run, place.run_dir(run))
 
 
-def test_a_server_that_is_unreachable_at_the_start_is_reported(place: Place, fields: dict[str, Any]) -> None:
+def test_a_server_that_is_unreachable_at_the_start_is_reported(
+    place: Place, fields: dict[str, Any]
+) -> None:
     started = time.monotonic()
     gone = place.start("agent.py", *as_flags(fields), WANDB_BASE_URL="http://127.0.0.1:9")
     assert gone.wait(120) == 1
@@ -355,7 +359,9 @@ def test_a_server_that_is_unreachable_at_the_start_is_reported(place: Place, fie
     assert "Traceback" not in place.output()
 
 
-def test_failed_runs_have_a_reason_and_the_next_one_starts(place: Place, fields: dict[str, Any]) -> None:
+def test_failed_runs_have_a_reason_and_the_next_one_starts(
+    place: Place, fields: dict[str, Any]
+) -> None:
     sweep = place.sweep(fixed(fields, learning_rate=["fast", 1e30, 0.01], epochs=2))
     assert place.agent(sweep).wait(240) == 0
     wrong, diverged, good = place.server.sweep_runs(sweep)
@@ -382,9 +388,7 @@ def test_a_killed_and_resumed_run_has_a_complete_history(
     assert_history_is_complete(run, place.run_dir(run))
 
 
-def test_a_resumed_offline_run_is_synced_completely(
-    place: Place, fields: dict[str, Any]
-) -> None:
+def test_a_resumed_offline_run_is_synced_completely(place: Place, fields: dict[str, Any]) -> None:
     flags = as_flags(fields | {"epochs": 12, "patience": 0, "group": "apart"})
     interrupted = place.start("agent.py", *flags, WANDB_MODE="offline")
     runs = place.path / "runs"
@@ -401,7 +405,9 @@ def test_a_resumed_offline_run_is_synced_completely(
     assert_history_is_complete(run, run_dir)
 
 
-def test_the_stop_button_ends_a_run_with_its_state_and_model(place: Place, fields: dict[str, Any]) -> None:
+def test_the_stop_button_ends_a_run_with_its_state_and_model(
+    place: Place, fields: dict[str, Any]
+) -> None:
     process = place.start("agent.py", *as_flags(fields | {"epochs": 500, "patience": 0}))
     wait_until(lambda: any(run.history for run in place.server.runs.values()))
     run = the_run(place.server)
@@ -446,7 +452,9 @@ def test_gpus_starts_an_agent_on_each_device(place: Place, fields: dict[str, Any
         assert lines[-1] == f"{name} the agent has ended"
 
 
-def test_ctrl_c_ends_the_runs_of_all_gpus_with_their_state(place: Place, fields: dict[str, Any]) -> None:
+def test_ctrl_c_ends_the_runs_of_all_gpus_with_their_state(
+    place: Place, fields: dict[str, Any]
+) -> None:
     sweep = place.sweep(fixed(fields, strategy="freeze", epochs=5000, patience=0, seed=[1, 2]))
     address = f"{ENTITY}/{PROJECT}/{sweep}"
     process = place.start("-m", "finetune", "gpus", address, CUDA_VISIBLE_DEVICES="0,1")
@@ -459,9 +467,7 @@ def test_ctrl_c_ends_the_runs_of_all_gpus_with_their_state(place: Place, fields:
         assert_history_is_complete(run, place.run_dir(run))
 
 
-def test_runs_of_a_preempted_machine_are_queued_again(
-    place: Place, fields: dict[str, Any]
-) -> None:
+def test_runs_of_a_preempted_machine_are_queued_again(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(fixed(fields, strategy="freeze", epochs=5000, patience=0))
     process = place.start("-m", "finetune", "gpus", f"{ENTITY}/{PROJECT}/{sweep}")
     (run,) = place.server.sweep_runs(sweep)
