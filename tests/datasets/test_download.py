@@ -473,6 +473,22 @@ def test_each_retry_waits_longer_until_bytes_arrive(
     assert waits == [1, 2, 1, 2, 4], "the waits must start again after bytes have arrived"
 
 
+def test_a_write_error_keeps_the_received_bytes(server: FileServer, target: Path) -> None:
+    command = f"{sys.executable} -m finetune download --data_dir {target} --url {server.url}"
+    ended = subprocess.run(
+        ["bash", "-c", f"ulimit -f 4; exec {command}"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert "cannot be written: File too large. 4096 bytes are kept" in ended.stderr
+    get(server, target)
+    assert read_files(target) == FILES
+    assert server.requests[1:] == ["bytes=4096-"]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_download_stopped_by_a_signal_keeps_its_bytes(
     server: FileServer, target: Path, signum: signal.Signals
