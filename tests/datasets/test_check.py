@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.__main__ import main
 from finetune.config.fields import RunConfig
 from finetune.data.splits import find_splits
 from finetune.datasets.check import check, examine
 from finetune.system.errors import DataError
-from tests.conftest import ROOT
 from tests.support.picture_trees import jpeg, tree
 
 
@@ -205,11 +203,9 @@ def test_a_missing_folder_is_refused_with_the_download_command(
         check(tmp_path / "missing")
 
 
-def test_the_command_exits_with_1_for_unreadable_pictures_and_prints_only_json(
-    data_dir: Path,
+def test_the_command_returns_1_for_unreadable_pictures_and_prints_only_json(
+    data_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plant(data_dir)
-    command = [sys.executable, "-m", "finetune", "check", "--data_dir", str(data_dir.parent)]
-    ended = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, check=False)
-    assert ended.returncode == 1
-    assert json.loads(ended.stdout)["breaks_a_run"] is True
+    assert main(["check", "--data_dir", str(data_dir.parent), "--json"]) == 1
+    assert json.loads(capfd.readouterr().out)["breaks_a_run"] is True
