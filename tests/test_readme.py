@@ -20,6 +20,7 @@ from finetune.datasets.digits import write_digits
 from finetune.model.network import build
 from finetune.sweep.sweep_file import read_sweep
 from tests.conftest import ROOT
+from tests.test_architecture import FOLDERS
 
 README = (ROOT / "README.md").read_text()
 
@@ -68,6 +69,26 @@ def test_each_command_is_understood(command: str) -> None:
             assert (ROOT / file).exists()
         case _:
             assert words[0] in ("wandb", "optuna-dashboard")
+
+
+def test_the_tree_describes_every_file_and_no_other() -> None:
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", README.partition("## The tree")[2], re.M)
+    folder, described = "", []
+    for names, _ in rows:
+        folders = re.findall(r"\*\*`(finetune/.*)`\*\*", names)
+        folder = folders[0] if folders else "" if names.startswith("**") else folder
+        if folder and not folders:
+            described += [folder + name for name in re.findall(r"`([^`]+)`", names)]
+    files = (ROOT / "finetune").rglob("*.*")
+    existing = [
+        path.relative_to(ROOT).as_posix()
+        for path in files
+        if path.suffix in (".py", ".css", ".js")
+        and (path.name != "__init__.py" or path.parent.name == "finetune")
+    ]
+    assert sorted(described) == sorted(existing)
+    top_level = [row[0].split("/")[1] for row in re.findall(r"\*\*`(finetune/(\w+)/)`\*\*", README)]
+    assert top_level == list(FOLDERS)
 
 
 @pytest.fixture
