@@ -2,17 +2,16 @@
 
 import atexit
 import gc
+import importlib
 import signal
 
-import PIL.PngImagePlugin  # noqa: F401
-
-import finetune.sweep.worker
-import finetune.training.train  # noqa: F401
-
-# Slurm and systemd signal every process of a job. If the server ended, its children would be
-# reported as dead while they still write.
-for _signum in (signal.SIGTERM, signal.SIGUSR1):
+# Ctrl-C, Slurm and systemd signal every process. If the server ended, its children would be taken
+# for dead while they still write.
+for _signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(_signum, signal.SIG_IGN)
+
+for _name in ("PIL.PngImagePlugin", "finetune.sweep.worker", "finetune.training.train"):
+    importlib.import_module(_name)
 
 # Otherwise a child's first full garbage collection would copy every imported page, 0.2 s a trial.
 gc.freeze()

@@ -56,7 +56,9 @@ def run_sweep(
     `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials. A trial that fails
     later raises nothing.
     """
-    spec = sweep if isinstance(sweep, Sweep) else _read(sweep)
+    spec = sweep
+    if not isinstance(spec, Sweep):
+        spec = read_sweep(Path(spec) if isinstance(spec, str) else spec)
     spec = spec.amended(name, fields or {}, {} if out is None else {"out": str(out)})
     num_trials = spec.num_trials(max_runs)
     if workers is not None and workers < 1:
@@ -64,7 +66,7 @@ def run_sweep(
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
-        live_table = LiveTable(num_trials, spec.metric.name, spec.metric.goal, console)
+        live_table = LiveTable(num_trials, spec.metric.name, console)
         worker_pool = WorkerPool(workers or max(1, len(visible_devices())))
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):
@@ -92,10 +94,6 @@ def conclude(results: list[TrialResult], metric: str, console: Console) -> int:
     return 0 if counts.keys() <= {"finished", "pruned"} else 1
 
 
-def _read(sweep: Path | str | Mapping[str, Any]) -> Sweep:
-    return read_sweep(sweep if isinstance(sweep, Mapping) else Path(sweep))
-
-
 def _make(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -118,10 +116,8 @@ class _Runner:
     _next_claim: float = 0.0  # when there was nothing to claim
 
     def run(self) -> None:
-        """Run until every trial is done, here or in another process.
-
-        On any exception, the running trials are stopped and requeued.
-        """
+        """Run until every trial is done, here or elsewhere; requeue the running ones on errors."""
+        self.live_table.update(self.queue.results())
         try:
             while True:
                 self._start_trials()
@@ -134,16 +130,13 @@ class _Runner:
                     time.sleep(_POLL_SECONDS)
                 self.queue.record_heartbeats()
                 self.queue.refresh_if_due()
-        except BaseException:
-            self._requeue_running()
-            raise
         finally:
-            self.worker_pool.close()
+            self._requeue_running()
 
     def _is_over(self) -> bool:
         if self.queue.is_complete():
             return True
-        machines = self.queue.unobservable_machines()
+        machines = sorted(self.queue.unobservable())
         if machines:
             self.live_table.log(
                 f"trials are running on {', '.join(machines)}; a journal does not tell whether "
@@ -157,13 +150,12 @@ class _Runner:
             if claim is None:
                 self._next_claim = time.monotonic() + _POLL_SECONDS
             else:
-                self.live_table.update_done(self.queue.results())
                 self._start(claim)
 
     def _start(self, claim: Claim) -> None:
         run_dir = claim.result.run_dir
         if end := _unrecorded_end(run_dir):
-            self._end(claim, end, None)
+            self._end(claim, *end)
             return
         for row in _rows(run_dir):  # of an earlier attempt
             self.queue.report(claim, *self._logged_value(row), judge=False)
@@ -181,7 +173,7 @@ class _Runner:
             self._end(self._claims.pop(worker), event, time.perf_counter() - worker.started)
             return
         claim, config = self._claims[worker], worker.job.config
-        self.live_table.epoch_ended(claim.run_id, event.row)
+        self.live_table.epoch_ended(claim.run_id, config, event.row)
         iteration, value = self._logged_value(event.row)
         judge = config.plan.all_open_epoch < iteration < config.epochs
         reason = self.queue.report(claim, iteration, value, judge)
@@ -198,7 +190,7 @@ class _Runner:
                 f"{claim.run_id}: {end.reason} (the sweep has ended; start it again to resume it "
                 "once this is fixed)"
             )
-        if end.state in ("crashed", "stopped"):
+        if end.state in ("crashed", "stopped", "preempted"):
             if self.queue.requeue(claim, crashed=True):
                 self.live_table.ended(replace(result, state="interrupted"))
                 return
@@ -211,6 +203,7 @@ class _Runner:
                 f"{claim.run_id}: its result is discarded, because another process was given the "
                 "trial meanwhile"
             )
+        self.live_table.update(self.queue.results())
         self.live_table.ended(result)
         self._end_states.append(result.state)
         if self._end_states == ["failed"] * MAX_FIRST_FAILURES:
@@ -221,19 +214,13 @@ class _Runner:
             )
 
     def _with_values(self, result: TrialResult) -> TrialResult:
-        """The result of a trial that has ended, with what its run directory holds."""
-        if rows := _rows(result.run_dir):
-            best = best_epoch(rows)
-            result = replace(result, best_val_acc=rows[best]["val_acc"], best_epoch=best)
-            if result.state != "failed":
-                result = replace(result, value=self._logged_value(rows[-1])[1])
-        if result.state == "finished":
-            run = RunResult.load(result.run_dir)
-            seconds = result.seconds or run.train_seconds + run.cache_seconds
-            result = replace(
-                result, best_val_acc=run.best_val_acc, best_epoch=run.best_epoch, seconds=seconds
-            )
-        return result
+        """The result of a trial that has ended, with the values in its run directory."""
+        rows = _rows(result.run_dir)
+        if not rows:
+            return result
+        best = best_epoch(rows)
+        value = None if result.state == "failed" else self._logged_value(rows[-1])[1]
+        return replace(result, value=value, best_val_acc=rows[best]["val_acc"], best_epoch=best)
 
     def _requeue_running(self) -> None:
         stopped = self.worker_pool.stop()
@@ -256,15 +243,16 @@ def _rows(run_dir: Path) -> list[Row]:
         return []
 
 
-def _unrecorded_end(run_dir: Path) -> TrialEnded | None:
-    """How a run ended, if its process ended before this was recorded in the storage."""
+def _unrecorded_end(run_dir: Path) -> tuple[TrialEnded, float | None] | None:
+    """How a run ended and its seconds, if its process ended before these were recorded."""
     if RunDir(run_dir).finished:
         try:
-            RunResult.load(run_dir)
+            result = RunResult.load(run_dir)
         except RunDirError as error:
-            return TrialEnded("failed", f"{error}; remove {run_dir} to run the trial again")
-        return TrialEnded("finished")
+            reason = f"{error}; remove {run_dir} to run the trial again"
+            return TrialEnded("failed", reason), None
+        return TrialEnded("finished"), result.train_seconds + result.cache_seconds
     failure = read_failure(run_dir / "failure.json")
     if failure and failure.get("state") == "pruned":
-        return TrialEnded("pruned", str(failure.get("reason")))
+        return TrialEnded("pruned", str(failure.get("reason"))), None
     return None

@@ -23,40 +23,40 @@ except ImportError:
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 HEARTBEAT_SECONDS = 15
 GRACE_SECONDS = 90
-"""A trial without a heartbeat for this long is requeued."""
+"""After this long without a heartbeat, a trial of a database is requeued."""
 
 _JOURNAL = "journal:"
 _DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}
 _TRIES = 6
 
 
-def open_storage(
-    where: str,
-    on_stale: Callable[[Any, Any], None] | None = None,
-    heartbeat_seconds: int = HEARTBEAT_SECONDS,
-    grace_seconds: int = GRACE_SECONDS,
-) -> BaseStorage:
+OnStale = Callable[[optuna.Study, FrozenTrial], None]
+"""Called for a running trial of a database whose heartbeat has stopped."""
+
+
+def open_storage(where: str, on_stale: OnStale | None = None) -> BaseStorage:
     """The storage at a database's URL or `journal:PATH`, created if it does not exist.
 
-    In a database, running trials have heartbeats; `on_stale(study, trial)` is called for a trial
-    whose heartbeat has stopped. Raises `ConfigError` for an invalid `where` and `FinetuneError` for
-    a storage that can't be reached.
+    Raises `ConfigError` for an invalid `where`, and `FinetuneError` if it can't be reached.
     """
     if where.startswith(_JOURNAL):
         return _open_journal(Path(where.removeprefix(_JOURNAL)))
     url = _parse_url(where)
     for attempt in range(_TRIES):
         try:
-            return _open_database(url, where, on_stale, heartbeat_seconds, grace_seconds)
+            return _open_database(where, url.get_backend_name() == "sqlite", on_stale)
         except NoSuchModuleError:
-            problem = f"SQLAlchemy knows no database {url.drivername!r}"
-            raise ConfigError(f"storage: {_without_password(where)}: {problem}") from None
+            raise ConfigError(
+                f"storage: {_without_password(where)}: SQLAlchemy knows no database "
+                f"{url.drivername!r}"
+            ) from None
         except ImportError:
             package = url.get_backend_name()
             purpose = f"storage {_without_password(where)}"
@@ -64,8 +64,9 @@ def open_storage(
         except DBAPIError as error:
             # If two processes create the tables at the same time, one of them fails once.
             if attempt == _TRIES - 1:
-                reason = f"{_without_password(where)} can't be used: {_first_line(error)}"
-                raise FinetuneError(f"storage: {reason}") from None
+                raise FinetuneError(
+                    f"storage: {_without_password(where)} can't be used: {_first_line(error)}"
+                ) from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
@@ -84,16 +85,13 @@ def _parse_url(where: str) -> URL:
     return url
 
 
-def _open_database(
-    url: URL, where: str, on_stale: Any, heartbeat_seconds: int, grace_seconds: int
-) -> RDBStorage:
-    is_sqlite = url.get_backend_name() == "sqlite"
+def _open_database(where: str, is_sqlite: bool, on_stale: OnStale | None) -> RDBStorage:
     with ignore_experimental_warnings():
         storage = RDBStorage(
             where,
             engine_kwargs={"connect_args": {"timeout": 60} if is_sqlite else {}},
-            heartbeat_interval=heartbeat_seconds,
-            grace_period=grace_seconds,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
             heartbeat_stale_trial_callback=on_stale,
         )
     if is_sqlite:
@@ -142,13 +140,9 @@ def _first_line(error: BaseException | None) -> str:
 def _configure_sqlite(storage: RDBStorage) -> None:
     """Lock before reading, and commit without waiting for the disk.
 
-    Optuna reads a trial and then updates it. SQLite has no SELECT ... FOR UPDATE, and Python's
-    driver begins a transaction only at the update, so two processes could both claim a trial. Here
-    a transaction begins, with SQLite's lock, before the reading.
-
-    Waiting for a busy disk takes 16 ms per commit. Without it, a killed process loses nothing. A
-    power failure may lose the last commits but does not damage the file; the run directories then
-    tell which trials had ended.
+    Optuna reads a trial and then updates it, but Python's driver begins a transaction only at the
+    update, so two processes could both claim a trial. A commit that waits for a busy disk takes 16
+    ms. Without that, only a power failure can lose commits, and never damages the file.
     """
 
     def connect(connection: Any, record: Any) -> None:

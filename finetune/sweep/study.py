@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from typing import Any
@@ -32,11 +33,8 @@ def join_study(
     """
     is_creator = True
     try:
-        study = optuna.create_study(
-            storage=storage,
-            study_name=sweep.name,
-            direction=StudyDirection[sweep.metric.goal.upper()],
-        )
+        direction = StudyDirection[sweep.metric.goal.upper()]
+        study = optuna.create_study(study_name=sweep.name, storage=storage, direction=direction)
     except DuplicatedStudyError:
         is_creator = False
         study = optuna.load_study(study_name=sweep.name, storage=storage)
@@ -54,8 +52,8 @@ def join_study(
 
 def _describe(study: optuna.Study, sweep: Sweep, owner: dict[str, Any]) -> None:
     source = json.dumps(sweep.source, sort_keys=True, default=str)
-    description = {"token": secrets.token_hex(3), "source": source, "owner": owner}
-    study.set_user_attr("sweep", description)
+    token = secrets.token_hex(3)
+    study.set_user_attr("sweep", {"token": token, "source": source, "owner": owner})
 
 
 def _check_same_sweep(study: optuna.Study, sweep: Sweep, owner: dict[str, Any]) -> str:
@@ -102,13 +100,10 @@ def _enqueue_missing_cells(study: optuna.Study, sweep: Sweep, num_trials: int) -
 def _wait_for_cells(study: optuna.Study) -> None:
     """Wait until the creator has enqueued all cells, has ended, or enqueues no more of them."""
     creator = study.user_attrs["sweep"]["owner"]
-    num_trials, since = -1, time.monotonic()
-    while _num_enqueued(study) < 0 and not has_ended(creator):
-        found = len(study.get_trials(deepcopy=False))
-        if found != num_trials:
-            num_trials, since = found, time.monotonic()
-        elif time.monotonic() - since > _TIMEOUT_SECONDS:
-            return
+    num_trials, deadline = -1, math.inf
+    while _num_enqueued(study) < 0 and not has_ended(creator) and time.monotonic() < deadline:
+        if (found := len(study.get_trials(deepcopy=False))) != num_trials:
+            num_trials, deadline = found, time.monotonic() + _TIMEOUT_SECONDS
         time.sleep(0.1)
 
 

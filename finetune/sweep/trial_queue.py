@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -48,7 +49,6 @@ class Claim:
     trial_id: int
     key: str
     values: dict[str, Value]
-    """The fields that vary in the sweep."""
     result: TrialResult
     """The trial as it was claimed: running, without a value."""
 
@@ -61,21 +61,14 @@ class TrialQueue:
     """The trials of one sweep."""
 
     def __init__(
-        self,
-        sweep: Sweep,
-        where: str,
-        num_trials: int,
-        owner: dict[str, Any] | None = None,
-        **heartbeats: int,
+        self, sweep: Sweep, where: str, num_trials: int, owner: dict[str, Any] | None = None
     ) -> None:
-        """Start the sweep in the storage at `where`, or join it there.
-
-        Raises `ConfigError` if the storage holds another sweep of this name.
-        """
+        """Start the sweep in the storage at `where`, or join it. Raises `ConfigError` if the
+        storage holds another sweep of this name."""
         self.sweep = sweep
         self.num_trials = num_trials
         self._owner = owner or this_process()
-        self._storage = open_storage(where, enqueue_copy, **heartbeats)
+        self._storage = open_storage(where, enqueue_copy)
         self._database = self._storage if isinstance(self._storage, RDBStorage) else None
         cached = get_storage(self._storage)  # reads a database's finished trials once
         self._study, self._token = join_study(sweep, cached, num_trials, self._owner)
@@ -114,8 +107,6 @@ class TrialQueue:
         # Reading thousands of waiting trials is slow, so it is then done less often.
         self._refresh_seconds = max(_REFRESH_SECONDS, 20 * (self._last_refresh - started))
 
-    # results
-
     def results(self) -> list[TrialResult]:
         """Every trial as of the last refresh, the best first and those without a value last."""
         sign = -1 if self.sweep.metric.goal == "maximize" else 1
@@ -126,31 +117,29 @@ class TrialQueue:
         """Whether no process has anything left to do; refreshes first."""
         self.refresh()
         states = {group.state for group in self._groups.values()}
-        if "running" in states:
-            return False
+        if self._is_target_reached():
+            return "running" not in states
         is_full = len(self._groups) >= self.num_trials
-        return self._is_target_reached() or (is_full and not states & {"waiting", "interrupted"})
+        return is_full and not states & {"running", "waiting", "interrupted"}
 
-    def unobservable_machines(self) -> list[str]:
-        """Other machines that run trials of a journal, which holds no heartbeats."""
-        owners = [trial.user_attrs.get("owner", {}) for trial in self._unobservable()]
-        return sorted({owner["machine"].split("/")[0] for owner in owners if owner})
-
-    def _unobservable(self) -> list[FrozenTrial]:
-        return [
-            trial
-            for trial in ([] if self._database else self._running())
-            if trial.user_attrs.get("owner", {}).get("machine") != machine()
-        ]
+    def unobservable(self) -> dict[str, list[FrozenTrial]]:
+        """Other machines and the trials that they run; only in a journal, without heartbeats."""
+        found = defaultdict(list)
+        for trial in [] if self._database else self._running():
+            name = trial.user_attrs.get("owner", {}).get("machine", machine())
+            if name != machine():
+                found[name.split("/")[0]].append(trial)
+        return found
 
     def _running(self) -> list[FrozenTrial]:
         trials = [trial for group in self._groups.values() for trial in group.trials]
         return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
     def _is_target_reached(self) -> bool:
-        return any(self.sweep.metric.reached(group.value) for group in self._groups.values())
-
-    # claims
+        metric = self.sweep.metric
+        return metric.target is not None and any(
+            metric.reached(group.value) for group in self._groups.values()
+        )
 
     def claim(self) -> Claim | None:
         """Claim the next trial; None if there is nothing to claim."""
@@ -183,7 +172,14 @@ class TrialQueue:
     def _claimed_trial(self, key: str, trial: FrozenTrial) -> Claim:
         values = self._groups[key].values
         if len(values) < len(self.sweep.dimensions):
-            values = self._sample(trial, draw=list(self._groups).index(key))
+            # A new study object: one that has sampled before would use the trials of that time.
+            study = optuna.load_study(
+                study_name=self.sweep.name,
+                storage=self._study._storage,
+                sampler=sampling.sampler(self.sweep, draw=list(self._groups).index(key)),
+            )
+            new_trial = optuna.trial.Trial(study, trial._trial_id)
+            values = sampling.draw(new_trial, self.sweep.dimensions)
         self._claimed.add(trial._trial_id)
         if self._database:
             self._database.record_heartbeat(trial._trial_id)
@@ -209,15 +205,6 @@ class TrialQueue:
         del self._groups[key]
         return None
 
-    def _sample(self, trial: FrozenTrial, draw: int) -> dict[str, Value]:
-        # A new study object: one that has sampled before would use the trials that it saw then.
-        study = optuna.load_study(
-            study_name=self.sweep.name,
-            storage=self._study._storage,
-            sampler=sampling.sampler(self.sweep, draw),
-        )
-        return sampling.draw(optuna.trial.Trial(study, trial._trial_id), self.sweep.dimensions)
-
     def report(self, claim: Claim, iteration: int, value: float, judge: bool) -> str | None:
         """Record a value of the metric; if `judge`, return why the trial should end, or None.
 
@@ -239,21 +226,18 @@ class TrialQueue:
 
         False if another process has been given the trial meanwhile: the result is discarded.
         """
-        ends = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-        end = ends.get(state, TrialState.FAIL)
-        values = None if value is None or end == TrialState.FAIL else [value]
-        attribute = "failure" if end == TrialState.FAIL else "record"
+        done = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(state)
+        values = [value] if done and value is not None else None
         self._claimed.discard(claim.trial_id)
         try:
+            attribute = "record" if done else "failure"
             self._storage.set_trial_user_attr(claim.trial_id, attribute, record)
-            self._storage.set_trial_state_values(claim.trial_id, end, values)
+            self._storage.set_trial_state_values(claim.trial_id, done or TrialState.FAIL, values)
         except UpdateFinishedTrialError:
             self._study.set_user_attr(f"discarded-{claim.key}-{claim.trial_id}", record)
             return False
         self._groups[claim.key].update(self._storage.get_trial(claim.trial_id))
         return True
-
-    # interrupted and failed trials
 
     def requeue(self, claim: Claim, crashed: bool = False) -> bool:
         """Enqueue an interrupted trial again; False if its worker has crashed too often."""
@@ -274,7 +258,7 @@ class TrialQueue:
         failed = [g.decisive for g in self._groups.values() if g.state == "failed"]
         for trial in failed:
             enqueue_copy(self._study, trial, deaths=0)
-        unobservable = self._unobservable()
+        unobservable = [trial for trials in self.unobservable().values() for trial in trials]
         for trial in unobservable:
             self._fail_and_copy(trial)
         self.refresh()
@@ -311,10 +295,7 @@ class TrialQueue:
 
     def record_heartbeats(self) -> None:
         """Record in a database that the claimed trials are still running, if it is due."""
-        if self._database is None:
-            return
-        interval = self._database.get_heartbeat_interval() or HEARTBEAT_SECONDS
-        if time.monotonic() - self._last_heartbeat >= interval:
+        if self._database and time.monotonic() - self._last_heartbeat >= HEARTBEAT_SECONDS:
             for trial_id in self._claimed:
                 self._database.record_heartbeat(trial_id)
             self._last_heartbeat = time.monotonic()

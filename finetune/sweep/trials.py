@@ -33,7 +33,6 @@ _STATES = {
     TrialState.WAITING: "waiting",
 }
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_OLD_KEY = "cell-"  # version 0.1.0 numbered a grid's cells in the order of the file
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,8 @@ class TrialGroup:
     @property
     def number(self) -> int:
         """The number in the run id: of the first trial, so it never changes."""
-        key = _stored_key(self.trials[0])
-        is_old = key.startswith(_OLD_KEY)
-        return int(key.removeprefix(_OLD_KEY)) if is_old else self.trials[0].number
+        old_number = _old_number(self.trials[0])
+        return self.trials[0].number if old_number is None else old_number
 
     @property
     def decisive(self) -> FrozenTrial:
@@ -110,7 +108,7 @@ class TrialGroup:
         hidden = ("strategy", "name")
         attributes = self.decisive.user_attrs
         record = attributes.get("record") or attributes.get("failure") or {}
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", self.sweep.name).strip("-")[:60] or "sweep"
+        name = re.sub(r"[^\w-]", "-", self.sweep.name, flags=re.ASCII).strip("-")[:60] or "sweep"
         run_id = f"{name}-{token}-{self.number:03d}"
         return TrialResult(
             run_id=run_id,
@@ -132,9 +130,8 @@ def group_trials(trials: Iterable[FrozenTrial], sweep: Sweep) -> dict[str, Trial
     groups: dict[str, list[FrozenTrial]] = defaultdict(list)
     for trial in trials:
         if "surplus" not in trial.user_attrs:
-            key = _stored_key(trial)
-            is_old = key.startswith(_OLD_KEY)
-            groups[cell_key(_values(trial, sweep)) if is_old else key].append(trial)
+            is_old = _old_number(trial) is not None
+            groups[cell_key(_values(trial, sweep)) if is_old else _key(trial)].append(trial)
     return {key: TrialGroup(sweep, members) for key, members in groups.items()}
 
 
@@ -146,26 +143,32 @@ def cell_key(values: Mapping[str, Value]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _stored_key(trial: FrozenTrial) -> str:
+def _key(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("key") or f"draw-{trial.number}")
+
+
+def _old_number(trial: FrozenTrial) -> int | None:
+    """The number of a grid's cell in the order of the file, which was its key in version 0.1.0."""
+    _, _, number = _key(trial).partition("cell-")
+    return int(number) if number else None
 
 
 def _values(trial: FrozenTrial, sweep: Sweep) -> dict[str, Value]:
     if sweep.method != "grid":
         is_drawn = len(trial.params) == len(sweep.dimensions)
         return sampling.meaning(trial.params, sweep.dimensions) if is_drawn else {}
-    if "values" in trial.user_attrs:
+    old_number = _old_number(trial)
+    if old_number is None:
         return dict(trial.user_attrs["values"])
-    # Version 0.1.0 stored a cell's values as parameters, and of a listed cell its number alone.
-    number = int(_stored_key(trial).removeprefix(_OLD_KEY))
-    return dict(trial.params or dict(enumerate(sweep.listed or ())).get(number, {}))
+    # Version 0.1.0 stored a cell's values as parameters, and only the number of a listed cell.
+    return dict(trial.params or dict(enumerate(sweep.listed or ())).get(old_number, {}))
 
 
 def enqueue_copy(study: optuna.Study, trial: FrozenTrial, **attributes: Any) -> None:
     """Add a waiting trial with the key and values of one that failed."""
     dropped = ("owner", "record", "failure", "surplus")
     kept = {k: v for k, v in trial.user_attrs.items() if k not in dropped}
-    copied = {"key": _stored_key(trial), "copy_of": trial.number}
+    copied = {"key": _key(trial), "copy_of": trial.number}
     study.add_trial(
         create_trial(
             state=TrialState.WAITING,

@@ -9,8 +9,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,13 +47,10 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A worker's run has ended.
-
-    `state` is finished, pruned, failed, stopped (by a signal), crashed (with its process), or "out
-    of resources" (of the machine, which is no fault of the run).
-    """
+    """A worker's run has ended."""
 
     state: str
+    """As in `Failure`, or finished, crashed (its process has), or out of resources."""
     reason: str = ""
 
 
@@ -72,24 +68,17 @@ def work(connection: Connection, job: Job, environment: dict[str, str], num_work
         try:
             job.run_dir.mkdir(parents=True, exist_ok=True)
             _redirect_output(job.run_dir / OUTPUT_NAME)
-            with _temporary_directory():
-                end = _run(connection, job, num_workers)
-        except Stopped as stop:
-            end = TrialEnded("stopped", str(stop))
-        except Exception as error:
-            end = _failed(error)
+            # A child process ends without Python's exit handlers, which remove temporary files.
+            with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as place:
+                tempfile.tempdir = place
+                _run(connection, job, num_workers)
+            end = TrialEnded("finished")
+        except (Stopped, Exception) as error:
+            end = _end_by(error)
     _send(connection, end)
 
 
-@contextmanager
-def _temporary_directory() -> Iterator[None]:
-    """For all temporary files, because a child process ends without Python's exit handlers."""
-    with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as place:
-        tempfile.tempdir = place
-        yield
-
-
-def _run(connection: Connection, job: Job, num_workers: int) -> TrialEnded:
+def _run(connection: Connection, job: Job, num_workers: int) -> None:
     answers = _receive_answers(connection)
 
     def on_epoch(row: Row) -> None:
@@ -97,30 +86,31 @@ def _run(connection: Connection, job: Job, num_workers: int) -> TrialEnded:
         if job.is_judged and (reason := answers.get()) is not None:
             raise Pruned(reason)
 
-    try:
-        import torch
+    import torch
 
-        from finetune.training.train import run
+    from finetune.training.train import run
 
-        if num_workers > 1:
-            torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
-        run(job.config, RunDir(job.run_dir, wait_seconds=_LOCK_SECONDS), on_epoch)
-    except Pruned as pruned:
-        return TrialEnded("pruned", str(pruned))
-    return TrialEnded("finished")
+    if num_workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
+    run(job.config, RunDir(job.run_dir, wait_seconds=_LOCK_SECONDS), on_epoch)
 
 
-def _failed(error: Exception) -> TrialEnded:
-    """The end of a run by an exception, which is printed if the disk has space for it."""
+def _end_by(error: BaseException) -> TrialEnded:
+    """How an exception ends a run; a failure is printed."""
+    failure = failure_of(error)
+    if failure.state != "failed":
+        return TrialEnded(failure.state, failure.reason)
     short = shortage(error)
-    with suppress(OSError):
+    with suppress(OSError):  # the disk may be full
         if short or isinstance(error, FinetuneError):
             print(f"error: {message(short or error)}", flush=True)
         else:
             traceback.print_exception(error)
-    if short:
-        return TrialEnded("out of resources", str(short))
-    return TrialEnded("failed", failure_of(error).reason)
+    return (
+        TrialEnded("out of resources", str(short))
+        if short
+        else TrialEnded("failed", failure.reason)
+    )
 
 
 def _send(connection: Connection, event: Event) -> None:
@@ -145,9 +135,8 @@ def _receive_answers(connection: Connection) -> queue.Queue[str | None]:
 
 def _redirect_output(path: Path) -> None:
     """Write all output to a file, that of libraries and crashes included."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
-    os.close(descriptor)
+    with path.open("ab") as file:
+        for standard in (1, 2):
+            os.dup2(file.fileno(), standard)

@@ -106,13 +106,8 @@ class WorkerPool:
         if self._devices:  # the next worker needs its GPU memory
             worker.process.join()
 
-    def close(self) -> None:
-        """Wait until all processes have exited."""
-        for process in self._exiting:
-            process.join()
-
     def stop(self) -> list[Worker]:
-        """Stop all workers, wait for them, and return those that were running."""
+        """Stop all workers, wait until their processes have exited, and return the workers."""
         stopped = list(self._workers.values())
         for worker in stopped:
             worker.process.terminate()
@@ -122,6 +117,8 @@ class WorkerPool:
             if worker.process.exitcode is None:
                 worker.process.kill()
             self._release(worker)
+        for process in self._exiting:
+            process.join()
         return stopped
 
 
@@ -139,8 +136,16 @@ def _start_fork_server() -> None:
     if os.environ.get("WANDB_MODE") != "disabled":
         modules += _WANDB_MODULES
     multiprocessing.set_forkserver_preload(modules)
-    with _importable_package(), _ignored_interrupts(), _without_main_module():
-        forkserver.ensure_running()
+    path = os.environ.get("PYTHONPATH")
+    package_dir = str(Path(__file__).parents[2])
+    os.environ["PYTHONPATH"] = f"{package_dir}{os.pathsep}{path}" if path else package_dir
+    try:
+        with _without_main_module():
+            forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
 
 
 @contextmanager
@@ -156,30 +161,3 @@ def _without_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"], sys.argv = main, arguments
-
-
-@contextmanager
-def _importable_package() -> Iterator[None]:
-    """Let a new process find this package."""
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), path]))
-    try:
-        yield
-    finally:
-        del os.environ["PYTHONPATH"]
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
-
-
-@contextmanager
-def _ignored_interrupts() -> Iterator[None]:
-    """Ctrl-C must not interrupt the imports of a process that is started here."""
-    try:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,14 +239,14 @@ def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Pat
 
 def test_the_live_table_knows_what_was_done_before() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    live_table = LiveTable(8, "best_val_acc", "maximize", console)
+    live_table = LiveTable(8, "best_val_acc", console)
     setting: dict[str, Any] = {"learning_rate": 0.01}
     accuracies = (0.5333, 0.5, 0.4)
     results = [
         TrialResult(f"x-{i}", Path(f"x-{i}"), "freeze", setting, "finished", accuracy)
         for i, accuracy in enumerate(accuracies)
     ]
-    live_table.update_done(results)
+    live_table.update(results)
     with live_table.display:
         pass
     title = "3 of 8 done; best so far: freeze learning_rate=0.01, best_val_acc 0.5333"
@@ -330,6 +331,47 @@ def test_the_grid_of_48_survives_ctrl_c_and_kills(
     output = complete(tmp_path, given, "--workers", str(workers))
     assert "48 finished" in output
     check_complete(tmp_path, 48)
+
+
+SWEEP_OF_TINY_NETWORKS = """
+import multiprocessing
+from finetune.__main__ import main
+from finetune.sweep import worker_pool
+from finetune.system.shutdown import run_cli
+preload = multiprocessing.set_forkserver_preload
+worker_pool._start_fork_server = lambda: preload(["tests.support.preload_tiny_network"])
+run_cli(lambda: main(["sweep", "sweep.yaml"]))
+"""
+
+
+def test_a_sweep_of_version_0_1_0_is_resumed_though_its_file_s_lines_are_swapped(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(ROOT / "tests/old_formats/v0_1_0", folder)
+    given = yaml.safe_load((folder / "sweep.yaml").read_text())
+    given["parameters"] = dict(reversed(given["parameters"].items()))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    runs = folder / "swept"
+    before = {p: p.read_bytes() for p in runs.glob("*/result.json")}
+    ended = subprocess.run(
+        [sys.executable, "-c", SWEEP_OF_TINY_NETWORKS],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "[4/4]" in ended.stdout and "[2/4]" not in ended.stdout and "4 finished" in ended.stdout
+    assert len(before) == 2 and all(p.read_bytes() == content for p, content in before.items())
+    cells = {
+        path.parent.name: (RunResult.load(path.parent).strategy, learning_rate)
+        for path in runs.glob("*/result.json")
+        for learning_rate in [RunResult.load(path.parent).config["learning_rate"]]
+    }
+    assert cells == {
+        "small-af8537-000": ("freeze", 0.01),
+        "small-af8537-001": ("freeze", 0.001),
+        "small-af8537-002": ("partial", 0.01),
+        "small-af8537-003": ("partial", 0.001),
+    }
 
 
 # confirm
