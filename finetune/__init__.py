@@ -3,7 +3,7 @@
     >>> from finetune import train_and_finetune  # doctest: +SKIP
     >>> model = train_and_finetune(strategy="partial", epochs=10)  # doctest: +SKIP
 
-The door is lazy: importing the package imports no torch.
+The functions are imported when they are first used: importing the package imports no torch.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
             ignores=frozenset({"unfreeze_every"}),
         ),
         "gradual": Strategy(
-            "fc first, then one part after the other down to unfreeze_from, each more slowly",
+            "fc first, then part after part down to unfreeze_from, deeper parts at lower rates",
             deepest_part="layer2",
             lr_decay=0.5,
             stepwise=True,

@@ -1,1 +1,1 @@
-"""Where pictures come from, and whether they are sound."""
+"""Data sets: downloading, unpacking, checking, and the demo's digits."""

@@ -1,1 +1,1 @@
-"""The same sweep.yaml without an account: which runs, on which workers, in which order."""
+"""Sweeps on this machine, without an account: which runs, in which order, on which workers."""

@@ -9,8 +9,8 @@ from itertools import chain
 from finetune.system.errors import FinetuneError, Shortage
 
 _REMEDIES = {
-    errno.ENOSPC: "make room on the disk",
-    errno.EDQUOT: "make room within the disk quota",
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some of the disk quota",
     errno.EROFS: "pass a directory that can be written",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENFILE: "allow more open files on this machine",

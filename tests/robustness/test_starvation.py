@@ -166,7 +166,7 @@ def test_a_run_goes_on_once_its_full_disk_has_room_to_the_same_end(
         if row["epoch"] == full_after:
             fill(disk)
 
-    with pytest.raises(Shortage, match="No space left on device; make room") as short:
+    with pytest.raises(Shortage, match="No space left on device; free some disk space") as short:
         run(RunConfig.from_fields(fields), RunDir(place), fill_up)
     assert what in str(short.value)
     rows = read_metrics(place / "metrics.csv")
@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_message_that_names_the_way_on(
     flags = as_flags(fields | {"out": disk / "runs", "cache_dir": tmp_path / "cache"})
     said = one_message(agent(*flags, WANDB_MODE="offline"))
     (place,) = (disk / "runs").iterdir()
-    assert f"make room on the disk, then continue with --resume {place}" in said
+    assert f"free some disk space, then continue with --resume {place}" in said
     make_room(disk)
     done = agent(f"--resume={place}", WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
@@ -260,7 +260,7 @@ def end_of_each(folder: Path) -> dict[int, dict[str, Any]]:
     [
         ("8k", 1, 0, "can't be used: database or disk is full"),
         ("160k", 1, 0, "can't be used any more: database or disk is full"),
-        ("130m", 2, 2, "make room on the disk (the sweep has ended; start it again"),
+        ("130m", 2, 2, "free some disk space (the sweep has ended; start it again"),
     ],
 )
 def test_a_sweep_goes_on_once_its_full_disk_has_room(
