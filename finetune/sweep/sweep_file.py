@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+import annotated_types as at
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
+from finetune.config.field_types import Count, Integer, Number, one_of
 from finetune.config.fields import RunConfig, read_mapping, unknown_field
 from finetune.config.flags import given_fields
 from finetune.runs.result import METRICS
-from finetune.sweep.distributions import Constant, Dimension, Value, is_number, read_parameter
+from finetune.sweep.distributions import Constant, Dimension, Value, read_parameter
 from finetune.sweep.spec import DEFAULT_METRIC, EarlyTermination, Metric, Sweep
 from finetune.system.errors import ConfigError
 from finetune.system.files import load_yaml
 from finetune.system.text import nearest
 
-METHODS = ("grid", "random", "bayes")
-GOALS = ("maximize", "minimize")
 PROGRAM = "agent.py"
-DEFAULT_ETA = 3
 _MAX_CELLS = 100_000
 _MAX_CHECKED = 2_000
-
-_KEYS = (
-    *("program", "method", "metric", "parameters", "run_cap", "early_terminate", "command"),
-    *("name", "description", "project", "entity"),
-)
 _NOT_IN_SOURCE = ("run_cap", "name", "description", "project", "entity")
 """Keys that may change before a sweep is resumed."""
 _UNSUPPORTED = {
@@ -36,6 +32,58 @@ _UNSUPPORTED = {
     **dict.fromkeys(("job", "image_uri", "scheduler", "launch"), "it belongs to W&B Launch"),
     "prior_runs": "runs of a W&B project can't be read here",
 }
+
+
+class _Metric(BaseModel, extra="forbid"):
+    name: Annotated[str, one_of(METRICS)]
+    goal: Annotated[str, one_of(("maximize", "minimize"))] = Field(
+        description="maximize or minimize (W&B would minimize)"
+    )
+    target: Number | None = None
+
+
+class _Hyperband(BaseModel, extra="forbid"):
+    type: Literal["hyperband"]
+    min_iter: Count | None = None
+    max_iter: Count | None = None
+    s: Count | None = None
+    eta: Annotated[Integer, at.Ge(2)] = 3
+    strict: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        given = [key for key in ("min_iter", "max_iter", "s") if getattr(self, key) is not None]
+        if given not in (["min_iter"], ["max_iter", "s"]):
+            raise ValueError("must have either min_iter, or max_iter and s")
+        return self
+
+    def early_termination(self) -> EarlyTermination:
+        steps = (self.max_iter or 1) // self.eta ** (self.s or 0)
+        return EarlyTermination(self.min_iter or max(1, steps), self.eta)
+
+
+def _check_program(program: str) -> str:
+    if Path(program).name != PROGRAM:
+        raise ValueError(f"must be {PROGRAM}")
+    return program
+
+
+class _SweepFile(BaseModel, extra="forbid"):
+    """The keys of a sweep file."""
+
+    program: Annotated[str, AfterValidator(_check_program)] | None = None
+    method: Annotated[str, one_of(("grid", "random", "bayes"))]
+    metric: _Metric | None = None
+    parameters: Annotated[dict[str, Any], at.MinLen(1)] = Field(
+        description="a mapping of fields to values"
+    )
+    run_cap: Count | None = None
+    early_terminate: _Hyperband | None = None
+    command: list[str | int] | None = None
+    name: Any = None
+    description: Any = None
+    project: Any = None
+    entity: Any = None
 
 
 def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
@@ -69,24 +117,21 @@ class _Reader:
 
     def read(self, default_name: str, needs_program: bool) -> Sweep:
         content = self.content
-        self._check_top_level(needs_program)
-        if content.get("method") not in METHODS:
-            self._unknown("method", content.get("method"), METHODS)
-        metric = self._metric()
-        early_termination = self._early_termination()
+        file = self._validated(needs_program)
         fixed = self._command()
-        fixed |= {key: content[key] for key in ("project", "entity") if content.get(key)}
         dimensions, constants = self._parameters()
-        run_cap = self._integer("run_cap", content.get("run_cap"), 1)
         self._raise_faults()
+        assert file is not None
+        fixed |= {key: content[key] for key in ("project", "entity") if content.get(key)}
+        rule = file.early_terminate
         sweep = Sweep(
-            name=str(content.get("name") or default_name),
-            method=content["method"],
+            name=str(file.name or default_name),
+            method=file.method,
             dimensions=dimensions,
             fixed=fixed | constants,
-            metric=metric,
-            run_cap=run_cap,
-            early_termination=early_termination,
+            metric=Metric(**dict(file.metric)) if file.metric else Metric(),
+            run_cap=file.run_cap,
+            early_termination=rule.early_termination() if rule else None,
             source={key: content[key] for key in content if key not in _NOT_IN_SOURCE},
         )
         for check in (self._check_grid, self._check_configs, self._check_early_termination):
@@ -99,90 +144,26 @@ class _Reader:
             count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
             raise ConfigError("\n  ".join([f"{self.where}: {count}:", *faults]))
 
-    def _unknown(self, where: str, found: object, choices: Iterable[str]) -> None:
-        near = nearest(str(found), choices)
-        self.faults.append(f"{where}: got {found!r}; must be one of {', '.join(choices)}{near}")
-
-    def _check_keys(self, where: str, given: Iterable[object], known: tuple[str, ...]) -> None:
-        self.faults += [
-            f"{where}unknown key {key!r}{nearest(str(key), known)}"
-            for key in given
-            if key not in known
-        ]
-
-    def _integer(self, where: str, value: object, least: int) -> int | None:
-        if value is None or (type(value) is int and value >= least):  # no booleans
-            return value
-        self.faults.append(f"{where}: got {value!r}; must be an integer >= {least}")
-        return None
-
-    def _check_top_level(self, needs_program: bool) -> None:
-        self._check_keys("", self.content.keys() - _UNSUPPORTED.keys(), _KEYS)
-        for key in self.content.keys() & _UNSUPPORTED.keys():
-            self.faults.append(f"{key}: not supported: {_UNSUPPORTED[key]}")
-        program = self.content.get("program")
-        if program is None and needs_program and "command" not in self.content:
+    def _validated(self, needs_program: bool) -> _SweepFile | None:
+        given = {key for key, value in self.content.items() if value is not None}
+        if needs_program and not given & {"program", "command"}:
             self.faults.append(f"program: missing; W&B's agents need 'program: {PROGRAM}'")
-        elif program is not None and Path(str(program)).name != PROGRAM:
-            self.faults.append(f"program: got {program!r}; must be {PROGRAM}")
-
-    def _metric(self) -> Metric:
-        given = self.content.get("metric")
-        if given is None:
-            if self.content.get("method") == "bayes" or "early_terminate" in self.content:
-                self.faults.append(
-                    "metric: missing; method bayes and early_terminate need 'metric: {name: "
-                    f"{DEFAULT_METRIC}, goal: maximize}}'"
-                )
-            return Metric()
-        if not isinstance(given, dict):
-            self.faults.append(f"metric: got {given!r}; must be a mapping with name and goal")
-            return Metric()
-        self._check_keys("metric: ", given, ("name", "goal", "target"))
-        name, goal, target = given.get("name"), given.get("goal"), given.get("target")
-        if name not in METRICS:
+        needs_metric = self.content.get("method") == "bayes" or "early_terminate" in given
+        if needs_metric and "metric" not in given:
             self.faults.append(
-                f"metric.name: got {name!r}, which no run logs; the metrics are "
-                f"{', '.join(m for m in METRICS if '/' not in m)}{nearest(str(name), METRICS)}"
+                "metric: missing; method bayes and early_terminate need 'metric: {name: "
+                f"{DEFAULT_METRIC}, goal: maximize}}'"
             )
-        if goal is None:
-            self.faults.append(
-                "metric.goal: missing (W&B would minimize); pass maximize or minimize"
-            )
-        elif goal not in GOALS:
-            self._unknown("metric.goal", goal, GOALS)
-        if target is not None and not is_number(target):
-            self.faults.append(f"metric.target: got {target!r}; must be a number")
-        return Metric(str(name), str(goal), target)
-
-    def _early_termination(self) -> EarlyTermination | None:
-        given = self.content.get("early_terminate")
-        if given is None:
+        try:
+            return _SweepFile.model_validate(self.content)
+        except ValidationError as error:
+            self.faults += map(_fault, error.errors())
             return None
-        where = "early_terminate"
-        if not isinstance(given, dict) or given.get("type") != "hyperband":
-            self.faults.append(f"{where}: got {given!r}; only 'type: hyperband' is supported")
-            return None
-        known = ("type", "min_iter", "max_iter", "s", "eta", "strict")
-        self._check_keys(f"{where}: ", given, known)
-        if given.get("strict"):
-            self.faults.append(f"{where}.strict: not supported; remove it")
-        eta = self._integer(f"{where}.eta", given.get("eta", DEFAULT_ETA), 2) or DEFAULT_ETA
-        numbers = {
-            key: self._integer(f"{where}.{key}", given[key], 1)
-            for key in ("min_iter", "max_iter", "s")
-            if given.get(key) is not None
-        }
-        if numbers.keys() not in ({"min_iter"}, {"max_iter", "s"}):
-            self.faults.append(f"{where}: must have either min_iter, or max_iter and s")
-        max_iter, s = numbers.get("max_iter") or 1, numbers.get("s") or 0
-        return EarlyTermination(numbers.get("min_iter") or max(1, max_iter // eta**s), eta)
 
     def _command(self) -> dict[str, Value]:
         """The fields that a custom command sets, apart from W&B's own placeholders."""
-        command = self.content.get("command", [])
-        if not isinstance(command, list) or not all(isinstance(w, str | int) for w in command):
-            self.faults.append(f"command: got {command!r}; must be a list of words")
+        command = self.content.get("command")
+        if not isinstance(command, list):
             return {}
         words = [str(word) for word in command if not re.fullmatch(r"\$\{\w+\}", str(word))]
         program = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
@@ -208,11 +189,8 @@ class _Reader:
 
     def _parameters(self) -> tuple[tuple[Dimension, ...], dict[str, Value]]:
         given = self.content.get("parameters")
-        if not isinstance(given, dict) or not given:
-            self.faults.append(f"parameters: got {given!r}; must map fields to values")
-            return (), {}
         dimensions, constants = [], {}
-        for name, entry in given.items():
+        for name, entry in given.items() if isinstance(given, dict) else ():
             try:
                 read = _read_field(str(name), entry)
             except ConfigError as error:
@@ -269,6 +247,23 @@ class _Reader:
                     f"{last_start}; min_iter must be >= {last_start + 1}"
                 )
                 return
+
+
+def _fault(error: Any) -> str:
+    """One of pydantic's errors: where, what was found, what is allowed."""
+    *parents, key = where = [str(part) for part in error["loc"]]
+    models: dict[str, type[BaseModel]] = {"metric": _Metric, "early_terminate": _Hyperband}
+    fields = (models[parents[0]] if parents and parents[0] in models else _SweepFile).model_fields
+    path = ".".join(where)
+    if key in _UNSUPPORTED and not parents:
+        return f"{key}: not supported: {_UNSUPPORTED[key]}"
+    if error["type"] == "extra_forbidden":
+        return ": ".join([*parents, f"unknown key {key!r}{nearest(key, fields)}"])
+    if error["type"] == "missing":
+        hint = fields[key].description
+        return f"{path}: missing{f'; must be {hint}' if hint else ''}"
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{path}: got {error['input']!r}; {message}"
 
 
 def _read_field(name: str, entry: object) -> Dimension | Constant:
