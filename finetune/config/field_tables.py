@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from finetune.config.field_types import Role
 from finetune.config.fields import RunConfig
-from finetune.config.strategies import STRATEGIES, plan
+from finetune.config.strategies import plan
 
 
 def fields_with_role(role: Role) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ def shown(name: str, value: object) -> str:
 
 def in_order(name: str, values: Iterable[Any]) -> list[Any]:
     """A field's values as a figure lists them: numbers by size, words as the field lists them."""
-    known = [*_words(name)] or [*STRATEGIES]
+    known = list(_words(name))
 
     def rank(value: Any) -> tuple[int, Any]:
         if value in known:

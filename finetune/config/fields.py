@@ -51,7 +51,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     strategy: Annotated[str, one_of(STRATEGIES)] = searched(
-        "partial", "; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items())
+        "partial",
+        "; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items()),
+        shown={name: name for name in STRATEGIES},
     )
     epochs: Count = searched(10, "maximum number of passes over the training pictures")
     batch_size: Count = searched(

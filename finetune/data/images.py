@@ -60,29 +60,23 @@ def open_images(
     stored = None
     unreadable: dict[str, str] = {}
     if cache is not None:
-        stored, unreadable = _open_store(
-            find_pictures(pictures.folder), image_size, cache, progress
-        )
+        folder = find_pictures(pictures.folder)
+        stored, unreadable = _open_store(folder, image_size, cache, progress)
     if stored is None and skip_unreadable:
-        unreadable = _find_unreadable(pictures, image_size, progress)
+        unreadable = _decode_all(pictures, image_size, "reading", progress)
     affected = [name for name in pictures.names if name in unreadable]
     if affected and not skip_unreadable:
         more = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
         raise DataError(f"{unreadable[affected[0]]}{more}; {_ADVICE}")
     if affected:
-        lost = set(affected)
-        pictures = pictures.subset(
-            np.array([i for i, name in enumerate(pictures.names) if name not in lost], dtype=int)
-        )
-        _check_all_classes_left(pictures)
+        left_out = set(affected)
+        kept = [i for i, name in enumerate(pictures.names) if name not in left_out]
+        pictures = pictures.subset(np.array(kept, dtype=int))
+        empty = set(range(len(pictures.class_names))) - set(pictures.labels.tolist())
+        if empty:
+            names = ", ".join(pictures.class_names[label] for label in sorted(empty))
+            raise DataError(f"{pictures.folder}: no picture of these classes can be read: {names}")
     return Images(pictures, image_size, stored), affected
-
-
-def _check_all_classes_left(pictures: Pictures) -> None:
-    empty = set(range(len(pictures.class_names))) - set(pictures.labels.tolist())
-    if empty:
-        listed = ", ".join(pictures.class_names[label] for label in sorted(empty))
-        raise DataError(f"{pictures.folder}: no picture of these classes can be read: {listed}")
 
 
 def _open_store(
@@ -91,43 +85,35 @@ def _open_store(
     """The folder's decoded pictures, (N, H, W, 3), and the errors of those that are missing."""
 
     def build(images_NHWC: Any) -> dict[str, str]:
-        done = progress(f"decoding {folder.folder.name}/", len(folder))
-        unreadable: dict[str, str] = {}
+        return _decode_all(folder, image_size, "decoding", progress, images_NHWC)
 
-        def store(index: int, image: Tensor | DataError) -> None:
-            if isinstance(image, DataError):
-                unreadable[folder.names[index]] = str(image)
-            else:
-                images_NHWC[index] = image.numpy()
-            done()
-
-        decode_many([folder.path(i) for i in range(len(folder))], image_size, store)
-        return unreadable
-
-    stored = cache.open_or_build(
-        "images",
-        {
-            "files": folder.identity,
-            "image_size": image_size,
-            "decoder": [torchvision.__version__, PIL.__version__],
-        },
-        (len(folder), image_size, image_size, 3),
-        "uint8",
-        build,
-    )
+    description = {
+        "files": folder.identity,
+        "image_size": image_size,
+        "decoder": [torchvision.__version__, PIL.__version__],
+    }
+    shape = (len(folder), image_size, image_size, 3)
+    stored = cache.open_or_build("images", description, shape, "uint8", build)
     return (stored.array, dict(stored.notes)) if stored else (None, {})
 
 
-def _find_unreadable(
-    pictures: Pictures, image_size: int, progress: StartProgress
+def _decode_all(
+    pictures: Pictures,
+    image_size: int,
+    what: str,
+    progress: StartProgress,
+    images_NHWC: Any | None = None,
 ) -> dict[str, str]:
-    done = progress(f"reading {pictures.folder.name}/", len(pictures))
+    """Decode all pictures, into the array if there is one; errors by name of unreadable ones."""
+    done = progress(f"{what} {pictures.folder.name}/", len(pictures))
     unreadable: dict[str, str] = {}
 
-    def note(index: int, image: Tensor | DataError) -> None:
+    def store(index: int, image: Tensor | DataError) -> None:
         if isinstance(image, DataError):
             unreadable[pictures.names[index]] = str(image)
+        elif images_NHWC is not None:
+            images_NHWC[index] = image.numpy()
         done()
 
-    decode_many([pictures.path(i) for i in range(len(pictures))], image_size, note)
+    decode_many([pictures.path(i) for i in range(len(pictures))], image_size, store)
     return unreadable

@@ -66,11 +66,6 @@ class Pictures:
         split = self.folder.name
         return [(f"{split}/{name}", _num_bytes(self.folder / name)) for name in self.names]
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of names and sizes, the same on every machine with the same files."""
-        return digest(self.sizes)
-
 
 def _file_stamp(path: str) -> list[object]:
     try:

@@ -31,30 +31,26 @@ class _Stop:
     active: ClassVar[_Stop | None] = None
 
     def __init__(self) -> None:
-        self._has_raised = False
-        self._deferred: list[int] | None = None
+        self.has_raised = False
+        self.deferred: list[int] | None = None
 
     def __call__(self, signum: int, frame: FrameType | None = None) -> None:
-        if self._deferred is not None:
-            self._deferred.append(signum)
-        elif not self._has_raised:
-            self._has_raised = True
+        if self.deferred is not None:
+            self.deferred.append(signum)
+        elif not self.has_raised:
+            self.has_raised = True
             raise Stopped(signum)
 
-    @property
-    def has_arrived(self) -> bool:
-        return self._has_raised or bool(self._deferred)
-
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        if self._deferred is not None:
+    def defer(self) -> Iterator[None]:
+        if self.deferred is not None:
             yield
             return
-        signums = self._deferred = []
+        signums = self.deferred = []
         try:
             yield
         finally:
-            self._deferred = None
+            self.deferred = None
             for signum in signums:
                 self(signum)
 
@@ -88,13 +84,14 @@ def defer_stop() -> Iterator[None]:
     if stop is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    with stop.deferred():
+    with stop.defer():
         yield
 
 
 def is_stopping() -> bool:
     """Whether a stop signal has arrived, also one that `defer_stop` still defers."""
-    return _Stop.active is not None and _Stop.active.has_arrived
+    stop = _Stop.active
+    return stop is not None and (stop.has_raised or bool(stop.deferred))
 
 
 def run_cli(command: Callable[[], int | None]) -> NoReturn:

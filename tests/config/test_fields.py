@@ -1,6 +1,7 @@
+"""The config of a run and its command line."""
+
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def test_data_aug_reads_every_spelling_of_a_boolean(given: object, meant: str) -
     assert make(data_aug=given).data_aug == meant
 
 
-def test_numbers_that_yaml_reads_as_text_mean_numbers() -> None:
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
     assert yaml.safe_load("1e-3") == "1e-3"
     assert make(learning_rate="1e-3").learning_rate == 0.001
     assert make(batch_size="64").batch_size == 64
@@ -77,7 +78,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_two_mistakes_are_both_named() -> None:
+def test_two_errors_are_both_named() -> None:
     with pytest.raises(ConfigError, match=r"(?s)epochs.*batch_size"):
         make(epochs=0, batch_size=0)
 
@@ -89,7 +90,7 @@ def test_a_config_reads_back_what_it_wrote() -> None:
         assert RunConfig.from_fields(yaml.safe_load(text)) == config
 
 
-def test_meaningless_fields_are_named_and_left_out() -> None:
+def test_fields_without_effect_are_named_and_ignored() -> None:
     given = {"strategy": "freeze", "unfreeze_from": "layer1", "lr_decay": 0.1}
     config = RunConfig.from_fields(given)
     assert config == make(strategy="freeze")
@@ -98,7 +99,7 @@ def test_meaningless_fields_are_named_and_left_out() -> None:
     ]
 
 
-def test_too_few_epochs_name_the_parts_that_stay_closed() -> None:
+def test_too_few_epochs_name_the_parts_that_stay_frozen() -> None:
     config = make(strategy="gradual", epochs=2)
     (line,) = advice({}, config)
     assert "layer2 at epoch 3" in line
@@ -106,7 +107,7 @@ def test_too_few_epochs_name_the_parts_that_stay_closed() -> None:
     assert "epochs=4" in line
 
 
-def test_environment_fills_no_field_but_wandbs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_wandbs_environment_variables_fill_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SEED", "NAME", "OUT", "GROUP", "EPOCHS", "seed", "out"):
         monkeypatch.setenv(name, "7")
     assert make() == make(seed=42)
@@ -120,13 +121,13 @@ def test_environment_fills_no_field_but_wandbs_own(monkeypatch: pytest.MonkeyPat
     assert (make().project, make().name) == ("plants", "first")
 
 
-def test_differences_compare_meanings_not_spellings() -> None:
+def test_differences_compare_values_not_spellings() -> None:
     config = make(learning_rate=0.001, data_aug="y")
     assert differences(config, {"learning_rate": "1e-3", "data_aug": True, "cache": "auto"}) == {}
     assert differences(config, {"batch_size": 64}) == {"batch_size": (32, 64)}
 
 
-def test_flags_pass_what_wandb_adds_and_refuse_the_rest() -> None:
+def test_arguments_that_wandb_adds_are_ignored_and_others_refused() -> None:
     assert given_fields(["--epochs=2", "--_wandb_requeue=1"]) == {"epochs": "2"}
     assert given_fields(["--skip_unreadable"]) == {"skip_unreadable": "true"}
     with pytest.raises(ConfigError, match="did you mean batch_size"):
@@ -143,17 +144,14 @@ def test_help_explains_every_field_and_its_range() -> None:
     assert "[≥ 32, ≤ 1024]" in text
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_neither_torch_nor_wandb() -> None:
     code = "import sys; sys.argv = ['agent.py', '--help']\n"
     code += "try: exec(open('agent.py').read())\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules, 'wandb' in sys.modules)"
-    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    seconds = time.perf_counter() - started
     assert done.stdout.splitlines()[-1] == "False False"
-    assert seconds < 3, "0.3 s on a quiet machine"
 
 
 def test_a_config_file_with_a_tag_is_refused_and_not_run(tmp_path: Path) -> None:
@@ -166,7 +164,7 @@ def test_a_config_file_with_a_tag_is_refused_and_not_run(tmp_path: Path) -> None
     assert not Path("pwned").exists()
 
 
-def test_the_recipe_for_inaturalist_is_a_sweep_of_valid_runs() -> None:
+def test_the_inaturalist_sweep_has_valid_runs_only() -> None:
     sweep = yaml.safe_load((ROOT / "sweeps/inaturalist.yaml").read_text())
     assert (sweep["program"], sweep["method"]) == ("agent.py", "grid")
     assert sweep["metric"] == {"name": "best_val_acc", "goal": "maximize"}

@@ -1,28 +1,28 @@
-import math
+"""Strategies, schedules and early stopping as data."""
 
 import pytest
 
 from finetune.config.strategies import PARTS, SCHEDULES, STRATEGIES, epochs_since_best, plan
 
 
-def test_freeze_trains_fc_alone_and_scratch_everything() -> None:
+def test_freeze_trains_only_fc_and_scratch_everything() -> None:
     assert plan("freeze").trainable_parts(99) == ("fc",)
     assert plan("scratch").trainable_parts(0) == PARTS
 
 
-def test_partial_trains_everything_from_its_deepest_part_up_at_once() -> None:
+def test_partial_trains_all_its_parts_from_the_start() -> None:
     assert plan("partial").trainable_parts(0) == ("layer3", "layer4", "fc")
     assert plan("partial", unfreeze_from="stem").trainable_parts(0) == PARTS
 
 
-def test_gradual_opens_one_part_after_the_other_at_falling_rates() -> None:
+def test_gradual_unfreezes_part_by_part_with_smaller_learning_rates() -> None:
     opened = [plan("gradual").first_trainable(epoch) for epoch in range(6)]
     assert opened == ["fc", "layer4", "layer3", "layer2", "layer2", "layer2"]
     shares = plan("gradual").rate_shares
     assert [shares[p] for p in ("fc", "layer4", "layer3", "layer2")] == [1, 0.5, 0.25, 0.125]
 
 
-def test_unfreeze_every_spaces_the_openings() -> None:
+def test_unfreeze_every_sets_the_epochs_between_unfreezings() -> None:
     spaced = plan("gradual", unfreeze_from="layer3", unfreeze_every=3)
     assert dict(spaced.start_epochs) == {"layer3": 6, "layer4": 3, "fc": 0}
     assert spaced.all_open_epoch == 6
@@ -36,13 +36,13 @@ def test_a_setting_that_a_strategy_ignores_does_not_change_it() -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_stays_between_nothing_and_the_full_rate(name: str) -> None:
+def test_every_schedule_stays_between_0_and_1(name: str) -> None:
     values = [SCHEDULES[name](i / 100) for i in range(101)]
     assert max(values) == pytest.approx(1.0)
     assert min(values) >= 0
 
 
-def test_onecycle_is_torchs_own() -> None:
+def test_onecycle_equals_torchs_scheduler() -> None:
     import torch
 
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -58,11 +58,11 @@ def test_onecycle_is_torchs_own() -> None:
             theirs.step()
 
 
-def test_patience_counts_only_once_everything_is_open() -> None:
+def test_patience_counts_from_the_epoch_at_which_everything_trains() -> None:
     gradual = plan("gradual")  # everything trains from epoch 3 on
     assert epochs_since_best([1, 2, 3], gradual) == 0
     assert epochs_since_best([0.1, 0.2, 0.3, 9.0], gradual) == 0
     assert epochs_since_best([0.1, 0.2, 0.3, 9.0, 9.5, 9.6], gradual) == 2
     assert epochs_since_best([0.1, 0.2, 0.3, 9.0, 8.5, 8.6], gradual) == 1
     assert epochs_since_best([3, 2, 2, 2], plan("partial")) == 2
-    assert not math.isnan(epochs_since_best([], plan("partial")))
+    assert epochs_since_best([], plan("partial")) == 0

@@ -1,3 +1,5 @@
+"""Data sets on disk, splits, random order, batches and decoding."""
+
 from __future__ import annotations
 
 import os
@@ -30,7 +32,7 @@ from tests.support.picture_trees import jpeg
 
 
 def place_files(folder: Path, counts: dict[str, int], content: bytes = b"x") -> Path:
-    """SPLIT/CLASS and how many files it gets."""
+    """`counts`: the number of files of each SPLIT/CLASS."""
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
         for number in range(count):
@@ -71,7 +73,7 @@ def test_two_data_sets_in_one_folder_are_named(tmp_path: Path) -> None:
         find_data_dir(tmp_path)
 
 
-def test_a_missing_data_dir_names_the_command_that_fetches_it(tmp_path: Path) -> None:
+def test_a_missing_data_dir_names_the_download_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist.*python -m finetune download --data_dir"):
         find_splits(config(tmp_path / "missing"))
     (tmp_path / "file").write_text("x")
@@ -90,7 +92,7 @@ def test_a_missing_data_dir_names_the_command_that_fetches_it(tmp_path: Path) ->
         ({"train/a": 1, "val/a": 1, "test/b": 1}, "'b' only in test/"),
     ],
 )
-def test_folders_that_can_not_be_used_are_named(
+def test_folders_that_cannot_be_used_are_named(
     tmp_path: Path, counts: dict[str, int], words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
@@ -117,7 +119,7 @@ def as_nobody() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("closed", [".", "train", "train/a", "train/a/deeper"])
-def test_a_folder_that_may_not_be_read_ends_a_run_by_name(open_dir: Path, closed: str) -> None:
+def test_a_folder_that_cannot_be_read_is_refused_by_name(open_dir: Path, closed: str) -> None:
     place_files(open_dir, {"train/a": 1, "train/a/deeper": 1, "val/a": 1})
     (open_dir / closed).chmod(0)
     try:
@@ -146,7 +148,7 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     assert find_pictures(tmp_path / "train").names == ("a/00000.jpg", "a/00001.jpg")
 
 
-def test_names_of_any_bytes_are_pictures_like_others(tmp_path: Path) -> None:
+def test_file_names_may_have_any_bytes(tmp_path: Path) -> None:
     names = [b"new\nline.jpg", b"quo\"te's.jpg", "snö☃.JPG".encode(), b"latin\xe9.jpg"]
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -161,7 +163,7 @@ def test_names_of_any_bytes_are_pictures_like_others(tmp_path: Path) -> None:
     assert images.batch(np.arange(2)).shape == (2, 32, 32, 3)
 
 
-def test_a_broken_link_ends_a_run_by_name(tmp_path: Path) -> None:
+def test_a_broken_link_is_refused_by_name(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/a": 1, "val/a": 1}, jpeg(1))
     (tmp_path / "train/a/gone.jpg").symlink_to("nowhere.jpg")
     splits = find_splits(config(tmp_path, val_fraction=0))
@@ -179,7 +181,7 @@ def test_a_broken_link_ends_a_run_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.9])
-def test_splits_are_disjoint_whole_and_stratified_within_one_picture(
+def test_splits_are_disjoint_complete_and_stratified_within_one_picture(
     uneven: Path, fraction: float
 ) -> None:
     pictures = find_pictures(uneven / "train")
@@ -257,7 +259,7 @@ def test_the_data_sets_fingerprint_does_not_depend_on_how_it_is_split(uneven: Pa
         (True, 0.5, 0.5, "train", "val"),
     ],
 )
-def test_val_fraction_decides_what_validates_and_what_is_kept(
+def test_val_fraction_selects_the_validation_and_test_sets(
     uneven: Path, has_test: bool, asked: Any, resolved: float, val: str, test: str | None
 ) -> None:
     if has_test:
@@ -270,16 +272,16 @@ def test_val_fraction_decides_what_validates_and_what_is_kept(
     assert f"{val}/" in splits.note
 
 
-def test_a_fraction_that_leaves_nothing_to_validate_is_refused(tmp_path: Path) -> None:
+def test_a_fraction_without_validation_pictures_is_refused(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/a": 2, "val/a": 1})
     with pytest.raises(DataError, match="leaves none to validate"):
         find_splits(config(tmp_path, val_fraction=0.1))
 
 
-# order and chance
+# random order, flips, augmentation
 
 
-def test_order_flips_and_augmentation_follow_from_seed_epoch_and_picture(uneven: Path) -> None:
+def test_order_flips_and_augmentation_depend_on_seed_epoch_and_picture(uneven: Path) -> None:
     pictures = find_pictures(uneven / "train")
     for draw in (epoch_order, epoch_flips, epoch_augment_seeds):
         again = find_pictures(uneven / "train")
@@ -288,7 +290,7 @@ def test_order_flips_and_augmentation_follow_from_seed_epoch_and_picture(uneven:
         assert not np.array_equal(draw(pictures, 1, 2), draw(pictures, 2, 2))
 
 
-def test_a_pictures_draws_do_not_depend_on_the_other_pictures(uneven: Path) -> None:
+def test_a_pictures_random_values_do_not_depend_on_the_other_pictures(uneven: Path) -> None:
     pictures = find_pictures(uneven / "train")
     some = np.arange(0, len(pictures), 3)
     few = pictures.subset(some)
@@ -318,11 +320,13 @@ def test_every_picture_trains_once_an_epoch_and_half_are_flipped(uneven: Path) -
         (9, [(0, 4), (4, 9)]),
     ],
 )
-def test_a_last_batch_of_one_joins_the_one_before(num: int, bounds: list[Any]) -> None:
+def test_a_last_batch_of_one_picture_is_merged_with_the_previous_one(
+    num: int, bounds: list[Any]
+) -> None:
     assert batch_bounds(num, 4) == bounds
 
 
-def test_strong_augmentation_is_seeded_and_leaves_torchs_generator_alone() -> None:
+def test_strong_augmentation_is_seeded_and_restores_torchs_generator() -> None:
     image = torch.arange(32 * 32 * 3, dtype=torch.uint8).reshape(32, 32, 3)
     state = torch.get_rng_state()
     one, again, other = (augment_strongly(image, seed) for seed in (1, 1, 2))
@@ -380,9 +384,7 @@ def test_palettes_become_their_colours_with_and_without_transparency(tmp_path: P
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_a_decoded_picture_is_what_torchvisions_own_transforms_give(
-    tmp_path: Path, suffix: str
-) -> None:
+def test_decoding_equals_torchvisions_transforms(tmp_path: Path, suffix: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
     path = saved(tmp_path / f"x.{suffix}", Image.fromarray(pixels))
     with Image.open(path) as image:
@@ -393,7 +395,9 @@ def test_a_decoded_picture_is_what_torchvisions_own_transforms_give(
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (3, 500)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_pictures_of_odd_shapes_work(tmp_path: Path, size: tuple[int, int], suffix: str) -> None:
+def test_pictures_of_extreme_shapes_are_decoded(
+    tmp_path: Path, size: tuple[int, int], suffix: str
+) -> None:
     path = saved(tmp_path / f"x.{suffix}", Image.new("RGB", size, (40, 40, 40)))
     assert (decode(path, 32).int() - 40).abs().max() <= 1
 
@@ -415,33 +419,33 @@ def test_a_truncated_picture_is_refused_by_its_path(
 @pytest.mark.parametrize(
     "content", [b"", b"text", b"\xff\xd8\xff", b"GIF89a", b"\x89PNG\r\n\x1a\n"]
 )
-def test_what_is_no_picture_is_refused_by_its_path(tmp_path: Path, content: bytes) -> None:
+def test_other_content_is_refused_by_its_path(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"x.jpg can't be read as a picture: ."):
         decode(path, 32)
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.png", Image.new("1", (20_000, 20_000)))
     with pytest.raises(DataError, match="pixels"):
         decode(path, 32)
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(DataError, match="not a regular file"):
         decode(tmp_path / "x.jpg", 32)
 
 
-def test_decoding_in_parallel_leaves_the_warnings_filters_as_they_were(tmp_path: Path) -> None:
+def test_decoding_in_parallel_restores_the_warning_filters(tmp_path: Path) -> None:
     paths = [saved(tmp_path / f"{i}.png", Image.new("L", (9, 9))) for i in range(64)]
     before = list(warnings.filters)
     decode_many(paths, 32, lambda index, image: None)
     assert warnings.filters == before
 
 
-def test_the_first_unreadable_picture_ends_a_run_and_can_be_left_out(tmp_path: Path) -> None:
+def test_an_unreadable_picture_is_refused_or_left_out(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 1, "val/b": 1}, jpeg(1))
     (tmp_path / "train/b/00001.jpg").write_bytes(b"x")
     pictures = find_pictures(tmp_path / "train")
@@ -454,7 +458,7 @@ def test_the_first_unreadable_picture_ends_a_run_and_can_be_left_out(tmp_path: P
         images.batch(np.arange(6))
 
 
-def test_a_class_that_loses_every_picture_is_refused(tmp_path: Path) -> None:
+def test_a_class_without_readable_pictures_is_refused(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/a": 3, "val/a": 1}, jpeg(1))
     place_files(tmp_path, {"train/b": 2, "val/b": 1}, b"x")
     with pytest.raises(DataError, match="no picture of these classes can be read: b"):

@@ -1,11 +1,15 @@
-"""A run's predictions, and what they tell."""
+"""Predictions and failures of a run."""
 
 from __future__ import annotations
+
+import signal
 
 import numpy as np
 import pytest
 
-from finetune.runs.predictions import confident_mistakes
+from finetune.runs.predictions import confident_mistakes, confusion_counts
+from finetune.runs.result import Failure, failure_of
+from finetune.system.errors import ConfigError, Pruned, Stopped
 
 LOGITS = np.array([[5.0, 0.0], [0.0, 1.0], [9.0, 0.0], [0.0, 3.0]], dtype="float32")
 LABELS = np.array([1, 0, 0, 0])
@@ -18,5 +22,27 @@ def test_the_most_confident_mistakes_come_first() -> None:
     assert confident_mistakes(LOGITS, LABELS, count=2) == found[:2]
 
 
-def test_without_mistakes_there_are_none() -> None:
+def test_without_mistakes_the_list_is_empty() -> None:
     assert confident_mistakes(LOGITS, LOGITS.argmax(axis=1), count=9) == []
+
+
+def test_confusion_counts_have_truths_in_rows() -> None:
+    guesses = LOGITS.argmax(axis=1)
+    assert confusion_counts(LABELS, guesses, 3).tolist() == [[1, 2, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (Stopped(signal.SIGTERM), Failure("stopped", "stopped by SIGTERM", 143)),
+        (Stopped(signal.SIGUSR1), Failure("preempted", "stopped by SIGUSR1", 128 + 10)),
+        (KeyboardInterrupt(), Failure("stopped", "interrupted", 130)),
+        (Pruned("others are better"), Failure("pruned", "others are better", 0)),
+        (ConfigError("no such field"), Failure("failed", "no such field", 2)),
+        (ValueError("x"), Failure("failed", "ValueError: x", 1)),
+    ],
+)
+def test_every_end_of_a_run_has_its_state_and_exit_code(
+    error: BaseException, expected: Failure
+) -> None:
+    assert failure_of(error) == expected

@@ -1,3 +1,5 @@
+"""Progress bars leave the terminal as it was."""
+
 from __future__ import annotations
 
 import os
@@ -23,7 +25,7 @@ def read():
     for number in range(1000):
         done()
         time.sleep(0.01)
-        if number == {breaks_at}:
+        if number == {fails_at}:
             raise DataError("no more")
 
 run_cli(progress.close_bars()(read))
@@ -32,29 +34,29 @@ HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"
 
 
 @pytest.mark.parametrize(
-    ("breaks_at", "last_words"), [(5, b"error: no more"), (-1, b"stopped by SIGINT")]
+    ("fails_at", "last_output"), [(5, b"error: no more"), (-1, b"stopped by SIGINT")]
 )
-def test_a_bar_that_breaks_off_gives_the_terminal_back(breaks_at: int, last_words: bytes) -> None:
-    terminal, its_end = pty.openpty()
+def test_an_interrupted_bar_restores_the_cursor(fails_at: int, last_output: bytes) -> None:
+    terminal, child_end = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", READING.format(breaks_at=breaks_at)],
+        [sys.executable, "-c", READING.format(fails_at=fails_at)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
-        stderr=its_end,
+        stderr=child_end,
     )
-    os.close(its_end)
+    os.close(child_end)
     seen = b""
     while chunk := read(terminal):
         seen += chunk
-        if breaks_at < 0 and HIDDEN in seen and process.poll() is None:
-            process.send_signal(signal.SIGINT)  # again and again, as an impatient user does
+        if fails_at < 0 and HIDDEN in seen and process.poll() is None:
+            process.send_signal(signal.SIGINT)  # several times
     process.wait(20)
     os.close(terminal)
     assert seen.count(HIDDEN) == seen.count(SHOWN) == 1, "the cursor stays hidden"
-    assert seen.endswith(last_words + b"\r\n"), "the bar comes after the last words"
+    assert seen.endswith(last_output + b"\r\n"), "the bar comes after the last message"
 
 
 def read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 4096)
-    except OSError:  # nobody holds its other end any more
+    except OSError:  # the other end is closed
         return b""

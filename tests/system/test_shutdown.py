@@ -1,4 +1,4 @@
-"""Stops: when they come, when they wait, and how often they count."""
+"""Stop signals: raised once, deferred, and restored."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from finetune.system.shutdown import STOP_SIGNALS, defer_stop, is_stopping, stop
 from tests.conftest import ROOT
 
 
-def test_a_second_stop_does_not_disturb_the_clean_up_of_the_first() -> None:
+def test_a_second_stop_does_not_interrupt_the_cleanup_of_the_first() -> None:
     before = [signal.getsignal(each) for each in STOP_SIGNALS]
     with pytest.raises(Stopped, match="SIGTERM"), stoppable():
         handler = signal.getsignal(signal.SIGTERM)
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            for each in STOP_SIGNALS:  # as a Trainer does, which puts back what it has found
+            for each in STOP_SIGNALS:  # a Trainer restores the handlers that it has found
                 signal.signal(each, handler)
             assert is_stopping()
             for each in STOP_SIGNALS:
@@ -30,7 +30,7 @@ def test_a_second_stop_does_not_disturb_the_clean_up_of_the_first() -> None:
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
 
 
-def test_a_stop_inside_counts_for_the_outer_clean_up_too() -> None:
+def test_a_stop_within_a_nested_context_protects_the_outer_cleanup_too() -> None:
     with pytest.raises(Stopped, match="SIGINT"), stoppable():
         try:
             with stoppable():
@@ -39,7 +39,7 @@ def test_a_stop_inside_counts_for_the_outer_clean_up_too() -> None:
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_what_is_undivided_is_done_before_the_stop() -> None:
+def test_a_deferred_stop_comes_at_the_end_of_the_outer_context() -> None:
     done = []
     with pytest.raises(Stopped, match="SIGUSR1"), stoppable():
         with defer_stop():
@@ -50,17 +50,17 @@ def test_what_is_undivided_is_done_before_the_stop() -> None:
     assert done == ["inside"]
 
 
-def test_a_stop_during_the_imports_waits_for_their_end(tmp_path: Path) -> None:
-    """Raised within one of torch's own C++ callbacks it would abort the process."""
+def test_a_stop_during_the_imports_is_deferred_to_their_end(tmp_path: Path) -> None:
+    """An exception within one of torch's C++ callbacks would abort the process."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
-        "class Striking:\n"
+        "class StopAtImport:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch._C':\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "        if name == 'finetune.tracking' or name == 'finetune.training.recorder':\n"
         "            print(name)\n"
-        "sys.meta_path.insert(0, Striking())\n"
+        "sys.meta_path.insert(0, StopAtImport())\n"
     )
     done = subprocess.run(
         [sys.executable, str(ROOT / "agent.py")],
