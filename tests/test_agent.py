@@ -1,4 +1,4 @@
-"""The command line: messages, exit codes, and nothing left behind."""
+"""The command line of agent.py: messages and exit codes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_wrong_command_line_is_one_message_and_code_2(flags: list[str], words:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_missing_data_names_the_command_that_fetches_it(tmp_path: Path) -> None:
+def test_missing_data_names_the_download_command(tmp_path: Path) -> None:
     done = agent(f"--data_dir={tmp_path}/none", f"--out={tmp_path}/runs")
     assert done.returncode == 1
     assert "python -m finetune download" in done.stderr
@@ -73,7 +73,7 @@ def test_a_truncated_picture_is_named(fields: dict[str, Any], digits: Path, tmp_
     assert "continuing without 1 unreadable" in skipped.stdout
 
 
-def test_one_run_prints_what_a_person_wants_to_read(fields: dict[str, Any]) -> None:
+def test_a_run_prints_its_splits_its_epochs_and_its_best_accuracy(fields: dict[str, Any]) -> None:
     done = agent(*as_flags(fields | {"strategy": "gradual", "epochs": 4}))
     assert done.returncode == 0, done.stderr
     assert "20 pictures train; val/ validates (15 pictures)" in done.stdout

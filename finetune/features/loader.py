@@ -21,84 +21,77 @@ from finetune.data.images import open_images
 from finetune.data.pictures import Indices, Pictures
 from finetune.data.seeding import epoch_augment_seeds, epoch_flips, epoch_order
 from finetune.data.splits import Splits
-from finetune.features.inputs import SplitInputs
-from finetune.features.prefix_cache import PrefixCache
+from finetune.features.prefix_cache import Flags, PrefixCache, SplitInputs
 from finetune.system.array_store import Cache
-from finetune.system.progress import StartProgress, no_progress
+from finetune.system.progress import bar
 
 
 class EpochLoader:
     """A run's training and validation batches by epoch; their randomness follows from the seed."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        splits: Splits,
-        log: Callable[[str], None] = print,
-        progress: StartProgress = no_progress,
+        self, config: RunConfig, splits: Splits, log: Callable[[str], None] = print
     ) -> None:
         """Decodes the pictures, or opens them in the cache. Raises `DataError`."""
         started = time.perf_counter()
-        self._config = config
-        self._log = log
-        self._progress = progress
-        self._cache = None
+        self._config, self._log, self._cache = config, log, None
         if config.cache and config.cache_gb:
             self._cache = Cache(config.cache_dir, config.cache_gb * 1e9, log)
         self.unreadable: list[str] = []
         """The pictures that are left out, as SPLIT/CLASS/FILE."""
-        self._train = self._open(splits.train, is_flipped=config.data_aug == "y")
-        self._val = self._open(splits.val, is_flipped=False)
-        if self.unreadable:
-            count, first = len(self.unreadable), self.unreadable[0]
-            log(f"continuing without {count} unreadable pictures: {first} ...")
+        self.train = self._open(splits.train, is_flipped=config.data_aug == "y")
+        self.val = self._open(splits.val, is_flipped=False)
+        if names := self.unreadable:
+            log(f"continuing without {len(names)} unreadable pictures: {names[0]} ...")
         self.timings: dict[str, float] = {}
-        """Milliseconds per picture to recompute and to read, for each boundary that was timed."""
+        """What `PrefixCache` timed."""
         self.cache_seconds = time.perf_counter() - started
 
     def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
         config = self._config
         images, unreadable = open_images(
-            split, config.image_size, config.skip_unreadable, self._cache, self._progress
+            split, config.image_size, config.skip_unreadable, self._cache, bar
         )
         self.unreadable += [f"{split.folder.name}/{name}" for name in unreadable]
         return SplitInputs(images, is_flipped)
 
-    @property
-    def train_pictures(self) -> Pictures:
-        return self._train.pictures
-
-    @property
-    def val_pictures(self) -> Pictures:
-        return self._val.pictures
-
     def train_epoch(self, epoch: int) -> EpochBatches:
-        pictures, seed, data_aug = self.train_pictures, self._config.seed, self._config.data_aug
-        part = self._train.last_stored_part(self._config.plan.first_trainable(epoch))
-        no_flips = np.zeros(len(pictures), dtype=bool)
-        flips = epoch_flips(pictures, seed, epoch) if data_aug == "y" else no_flips
-        seeds = epoch_augment_seeds(pictures, seed, epoch)
-
-        def fetch(indices: Indices) -> tuple[Tensor, Tensor | None]:
-            inputs, positions = self._train.batch(part, indices, flips[indices])
-            if data_aug == "strong":
-                pairs = zip(inputs, seeds[indices].tolist(), strict=True)
-                inputs = torch.stack([augment_strongly(image, seed) for image, seed in pairs])
-            return inputs, positions
-
-        order = epoch_order(pictures, seed, epoch)
-        return EpochBatches(pictures, order, self._config.batch_size, part, fetch)
+        config, pictures = self._config, self.train.pictures
+        flips = np.zeros(len(pictures), dtype=bool)
+        seeds = None
+        if config.data_aug == "y":
+            flips = epoch_flips(pictures, config.seed, epoch)
+        elif config.data_aug == "strong":
+            seeds = epoch_augment_seeds(pictures, config.seed, epoch)
+        order = epoch_order(pictures, config.seed, epoch)
+        return self._batches(self.train, epoch, order, config.batch_size, flips, seeds)
 
     def val_epoch(self, epoch: int) -> EpochBatches:
         """Every validation picture once, ordered by name."""
-        config, pictures = self._config, self.val_pictures
-        part = self._val.last_stored_part(config.plan.first_trainable(epoch))
+        config, num_val = self._config, len(self.val.pictures)
         batch_size = max(config.batch_size, num_at_once(config.image_size, config.accelerator))
+        no_flips = np.zeros(num_val, dtype=bool)
+        return self._batches(self.val, epoch, np.arange(num_val), batch_size, no_flips)
+
+    def _batches(
+        self,
+        split: SplitInputs,
+        epoch: int,
+        order: Indices,
+        batch_size: int,
+        flips: Flags,
+        augment_seeds: Any = None,
+    ) -> EpochBatches:
+        part = split.last_stored_part(self._config.plan.first_trainable(epoch))
 
         def fetch(indices: Indices) -> tuple[Tensor, Tensor | None]:
-            return self._val.batch(part, indices, np.zeros(len(indices), dtype=bool))
+            inputs, positions = split.batch(part, indices, flips[indices])
+            if augment_seeds is not None:
+                seeds = augment_seeds[indices].tolist()
+                inputs = torch.stack(list(map(augment_strongly, inputs, seeds)))
+            return inputs, positions
 
-        return EpochBatches(pictures, np.arange(len(pictures)), batch_size, part, fetch)
+        return EpochBatches(split.pictures, order, batch_size, part, fetch)
 
     def prepare(
         self,
@@ -121,17 +114,9 @@ class EpochLoader:
             )
         epochs = range(first_epoch, config.epochs)
         num_epochs = Counter(config.plan.first_trainable(epoch) for epoch in epochs)
+        shared = (config, self._cache, (self.train, self.val), network, precision, self._log)
         for boundary in PARTS[1:]:  # in the network's order: each is computed from the one before
             if boundary in num_epochs:
-                prefix_cache = PrefixCache(
-                    config,
-                    self._cache,
-                    (self._train, self._val),
-                    network,
-                    boundary,
-                    precision,
-                    self._log,
-                    self._progress,
-                )
-                self.timings |= prefix_cache.open_or_fill(num_epochs[boundary])
+                prefix_cache = PrefixCache(boundary, *shared, self.timings)
+                prefix_cache.open_or_fill(num_epochs[boundary])
         self.cache_seconds += time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""The cache of the frozen prefix's activations: opened, or filled where that saves time.
+"""The frozen prefix's activations: read from the cache, or stored there where that saves time.
 
 Legend: B batch, H height, W width, C channels, D=512 features.
 """
@@ -15,107 +15,145 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.models import ResNet
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds, num_at_once
+from finetune.data.images import Images
 from finetune.data.pictures import Indices
-from finetune.features.inputs import SplitInputs, network_input
-from finetune.model.network import boundary_shape, forward, part_state, parts_before
+from finetune.model.network import boundary_shape, forward, normalise, part_state, parts_before
 from finetune.model.weights import fingerprint
 from finetune.system.array_store import Array, Cache, digest
 from finetune.system.errors import ConfigError
-from finetune.system.progress import StartProgress
+from finetune.system.progress import bar
+
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 _NUM_TIMED_BATCHES = 3
+
+
+class SplitInputs:
+    """What a split feeds into the network: its pictures, or stored activations by part."""
+
+    def __init__(self, images: Images, is_flipped: bool) -> None:
+        self.images = images
+        self.pictures = images.pictures
+        self.variants = (False, True) if is_flipped else (False,)
+        """The flips for which activations are stored."""
+        self.stored: dict[str, list[Array]] = {}
+        """The input of a part: per variant an array, with one row per picture."""
+
+    def last_stored_part(self, boundary: str) -> str:
+        """The last part up to `boundary` whose input is stored; `stem` stands for the pictures."""
+        stored = [part for part in (*parts_before(boundary), boundary) if part in self.stored]
+        return stored[-1] if stored else "stem"
+
+    def batch(self, part: str, indices: Indices, flips: Flags) -> tuple[Tensor, Tensor | None]:
+        """The input of `part`, and the positions of pictures that `network_input` has to flip.
+
+        uint8 pictures, (B, H, W, 3), at `stem`, else float32 activations, (B, H, W, C), or (B, D)
+        at `fc`.
+        """
+        if part == "stem":
+            positions = torch.from_numpy(np.flatnonzero(flips)) if flips.any() else None
+            return self.images.batch(indices), positions
+        arrays = self.stored[part]
+        rows = np.empty((len(indices), *arrays[0].shape[1:]), arrays[0].dtype)
+        for is_flipped, array in zip(self.variants, arrays, strict=True):
+            rows[flips == is_flipped] = array.take(indices[flips == is_flipped], axis=0)
+        return torch.from_numpy(rows).float(), None
+
+
+def network_input(inputs: Tensor, flips: Tensor | None, part: str) -> Tensor:
+    """A batch from `SplitInputs` as the network takes it at `part`: float32, channels_last."""
+    if part == "stem":
+        return normalise(inputs, flips)
+    return inputs.permute(0, 3, 1, 2) if inputs.ndim == 4 else inputs
 
 
 @dataclass
 class PrefixCache:
     """The activations that enter one part, `boundary`, for the two splits of a run."""
 
+    boundary: str
     config: RunConfig
     cache: Cache
     splits: tuple[SplitInputs, SplitInputs]
     network: ResNet
-    boundary: str
     precision: Callable[[], AbstractContextManager[Any]]
     log: Callable[[str], None]
-    progress: StartProgress
+    timings: dict[str, float]
+    """Milliseconds per picture to recompute and to read, for each boundary that was timed."""
 
-    def open_or_fill(self, num_epochs: int) -> dict[str, float]:
-        """Add the activations to the splits if that saves time over `num_epochs` epochs.
-
-        Returns what was timed: milliseconds per picture to recompute and to read.
-        """
+    def open_or_fill(self, num_epochs: int) -> None:
+        """Add the activations to the splits if that saves time over `num_epochs` epochs."""
         num_missing = sum(
             len(split.pictures)
             for split in self.splits
             for is_flipped in split.variants
             if self.cache.open("activations", self._description(split, is_flipped)) is None
         )
-        timings: dict[str, float] = {}
-        if num_missing and self.boundary != "fc":  # features at fc are small: always stored
-            try:
-                compute_ms, read_ms = self._time_one_picture()
-            except OSError as error:
-                self.log(f"cache: no disk space to time it ({error}); continuing without it")
-                return {}
-            timings |= {f"{self.boundary}/recompute_ms": compute_ms}
-            timings |= {f"{self.boundary}/read_ms": read_ms}
-            if not self._saves_time(num_epochs, num_missing, compute_ms, read_ms):
-                return timings
+        is_small = self.boundary == "fc"  # then storing always saves time
+        if num_missing and not is_small and not self._saves_time(num_epochs, num_missing):
+            return
         for split in self.splits:
             arrays = [self._open_or_build(split, is_flipped) for is_flipped in split.variants]
             opened = [array for array in arrays if array is not None]
             if len(opened) == len(arrays):
                 split.stored[self.boundary] = opened
-        return timings
 
-    def _saves_time(
-        self, num_epochs: int, num_missing: int, compute_ms: float, read_ms: float
-    ) -> bool:
+    def _saves_time(self, num_epochs: int, num_missing: int) -> bool:
+        try:
+            compute_ms, read_ms = self._time_one_picture()
+        except OSError as error:
+            self.log(f"cache: no disk space to time it ({error}); continuing without it")
+            return False
+        self.timings[f"{self.boundary}/recompute_ms"] = compute_ms
+        self.timings[f"{self.boundary}/read_ms"] = read_ms
         num_read = num_epochs * sum(len(split.pictures) for split in self.splits)
         recompute_ms = num_read * compute_ms
         store_ms = num_missing * (compute_ms + read_ms) + num_read * read_ms
-        is_faster = store_ms < recompute_ms
+        what = "stored" if store_ms < recompute_ms else "recomputed"
         self.log(
             f"frozen layers up to {self.boundary}: {compute_ms:.1f} ms per picture to recompute, "
-            f"{read_ms:.1f} ms to read; {'stored' if is_faster else 'recomputed'} for {num_epochs} "
-            f"epochs ({store_ms / 1e3:.0f} s if stored, {recompute_ms / 1e3:.0f} s if recomputed)"
+            f"{read_ms:.1f} ms to read; {what} for {num_epochs} epochs "
+            f"({store_ms / 1e3:.0f} s if stored, {recompute_ms / 1e3:.0f} s if recomputed)"
         )
-        return is_faster
+        return store_ms < recompute_ms
 
-    @cached_property
+    @property
     def _num_at_once(self) -> int:
         return num_at_once(self.config.image_size, self.config.accelerator)
-
-    @cached_property
-    def _device(self) -> torch.device:
-        device: torch.device = self.network.conv1.weight.device
-        return device
-
-    @cached_property
-    def _weights(self) -> str:
-        return fingerprint(part_state(self.network, parts_before(self.boundary)))
 
     @cached_property
     def _shape(self) -> tuple[int, ...]:
         return boundary_shape(self.boundary, self.config.image_size)
 
-    def _description(self, split: SplitInputs, is_flipped: bool) -> dict[str, Any]:
-        """Everything that the stored bytes depend on."""
+    @cached_property
+    def _description_of_network(self) -> dict[str, Any]:
+        device: torch.device = self.network.conv1.weight.device
+        processor = device.type  # what gives equal bits: the GPU's model, or the CPU's instructions
+        if device.type == "cuda":
+            processor = torch.cuda.get_device_name(device)
+        elif device.type == "cpu":
+            processor = f"cpu {torch.backends.cpu.get_cpu_capability()}"
         return {
             "boundary": self.boundary,
-            "weights": self._weights,
+            "weights": fingerprint(part_state(self.network, parts_before(self.boundary))),
+            "device": processor,
+            "num_threads": torch.get_num_threads() if device.type == "cpu" else 0,
+            "torch": torch.__version__,
+        }
+
+    def _description(self, split: SplitInputs, is_flipped: bool) -> dict[str, Any]:
+        """Everything that the stored bytes depend on."""
+        return self._description_of_network | {
             "files": split.pictures.identity,
             "names": digest(split.pictures.names),
             "image_size": self.config.image_size,
             "flip": int(is_flipped),
             "precision": self.config.precision,
-            "device": _processor(self._device),
-            "num_threads": torch.get_num_threads() if self._device.type == "cpu" else 0,
-            "torch": torch.__version__,
             "dtype": self.config.cache_format,
         }
 
@@ -124,7 +162,7 @@ class PrefixCache:
         what = f"{'flipped ' * is_flipped}{split.pictures.folder.name}/ up to {self.boundary}"
 
         def build(rows: Array) -> dict[str, Any]:
-            done = self.progress(f"computing {what}", num_pictures)
+            done = bar(f"computing {what}", num_pictures)
             for start, end in batch_bounds(num_pictures, self._num_at_once):
                 rows[start:end] = self._compute(split, np.arange(start, end), is_flipped)
                 for _ in range(start, end):
@@ -148,9 +186,9 @@ class PrefixCache:
         """
         part, dtype = split.last_stored_part(self.boundary), self.config.cache_format
         inputs, positions = split.batch(part, indices, np.full(len(indices), is_flipped))
-        if positions is not None:
-            positions = positions.to(self._device)
-        x = network_input(inputs.to(self._device), positions, part)
+        device = self.network.conv1.weight.device
+        positions = None if positions is None else positions.to(device)
+        x = network_input(inputs.to(device), positions, part)
         with self.precision():
             x = forward(self.network, x, part, self.boundary)
         x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
@@ -165,26 +203,17 @@ class PrefixCache:
 
     def _time_one_picture(self) -> tuple[float, float]:
         """Milliseconds to recompute one picture's activations, and to read them from a file."""
-        split = self.splits[0]
-        size = min(self._num_at_once, len(split.pictures))
-        num_timed = size * _NUM_TIMED_BATCHES
-        self._compute(split, np.arange(size), False)  # not timed: first calls are slower
+        indices = np.arange(min(self._num_at_once, len(self.splits[0].pictures)))
+        self._compute(self.splits[0], indices, False)  # not timed: first calls are slower
         start = time.perf_counter()
-        computed = [self._compute(split, np.arange(size), False) for _ in range(_NUM_TIMED_BATCHES)]
-        compute_ms = (time.perf_counter() - start) * 1e3 / num_timed
+        batches = [self._compute(self.splits[0], indices, False) for _ in range(_NUM_TIMED_BATCHES)]
+        compute_seconds = time.perf_counter() - start
+        computed = np.concatenate(batches)
         # A file without a name: nothing is left behind if the process is killed.
         with tempfile.TemporaryFile(dir=self.cache.directory) as file:
-            np.concatenate(computed).tofile(file)
-            rows = np.memmap(file, computed[0].dtype, "r", shape=(num_timed, *self._shape))
+            computed.tofile(file)
+            rows = np.memmap(file, computed.dtype, "r", shape=computed.shape)
             start = time.perf_counter()
-            for first in range(0, num_timed, size):
-                rows.take(np.arange(first, first + size), axis=0)
-            read_ms = (time.perf_counter() - start) * 1e3 / num_timed
-        return compute_ms, read_ms
-
-
-def _processor(device: torch.device) -> str:
-    """What gives equal bits: the GPU's model, or the CPU's instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+            rows.take(np.arange(len(rows)), axis=0)
+            read_seconds = time.perf_counter() - start
+        return compute_seconds * 1e3 / len(rows), read_seconds * 1e3 / len(rows)

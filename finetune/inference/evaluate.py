@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.config.fields import RunConfig
 from finetune.data.pictures import Pictures, find_pictures
 from finetune.data.splits import find_splits
 from finetune.inference.predict import Predictor, load_predictor, predict_logits
 from finetune.model.weights import fingerprint
+from finetune.runs.predictions import confusion_counts
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import digest
 from finetune.system.errors import DataError
@@ -34,16 +34,13 @@ Evaluation = dict[str, Any]
 
 
 def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -> int:
-    """Evaluate on the run's test set, or on `folder`/CLASS/*, and print; or print the record.
+    """Evaluate on the run's test set or on `folder`/CLASS/*, or find the record, and print it.
 
-    Raises `DataError` if there is no test set, if the folder's classes differ from the run's, or if
-    a picture can't be read and the run's `skip_unreadable` is false.
+    Raises `DataError` if there is no test set, if the classes are not the run's, or for a picture
+    that can't be read unless the run skips such pictures.
     """
     run, predictor = RunDir(run_dir), load_predictor(run_dir)
-    if folder is None:
-        pictures = _find_test_set(run_dir, predictor.config or run.read_config())
-    else:
-        pictures = find_pictures(folder)
+    pictures = find_pictures(folder) if folder else _find_test_set(run, predictor)
     check_classes(pictures, predictor.class_names)
     about = {
         "folder": str(pictures.folder.absolute()),
@@ -62,11 +59,11 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     return 0
 
 
-def _find_test_set(run_dir: Path, config: RunConfig) -> Pictures:
-    test = find_splits(config).test
+def _find_test_set(run: RunDir, predictor: Predictor) -> Pictures:
+    test = find_splits(predictor.config or run.read_config()).test
     if test is None:
         raise DataError(
-            f"{run_dir} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "
+            f"{run.path} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "
             "pass a labelled folder, or train with a val_fraction above 0, which keeps val/"
         )
     return test
@@ -95,19 +92,20 @@ def measure(predictor: Predictor, pictures: Pictures, skip_unreadable: bool) -> 
     if unreadable and not skip_unreadable:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise DataError(f"{unreadable[0]}{more}; repair or remove it")
-    names = predictor.class_names
-    confusion = np.zeros((len(names), len(names)), dtype=int)
-    for label, outcome in zip(pictures.labels, outcomes, strict=True):
-        if not isinstance(outcome, DataError):
-            confusion[label, outcome.argmax()] += 1
-    num_correct, num_pictures = int(np.trace(confusion)), int(confusion.sum())
-    if not num_pictures:
+    guesses = {i: o.argmax() for i, o in enumerate(outcomes) if not isinstance(o, DataError)}
+    if not guesses:
         raise DataError(f"{pictures.folder}: no picture can be read")
+    names = predictor.class_names
+    labels = pictures.labels[list(guesses)]
+    confusion = confusion_counts(labels, np.array(list(guesses.values())), len(names))
+    num_correct = int(confusion.trace())
     return {
-        "accuracy": num_correct / num_pictures,
-        "accuracy_interval": list(wilson_interval(num_correct, num_pictures)),
-        "num_pictures": num_pictures,
-        "per_class": [_class_figures(name, confusion, i) for i, name in enumerate(names)],
+        "accuracy": num_correct / len(guesses),
+        "accuracy_interval": list(wilson_interval(num_correct, len(guesses))),
+        "num_pictures": len(guesses),
+        "per_class": [
+            {"class": name, **_class_figures(confusion, i)} for i, name in enumerate(names)
+        ],
         "class_names": names,
         "confusion": confusion.tolist(),
         "unreadable": unreadable,
@@ -115,13 +113,12 @@ def measure(predictor: Predictor, pictures: Pictures, skip_unreadable: bool) -> 
     }
 
 
-def _class_figures(name: str, confusion: np.ndarray[Any, Any], i: int) -> dict[str, Any]:
+def _class_figures(confusion: np.ndarray[Any, Any], i: int) -> dict[str, Any]:
     """A class's accuracy (its recall), precision and F1; None where there is nothing to count."""
     num_correct = int(confusion[i, i])
     num_labelled, num_predicted = int(confusion[i].sum()), int(confusion[:, i].sum())
     num_either = num_labelled + num_predicted
     return {
-        "class": name,
         "num_pictures": num_labelled,
         "accuracy": num_correct / num_labelled if num_labelled else None,
         "precision": num_correct / num_predicted if num_predicted else None,
@@ -150,27 +147,22 @@ def describe(evaluation: Evaluation) -> str:
     width = max(5, *map(len, names))
     lines += ["", f"{'class':{width}} pictures accuracy precision     f1"]
     for name, figures in zip(names, evaluation["per_class"], strict=True):
-        accuracy, precision, f1 = (
-            "-" if figures[key] is None else f"{figures[key]:.3f}"
-            for key in ("accuracy", "precision", "f1")
-        )
-        count = figures["num_pictures"]
-        lines.append(f"{name:{width}} {count:8} {accuracy:>8} {precision:>9} {f1:>6}")
+        columns = f"{name:{width}} {figures['num_pictures']:8}"
+        for key, column_width in (("accuracy", 9), ("precision", 10), ("f1", 7)):
+            share = "-" if figures[key] is None else f"{figures[key]:.3f}"
+            columns += f"{share:>{column_width}}"
+        lines.append(columns)
     return "\n".join([*lines, "", *_confusion_lines(evaluation["confusion"], names, width)])
 
 
 def _confusion_lines(confusion: list[list[int]], names: list[str], width: int) -> list[str]:
     if len(names) > MAX_SHOWN_CLASSES:
-        mistakes = [
-            (count, names[i], names[j])
-            for i, row in enumerate(confusion)
-            for j, count in enumerate(row)
-            if i != j and count
-        ]
-        mistakes.sort(key=lambda mistake: -mistake[0])
-        return [
-            "most frequent mistakes (label -> prediction)",
-            *(f"{count:5}  {label} -> {guess}" for count, label, guess in mistakes[:12]),
+        mistakes = np.array(confusion) * ~np.eye(len(names), dtype=bool)
+        most = np.argsort(-mistakes, axis=None, kind="stable")[:MAX_SHOWN_CLASSES]
+        return ["most frequent mistakes (label -> prediction)"] + [
+            f"{mistakes[i, j]:5}  {names[i]} -> {names[j]}"
+            for i, j in zip(*np.unravel_index(most, mistakes.shape), strict=True)
+            if mistakes[i, j]
         ]
     cell = max(4, *(len(str(count)) + 1 for row in confusion for count in row))
     lines = ["confusion (rows: labels, columns: predictions)"]

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet
@@ -28,8 +27,7 @@ from finetune.system.files import remove_leftovers
 TOLERANCE = 1e-4
 """The largest allowed difference between a logit of the exported file and of the model."""
 
-Logits = np.ndarray[Any, Any]
-ExportedModel = Callable[[Tensor], Logits]
+ExportedModel = Callable[[Tensor], Tensor]
 """The logits, (B, K), that a written file gives for uint8 pictures, (B, H, W, 3)."""
 
 
@@ -41,12 +39,12 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
     write, suffix = FORMATS[format_name]
     path = out or run_dir / f"model{suffix}"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    model = load_best(run_dir)
-    about = _about(model, run_dir)
+    model: Any = load_best(run_dir)
+    about = _about(model.class_names, model.image_size, run_dir)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        difference = _difference(model, about["image_size"], write(model, about, temporary))
+        difference = _difference(model, model.image_size, write(model, about, temporary))
         if not difference <= TOLERANCE:
             raise WeightsError(
                 f"{path}: its logits would differ from the model's by {difference:g}, more than "
@@ -57,20 +55,16 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
         raise RunDirError(f"{path} can't be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-    print(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; its logits equal the model's within "
-        f"{difference:.1g}"
-    )
+    num_bytes = path.stat().st_size
+    print(f"{path}: {num_bytes / 1e6:.1f} MB; its logits equal the model's within {difference:.1g}")
     print(f"input: {about['input']}\noutput: {about['output']}")
     return 0
 
 
-def _about(model: ResNet, run_dir: Path) -> dict[str, Any]:
+def _about(class_names: list[str], size: int, run_dir: Path) -> dict[str, Any]:
     """What is written into the file besides the network; a format adds its input and output."""
-    found: Any = model
-    size = found.image_size
     return {
-        "class_names": found.class_names,
+        "class_names": class_names,
         "image_size": size,
         "mean": list(MEAN),
         "std": list(STD),
@@ -80,16 +74,16 @@ def _about(model: ResNet, run_dir: Path) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def _difference(model: ResNet, image_size: int, exported: ExportedModel) -> float:
     """The largest difference of a logit over random pictures, as a batch and as one picture."""
-    shape, seed = (3, image_size, image_size, 3), torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=seed)
-    differences = []
-    for batch in (pictures, pictures[:1]):
-        with torch.inference_mode():
-            expected = forward(model, normalise(batch, None), "stem", None).numpy()
-        differences.append(float(np.abs(exported(batch) - expected).max()))
-    return max(differences)
+    shape, generator = (3, image_size, image_size, 3), torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    differences = [
+        (exported(batch) - forward(model, normalise(batch, None), "stem", None)).abs().max()
+        for batch in (pictures, pictures[:1])
+    ]
+    return torch.stack(differences).max().item()
 
 
 def _write_state_dict(model: ResNet, about: dict[str, Any], path: Path) -> ExportedModel:
@@ -98,13 +92,7 @@ def _write_state_dict(model: ResNet, about: dict[str, Any], path: Path) -> Expor
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     write_checkpoint(about | {"state_dict": state}, path)
     rebuilt = _rebuilt(read_checkpoint(path))
-
-    @torch.inference_mode()
-    def logits(images_BHWC: Tensor) -> Logits:
-        found: Logits = rebuilt(normalise(images_BHWC, None)).numpy()
-        return found
-
-    return logits
+    return lambda images_BHWC: rebuilt(normalise(images_BHWC, None))
 
 
 def _rebuilt(content: dict[str, Any]) -> ResNet:
@@ -117,18 +105,15 @@ def _rebuilt(content: dict[str, Any]) -> ResNet:
 class _FromPixels(nn.Module):
     """The network with its normalisation: uint8 pictures are its input."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: ResNet) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        x = pictures.permute(0, 3, 1, 2).float().div(255).sub(self.mean).div(self.std)
-        logits: Tensor = self.model(x)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        logits: Tensor = self.model(
+            pictures.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
+        )
         return logits
 
 
@@ -147,36 +132,32 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedMod
         "bilinear with antialiasing; normalising is part of the network"
     )
     about["output"] = f"logits: float32, (batch, {len(about['class_names'])}), one per class name"
-    network = _FromPixels(model.to(memory_format=torch.contiguous_format)).eval()
-    program = _onnx_program(network, size).model_proto
+    program = _onnx_program(model, size)
     for key, value in about.items():
         text = value if isinstance(value, str) else json.dumps(value)
         program.metadata_props.add(key=key, value=text)
     onnx.save(program, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def logits(images_BHWC: Tensor) -> Logits:
-        found: Logits = session.run(["logits"], {"pictures": images_BHWC.numpy()})[0]
-        return found
-
-    return logits
+    return lambda images_BHWC: torch.from_numpy(
+        session.run(["logits"], {"pictures": images_BHWC.numpy()})[0]
+    )
 
 
-def _onnx_program(network: nn.Module, size: int) -> Any:
-    """torch's ONNX program for batches of any size; the exporter's own output is suppressed."""
-    batch = torch.export.Dim("batch", min=1, max=4096)
+def _onnx_program(model: ResNet, size: int) -> Any:
+    """The model in ONNX for batches of any size; the exporter's own output is suppressed."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        return torch.onnx.export(
-            network,
+        program: Any = torch.onnx.export(
+            _FromPixels(model.to(memory_format=torch.contiguous_format)).eval(),
             (torch.zeros(2, size, size, 3, dtype=torch.uint8),),
             dynamo=True,
             input_names=["pictures"],
             output_names=["logits"],
-            dynamic_shapes={"pictures": {0: batch}},
+            dynamic_shapes={"pictures": {0: torch.export.Dim("batch", min=1, max=4096)}},
             verbose=False,
         )
+    return program.model_proto
 
 
 FORMATS: dict[str, tuple[Callable[[ResNet, dict[str, Any], Path], ExportedModel], str]] = {

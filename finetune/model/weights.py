@@ -16,8 +16,8 @@ from torchvision.models import ResNet18_Weights
 
 from finetune.system.errors import WeightsError
 
-FORMAT_VERSION = 1
-"""Written into every checkpoint as `format_version`; version 0.1.0 wrote none."""
+FORMAT_VERSION = 2
+"""In every checkpoint as `format_version`. Version 1, which 0.1.0 wrote, has no such entry."""
 
 State = dict[str, Tensor]
 
@@ -35,10 +35,9 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def read_source(weights: str) -> State:
-    """The state dict named by `imagenet`, a file or a run directory.
+    """The state dict named by `imagenet` (torchvision's), a file or a run directory.
 
-    ImageNet's weights are torchvision's, which downloads them and checks their hash. Raises
-    `WeightsError`.
+    Raises `WeightsError`.
     """
     if weights != "imagenet":
         return read_state(Path(weights))
@@ -58,35 +57,27 @@ def read_source(weights: str) -> State:
 
 
 def read_state(path: Path) -> State:
-    """The state dict in a .pth file, a .safetensors file or a run directory.
-
-    Raises `WeightsError`.
-    """
+    """The state dict in a .pth, a .safetensors or a run directory. Raises `WeightsError`."""
     path = path / "best.ckpt" if path.is_dir() else path
     if not path.exists():
         raise WeightsError(
             f"weights: {path} does not exist; pass imagenet, a state-dict file or a run directory"
         )
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+    except ImportError:
+        raise WeightsError(f"weights: {path} needs safetensors: pip install safetensors") from None
+    except Exception as error:
+        raise WeightsError(f"weights: {path} can't be read: {error}") from None
     content = read_checkpoint(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(
             f"weights: {path} is not a state dict (found: {', '.join(map(str, list(state)[:4]))})"
         )
-    return state
-
-
-def _read_safetensors(path: Path) -> State:
-    try:
-        from safetensors.torch import load_file
-
-        state: State = load_file(path)
-    except ImportError:
-        raise WeightsError(f"weights: {path} needs safetensors: pip install safetensors") from None
-    except Exception as error:
-        raise WeightsError(f"weights: {path} can't be read: {error}") from None
     return state
 
 
@@ -117,10 +108,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file that `read_checkpoint` reads, whole or not at all.
-
-    Raises `OSError` with the path in it.
-    """
+    """torch.save, but atomic. Raises `OSError` with the path in it."""
     buffer = io.BytesIO()  # torch.save would hide the error of a full disk in its own
     torch.save(content, buffer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -18,30 +18,10 @@ from torchvision.models import ResNet
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import PARTS, SCHEDULES
 from finetune.data.batches import Batch, EpochBatches
-from finetune.features.inputs import network_input
 from finetune.features.loader import EpochLoader
+from finetune.features.prefix_cache import network_input
 from finetune.model.network import forward, part_module, part_state
 from finetune.runs.result import Row
-
-
-class _EpochSums:
-    """An epoch's summed loss and number of correct predictions, on the network's device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._loss = torch.zeros((), device=device)
-        self._num_correct = torch.zeros((), dtype=torch.int64, device=device)
-        self._num_pictures = 0
-
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self._loss += loss_sum
-        self._num_correct += (logits.argmax(dim=1) == labels).sum()
-        self._num_pictures += len(labels)
-
-    def means(self, split: str) -> Row:
-        return {
-            f"{split}_loss": self._loss.item() / self._num_pictures,
-            f"{split}_acc": int(self._num_correct) / self._num_pictures,
-        }
 
 
 class FineTuning(pl.LightningModule):
@@ -52,10 +32,10 @@ class FineTuning(pl.LightningModule):
         self.network = network
         self.config = config
         self.loader = loader
-        self.plan = config.plan
         self.strict_loading = False  # last.ckpt leaves out the parts that never train
         self._open: tuple[str, ...] = PARTS
-        self._train_sums = self._val_sums = _EpochSums(self.device)
+        self._totals: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": []}
+        """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
         self._rates: dict[str, float] = {}
 
@@ -68,7 +48,7 @@ class FineTuning(pl.LightningModule):
 
     def open_parts(self, epoch: int) -> None:
         """Enable gradients and train mode for the parts that train at this epoch only."""
-        self._open = self.plan.trainable_parts(epoch)
+        self._open = self.config.plan.trainable_parts(epoch)
         for part in PARTS:
             part_module(self.network, part).requires_grad_(part in self._open)
         self.train()
@@ -78,7 +58,7 @@ class FineTuning(pl.LightningModule):
         groups = [
             {
                 "params": list(part_module(self.network, part).parameters()),
-                "lr": rate * self.plan.rate_shares[part],
+                "lr": rate * self.config.plan.rate_shares[part],
                 "name": part,
             }
             for part in PARTS
@@ -122,7 +102,7 @@ class FineTuning(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.open_parts(self.current_epoch)
-        self._train_sums = _EpochSums(self.device)
+        self._totals["train"] = []
         optimizer: Any = self.optimizers()
         self._rates = {
             group["name"]: group["lr"] if group["name"] in self._open else 0.0
@@ -132,30 +112,30 @@ class FineTuning(pl.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         logits = self(batch)
         loss = cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
-        self._train_sums.add(loss.detach() * len(batch.labels), logits.detach(), batch.labels)
+        num_correct = (logits.argmax(dim=1) == batch.labels).sum()
+        self._totals["train"].append((loss.detach() * len(batch.labels), num_correct))
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self._val_sums = _EpochSums(self.device)
-        self._val_logits = []
+        self._totals["val"], self._val_logits = [], []
 
     @torch.inference_mode()
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         logits = self(batch).float()
         loss_sum = cross_entropy(logits, batch.labels, reduction="sum")
-        self._val_sums.add(loss_sum, logits, batch.labels)
+        self._totals["val"].append((loss_sum, (logits.argmax(dim=1) == batch.labels).sum()))
         self._val_logits.append(logits)
 
     def epoch_metrics(self) -> Row:
         """The finished epoch's mean losses, accuracies and learning rates."""
+        row: Row = {"epoch": self.current_epoch}
+        for name, split in {"train": self.loader.train, "val": self.loader.val}.items():
+            loss_sums, nums_correct = zip(*self._totals[name], strict=True)
+            row[f"{name}_loss"] = float(sum(loss_sums)) / len(split.pictures)
+            row[f"{name}_acc"] = int(sum(nums_correct)) / len(split.pictures)
         parameters = self.network.parameters()
-        return {
-            "epoch": self.current_epoch,
-            **self._train_sums.means("train"),
-            **self._val_sums.means("val"),
-            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            **{f"lr/{part}": self._rates[part] for part in PARTS},
-        }
+        row["trainable_parameters"] = sum(p.numel() for p in parameters if p.requires_grad)
+        return row | {f"lr/{part}": self._rates[part] for part in PARTS}
 
     def val_logits(self) -> Tensor:
         """The finished epoch's validation logits, float32 on the CPU, (N, K)."""
@@ -163,5 +143,5 @@ class FineTuning(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the parts that never train: the source weights have them."""
-        trained = part_state(self.network, self.plan.start_epochs)
+        trained = part_state(self.network, self.config.plan.start_epochs)
         checkpoint["state_dict"] = {f"network.{key}": value for key, value in trained.items()}

@@ -19,11 +19,11 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import epochs_since_best
-from finetune.model.network import MEAN, MODEL_NAME, STD
+from finetune.model.network import MEAN, MODEL_NAME, STD, load_best
 from finetune.model.weights import FORMAT_VERSION, read_checkpoint, write_checkpoint
 from finetune.runs.result import Row, best_epoch
 from finetune.runs.run_dir import RunDir
-from finetune.system.errors import Diverged, WeightsError
+from finetune.system.errors import Diverged, RunDirError, WeightsError
 from finetune.system.files import write_atomically
 from finetune.system.shutdown import defer_stop
 from finetune.training.module import FineTuning
@@ -80,9 +80,7 @@ class Recorder(pl.Callback):
     train_seconds: float = 0.0
     _epoch_started: float = 0.0
 
-    @property
-    def state_key(self) -> str:
-        return STATE_KEY
+    state_key = STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "train_seconds": self.train_seconds}
@@ -91,11 +89,35 @@ class Recorder(pl.Callback):
         self.rows = list(state_dict["rows"])
         self.train_seconds = float(state_dict.get("train_seconds", 0.0))
 
+    def restore(self) -> Path | None:
+        """Restore the rows from last.ckpt, if it exists; its path. Raises `WeightsError`."""
+        path = self.run_dir.last_path
+        if not path.exists():
+            return None
+        try:
+            checkpoint = read_last(path)
+            self.load_state_dict(checkpoint["callbacks"][STATE_KEY])
+            # The best epoch's files may not be written again: check them now.
+            load_best(self.run_dir.path)
+            self.run_dir.read_predictions()
+        except (WeightsError, RunDirError) as error:
+            raise WeightsError(
+                f"{error}. Remove {path} to start the run from its beginning"
+            ) from None
+        source = checkpoint.get("weights_fingerprint")
+        if source != self.weights_fingerprint:
+            raise WeightsError(
+                f"{path} belongs to weights {source}; {self.config.weights} are "
+                f"{self.weights_fingerprint}. Resume with the weights that it started from"
+            )
+        self.run_dir.write_metrics(self.rows)
+        self.log_line(f"resuming after epoch {len(self.rows) - 1}")
+        return path
+
     @property
     def out_of_patience(self) -> bool:
-        """Whether early stopping ends the run; depends on the rows alone."""
-        losses = [row["val_loss"] for row in self.rows]
-        since_best = epochs_since_best(losses, self.config.plan)
+        """Whether early stopping ends the run."""
+        since_best = epochs_since_best([row["val_loss"] for row in self.rows], self.config.plan)
         return 0 < self.config.patience_epochs <= since_best
 
     @property
@@ -107,10 +129,15 @@ class Recorder(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FineTuning)
-        row = pl_module.epoch_metrics()
-        self._check_finite(row)
-        loader = pl_module.loader
-        num_pictures = len(loader.train_pictures) + len(loader.val_pictures)
+        row, loader = pl_module.epoch_metrics(), pl_module.loader
+        losses = {name: row[name] for name in ("train_loss", "val_loss")}
+        if not all(map(math.isfinite, losses.values())):
+            found = ", ".join(f"{name} is {value}" for name, value in losses.items())
+            raise Diverged(
+                f"diverged in epoch {row['epoch']:.0f} at learning_rate "
+                f"{self.config.learning_rate:g}: {found}; pass a smaller --learning_rate"
+            )
+        num_pictures = len(loader.train.pictures) + len(loader.val.pictures)
         row["images_per_second"] = num_pictures / (time.perf_counter() - self._epoch_started)
         with defer_stop():
             self._record(row, trainer, pl_module)
@@ -119,25 +146,15 @@ class Recorder(pl.Callback):
         if self.out_of_patience:
             trainer.should_stop = True
 
-    def _check_finite(self, row: Row) -> None:
-        losses = {name: row[name] for name in ("train_loss", "val_loss")}
-        if not all(map(math.isfinite, losses.values())):
-            found = ", ".join(f"{name} is {value}" for name, value in losses.items())
-            raise Diverged(
-                f"diverged in epoch {row['epoch']:.0f} at learning_rate "
-                f"{self.config.learning_rate:g}: {found}; pass a smaller --learning_rate"
-            )
-
     def _record(self, row: Row, trainer: pl.Trainer, module: FineTuning) -> None:
-        """Write the epoch's files, then log it.
+        """Write the epoch's files, then log it: if a resume repeated it, it would be logged twice.
 
-        An epoch is logged after last.ckpt has it: otherwise a resume would repeat it and log it
-        twice. If it was not logged, the tracker does so when the run is resumed.
+        An epoch that was written but not logged is logged by the tracker when the run is resumed.
         """
         self.rows.append(row)
-        best = best_epoch(self.rows)
-        row["best_val_acc"] = self.rows[best]["val_acc"]
-        if best == row["epoch"]:
+        best = self.rows[best_epoch(self.rows)]
+        row["best_val_acc"] = best["val_acc"]
+        if best is row:
             self._write_best(row, module)
         self.run_dir.write_metrics(self.rows)
         self.train_seconds += time.perf_counter() - self._epoch_started
@@ -154,7 +171,7 @@ class Recorder(pl.Callback):
 
     def _write_best(self, row: Row, module: FineTuning) -> None:
         """best.ckpt, the complete network with its classes and preprocessing; predictions.npz."""
-        pictures = module.loader.val_pictures
+        pictures = module.loader.val.pictures
         content = {
             "format_version": FORMAT_VERSION,
             "model": MODEL_NAME,

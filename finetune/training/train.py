@@ -25,24 +25,17 @@ from torchvision.models import ResNet
 from finetune.config.fields import RunConfig
 from finetune.data.splits import Splits
 from finetune.features.loader import EpochLoader
-from finetune.model.network import build, build_from, load_best, read_best
+from finetune.model.network import build_from, load_best
 from finetune.runs.resolve import prepare_run, resolve
 from finetune.runs.result import RunResult, best_epoch, failure_of
 from finetune.runs.run_dir import RunDir
-from finetune.system.errors import FinetuneError, RunDirError, Shortage, WeightsError
-from finetune.system.progress import bar
+from finetune.system.errors import FinetuneError, RunDirError, Shortage
 from finetune.system.resources import is_out_of_memory, shortage
 from finetune.system.shutdown import defer_stop, stoppable
 from finetune.system.text import one_line
 from finetune.tracking.tracker import Tracker
 from finetune.training.module import FineTuning
-from finetune.training.recorder import (
-    STATE_KEY,
-    AtomicCheckpointIO,
-    EpochCallback,
-    Recorder,
-    read_last,
-)
+from finetune.training.recorder import AtomicCheckpointIO, EpochCallback, Recorder
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "wandb", "numpy", "pillow")
 
@@ -105,106 +98,26 @@ class _Execution:
         config, run_dir = self.config, self.run_dir
         log(f"run {run_dir.path.name}: {config.name} in {run_dir.path}")
         log(self.splits.note)
-        num_classes, source = len(self.splits.class_names), None
-        if config.weights is None:
-            network = build(num_classes, config.seed)
-        else:
-            network, source = build_from(config.weights, num_classes, config.seed)
+        network, source = build_from(config.weights, len(self.splits.class_names), config.seed)
         self.recorder = recorder = Recorder(run_dir, config, source, log, self.on_epoch)
-        checkpoint_path = self._resume(recorder, source)
+        checkpoint_path = recorder.restore()
         self.tracker = tracker = Tracker.open(config, run_dir, log)
         tracker.log_missing_epochs(recorder.rows)
-        loader = EpochLoader(config, self.splits, log, bar)
-        module = FineTuning(network, config, loader)
+        loader = EpochLoader(config, self.splits, log)
         if not recorder.is_complete:
-            self._trainer(recorder, tracker).fit(module, ckpt_path=checkpoint_path)
-        result = self._result(recorder, loader, source)
+            module = FineTuning(network, config, loader)
+            _trainer(recorder, tracker).fit(module, ckpt_path=checkpoint_path)
+        result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir)
         with defer_stop():  # the server and the directory agree on how the run ended
             tracker.close()
             run_dir.write_result(result)
+        stopped = " (stopped early)" if result.stopped_early else ""
         log(
             f"best val_acc {result.best_val_acc:.4f} in epoch {result.best_epoch} of "
-            f"{result.epochs_run}{' (stopped early)' if result.stopped_early else ''}: "
-            f"{run_dir.path}"
+            f"{result.epochs_run}{stopped}: {run_dir.path}"
         )
         return result
-
-    def _resume(self, recorder: Recorder, source: str | None) -> Path | None:
-        """Restore the recorder from last.ckpt and return its path; None if there is none.
-
-        Raises `WeightsError`.
-        """
-        path = self.run_dir.last_path
-        if not path.exists():
-            return None
-        try:
-            checkpoint = read_last(path)
-            recorder.load_state_dict(checkpoint["callbacks"][STATE_KEY])
-            # The best epoch's files may not be written again: check them now.
-            read_best(self.run_dir.path)
-            self.run_dir.read_predictions()
-        except (WeightsError, RunDirError) as error:
-            raise WeightsError(
-                f"{error}. Remove {path} to start the run from its beginning"
-            ) from None
-        if checkpoint.get("weights_fingerprint") != source:
-            raise WeightsError(
-                f"{path} belongs to weights {checkpoint.get('weights_fingerprint')}; "
-                f"{self.config.weights} are {source}. Resume with the weights that it started from"
-            )
-        self.run_dir.write_metrics(recorder.rows)
-        log(f"resuming after epoch {len(recorder.rows) - 1}")
-        return path
-
-    def _trainer(self, recorder: Recorder, tracker: Tracker) -> pl.Trainer:
-        return pl.Trainer(
-            max_epochs=self.config.epochs,
-            accelerator=self.config.accelerator,
-            devices=1,
-            precision=self.config.precision,  # type: ignore[arg-type]
-            logger=WandbLogger(experiment=tracker.run) if tracker.run is not None else False,
-            callbacks=[recorder],
-            plugins=[AtomicCheckpointIO(), LightningEnvironment()],
-            default_root_dir=self.run_dir.path,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
-            num_sanity_val_steps=0,
-            reload_dataloaders_every_n_epochs=1,
-        )
-
-    def _result(self, recorder: Recorder, loader: EpochLoader, source: str | None) -> RunResult:
-        rows, train_seconds = recorder.rows, recorder.train_seconds
-        best = best_epoch(rows)
-        num_train, num_val = len(loader.train_pictures), len(loader.val_pictures)
-        return RunResult(
-            run_id=self.run_dir.path.name,
-            strategy=self.config.strategy,
-            seed=self.config.seed,
-            best_val_acc=rows[best]["val_acc"],
-            best_val_loss=rows[best]["val_loss"],
-            best_epoch=best,
-            last_val_acc=rows[-1]["val_acc"],
-            epochs_run=len(rows),
-            stopped_early=len(rows) < self.config.epochs,
-            num_threads=torch.get_num_threads(),
-            train_seconds=train_seconds,
-            cache_seconds=loader.cache_seconds,
-            images_per_second=len(rows) * (num_train + num_val) / train_seconds,
-            trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
-            class_names=list(self.splits.class_names),
-            num_train=num_train,
-            num_val=num_val,
-            unreadable=loader.unreadable,
-            dataset_fingerprint=self.splits.dataset_fingerprint,
-            split_fingerprint=self.splits.split_fingerprint,
-            weights_fingerprint=source,
-            versions={"python": sys.version.split()[0]} | {p: version(p) for p in _PACKAGES},
-            git_commit=_git_commit(),
-            config=self.config.to_fields(),
-            prefix_timings=loader.timings,
-        )
 
     def record_failure(self, error: BaseException) -> None:
         """Write failure.json and end the W&B run, as far as possible."""
@@ -217,6 +130,59 @@ class _Execution:
                 self.tracker.fail(failure, self.run_dir)
             except Exception as unsent:  # it must not hide the error that ended the run
                 log(f"{type(unsent).__name__}: {unsent}")
+
+
+def _trainer(recorder: Recorder, tracker: Tracker) -> pl.Trainer:
+    config: Any = recorder.config
+    return pl.Trainer(
+        max_epochs=config.epochs,
+        accelerator=config.accelerator,
+        devices=1,
+        precision=config.precision,
+        logger=WandbLogger(experiment=tracker.run) if tracker.run is not None else False,
+        callbacks=[recorder],
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
+        default_root_dir=recorder.run_dir.path,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+    )
+
+
+def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResult:
+    config, rows, train_seconds = recorder.config, recorder.rows, recorder.train_seconds
+    best = rows[best_epoch(rows)]
+    num_train, num_val = len(loader.train.pictures), len(loader.val.pictures)
+    return RunResult(
+        run_id=recorder.run_dir.path.name,
+        strategy=config.strategy,
+        seed=config.seed,
+        best_val_acc=best["val_acc"],
+        best_val_loss=best["val_loss"],
+        best_epoch=best_epoch(rows),
+        last_val_acc=rows[-1]["val_acc"],
+        epochs_run=len(rows),
+        stopped_early=len(rows) < config.epochs,
+        num_threads=torch.get_num_threads(),
+        train_seconds=train_seconds,
+        cache_seconds=loader.cache_seconds,
+        images_per_second=len(rows) * (num_train + num_val) / train_seconds,
+        trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
+        start_epochs=dict(config.plan.start_epochs),
+        class_names=list(splits.class_names),
+        num_train=num_train,
+        num_val=num_val,
+        unreadable=loader.unreadable,
+        dataset_fingerprint=splits.dataset_fingerprint,
+        split_fingerprint=splits.split_fingerprint,
+        weights_fingerprint=recorder.weights_fingerprint,
+        versions={"python": sys.version.split()[0]} | {p: version(p) for p in _PACKAGES},
+        git_commit=_git_commit(),
+        config=config.to_fields(),
+        prefix_timings=loader.timings,
+    )
 
 
 def _with_advice(error: BaseException, config: RunConfig, run_dir: RunDir) -> BaseException:

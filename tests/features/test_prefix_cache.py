@@ -1,4 +1,4 @@
-"""Reuse changes the time, not the numbers."""
+"""The cache of activations: it changes the time of a run, not its numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prepared(config: RunConfig) -> EpochLoader:
 
 @pytest.mark.parametrize("data_aug", ["y", "n"])
 @pytest.mark.parametrize("strategy", ["freeze", "partial", "gradual", "scratch"])
-def test_cached_and_uncached_runs_are_the_same_to_the_bit(
+def test_cold_and_warm_caches_give_equal_bits_and_no_cache_the_same_within_1e_6(
     strategy: str, data_aug: str, train: Train
 ) -> None:
     runs = [
@@ -45,13 +45,13 @@ def test_cached_and_uncached_runs_are_the_same_to_the_bit(
     np.testing.assert_allclose(uncached, cold, atol=1e-6, rtol=0)
 
 
-def test_float16_takes_half_the_room_and_nearly_the_same_numbers(
+def test_float16_takes_half_the_disk_space_and_gives_nearly_the_same_losses(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows, sizes = [], []
-    for kept in ("float32", "float16"):
-        place = tmp_path / kept
-        run_dir = train(strategy="freeze", cache_format=kept, cache_dir=place)
+    for cache_format in ("float32", "float16"):
+        place = tmp_path / cache_format
+        run_dir = train(strategy="freeze", cache_format=cache_format, cache_dir=place)
         rows.append([row["val_loss"] for row in read_metrics(run_dir.metrics_path)])
         stored = [np.load(path) for path in place.glob("activations-*/data.npy")]
         sizes.append(sum(array.nbytes for array in stored))
@@ -61,7 +61,9 @@ def test_float16_takes_half_the_room_and_nearly_the_same_numbers(
     assert capsys.readouterr().out.count("not exact") == 1
 
 
-def test_what_float16_can_not_hold_is_refused(train: Train, weights: Path, tmp_path: Path) -> None:
+def test_activations_too_large_for_float16_are_refused(
+    train: Train, weights: Path, tmp_path: Path
+) -> None:
     state = torch.load(weights, weights_only=True)
     state["layer4.1.bn2.weight"] = state["layer4.1.bn2.weight"] * 1e7
     torch.save(state, tmp_path / "large.pth")
@@ -69,7 +71,7 @@ def test_what_float16_can_not_hold_is_refused(train: Train, weights: Path, tmp_p
         train(strategy="freeze", cache_format="float16", weights=tmp_path / "large.pth")
 
 
-def test_freeze_trains_on_512_numbers_a_picture(fields: dict[str, Any]) -> None:
+def test_freeze_trains_on_512_features_per_picture(fields: dict[str, Any]) -> None:
     config = RunConfig.from_fields(fields | {"strategy": "freeze"})
     batch = prepared(config).train_epoch(0)[0]
     assert batch.part == "fc"
@@ -83,7 +85,7 @@ def test_gradual_moves_to_the_next_boundary_as_it_unfreezes(fields: dict[str, An
     assert parts == ["fc", "layer2", "layer2"]
 
 
-def test_strong_augmentation_uses_the_pictures_alone(fields: dict[str, Any]) -> None:
+def test_strong_augmentation_reads_pictures_instead_of_activations(fields: dict[str, Any]) -> None:
     loader = prepared(RunConfig.from_fields(fields | {"data_aug": "strong"}))
     batch = loader.train_epoch(0)[0]
     assert (batch.part, batch.inputs.dtype) == ("stem", torch.uint8)
@@ -91,18 +93,18 @@ def test_strong_augmentation_uses_the_pictures_alone(fields: dict[str, Any]) -> 
     assert torch.equal(batch.inputs, loader.train_epoch(0)[0].inputs)
 
 
-def test_a_second_run_computes_nothing_again(
+def test_a_second_run_computes_no_activations(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(strategy="freeze")
     before = {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*-*")}
-    assert len(before) == 2 + 3  # two folders' pictures; training both ways round, validation
+    assert len(before) == 2 + 3  # pictures of two folders; training plain and flipped, validation
     train(strategy="freeze", batch_size=4, learning_rate=0.1, seed=1)
     assert {path: path.stat().st_ino for path in (tmp_path / "cache").glob("*-*")} == before
 
 
 @pytest.mark.parametrize("change", ["weights", "picture", "image_size"])
-def test_whatever_the_bytes_depend_on_makes_another_entry(
+def test_a_change_of_what_activations_depend_on_makes_a_new_entry(
     change: str, fields: dict[str, Any], tmp_path: Path, digits: Path
 ) -> None:
     import shutil
@@ -136,7 +138,7 @@ def test_both_timings_of_a_boundary_are_recorded(train: Train) -> None:
     assert all(value > 0 for value in result.prefix_timings.values())
 
 
-def test_too_little_room_means_working_without(
+def test_a_run_continues_without_a_cache_if_disk_space_is_short(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_cache = train(strategy="freeze")

@@ -1,3 +1,5 @@
+"""Exported files: they give the model's logits, and describe their input and output."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +22,7 @@ from finetune.system.errors import ConfigError, MissingPackage, WeightsError
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run directory with the little that an export needs."""
+    """A run directory with only a best.ckpt, which is all that an export needs."""
     content = {
         "state_dict": build(5, seed=3).state_dict(),
         "class_names": list("56789"),
@@ -32,7 +34,7 @@ def run_dir(tmp_path: Path) -> Path:
     return place
 
 
-def test_onnx_gives_the_models_answers_from_pixels(run_dir: Path, digits: Path) -> None:
+def test_onnx_gives_the_models_logits_from_pixels(run_dir: Path, digits: Path) -> None:
     assert not main(["export", str(run_dir), "--format", "onnx"])
     session = onnxruntime.InferenceSession(str(run_dir / "model.onnx"))
     paths = sorted((digits / "val").glob("*/*.png"))
@@ -46,8 +48,10 @@ def test_onnx_gives_the_models_answers_from_pixels(run_dir: Path, digits: Path) 
     assert json.loads(about["mean"]) == [0.485, 0.456, 0.406]
 
 
-def test_a_state_dict_fits_torchvisions_resnet18_and_says_how_to_use_it(run_dir: Path) -> None:
-    out = run_dir / "elsewhere" / "winner.pth"
+def test_a_state_dict_loads_into_torchvisions_resnet18_and_describes_its_input(
+    run_dir: Path,
+) -> None:
+    out = run_dir / "elsewhere" / "exported.pth"
     assert not main(["export", str(run_dir), "--format", "state_dict", "--out", str(out)])
     content = torch.load(out, weights_only=True)
     resnet18(num_classes=5).load_state_dict(content["state_dict"])
@@ -56,7 +60,7 @@ def test_a_state_dict_fits_torchvisions_resnet18_and_says_how_to_use_it(run_dir:
     load_source(build(5, seed=0), str(out))
 
 
-def test_a_file_that_answers_otherwise_is_not_left(
+def test_a_file_with_other_logits_is_refused_and_removed(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

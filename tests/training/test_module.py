@@ -1,4 +1,4 @@
-"""What trains, what stays as it was, and that the numbers are those of a plain loop."""
+"""Which parts train at which rate, and that the losses equal those of a plain training loop."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_frozen_parts_are_bit_identical_after_a_run_and_the_others_are_not(
     run_dir = train(strategy=strategy)
     before = torch.load(weights, weights_only=True)
     after = torch.load(run_dir.best_path, weights_only=True)["state_dict"]
-    # The last epoch, not the best, says that everything trained.
+    # In the last epoch everything has trained; the best may be an earlier one.
     last = torch.load(run_dir.last_path, weights_only=True)["state_dict"]
     for key, tensor in before.items():
         if is_frozen(key, strategy):
@@ -65,7 +65,7 @@ def test_graduals_parts_start_one_by_one_at_halved_rates(train: Train) -> None:
 
 
 def plain_loop(config: RunConfig) -> list[dict[str, float]]:
-    """The same training as anyone would write it, on the whole network, without any reuse."""
+    """The same training as a plain loop over the whole network, without stored activations."""
     splits = find_splits(config)
     model = build(5, config.seed)
     if config.weights:
@@ -138,7 +138,7 @@ def test_a_run_equals_a_plain_loop(strategy: str, train: Train, fields: dict[str
             assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (row["epoch"], name)
 
 
-def test_frozen_batchnorm_stays_in_eval_mode_whatever_lightning_asks(config: RunConfig) -> None:
+def test_frozen_batchnorm_stays_in_eval_mode_when_train_is_called(config: RunConfig) -> None:
     network = resnet18(num_classes=5)
     module = FineTuning(network, config, EpochLoader(config, find_splits(config)))
     module.open_parts(0)

@@ -24,15 +24,15 @@ from finetune.system.errors import ConfigError, Diverged, RunDirError, Stopped, 
 from finetune.training.train import run
 from tests.conftest import ROOT, Train
 
-CLOCKS = {"images_per_second"}
-MOVING = {
+TIMES = {"images_per_second"}
+VARYING = {
     "run_id", "train_seconds", "cache_seconds", "images_per_second", "prefix_timings", "config",
 }  # fmt: skip
 
 
-def without_clocks(run_dir: RunDir) -> list[dict[str, float]]:
+def without_times(run_dir: RunDir) -> list[dict[str, float]]:
     rows = read_metrics(run_dir.metrics_path)
-    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def best_state(run_dir: RunDir) -> dict[str, torch.Tensor]:
@@ -41,10 +41,10 @@ def best_state(run_dir: RunDir) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(ours: RunDir, theirs: RunDir) -> None:
-    """Equal to the bit, but for clocks and paths."""
-    assert without_clocks(ours) == without_clocks(theirs)
+    """Equal to the bit, except for times and paths."""
+    assert without_times(ours) == without_times(theirs)
     results = [json.loads(r.result_path.read_text()) for r in (ours, theirs)]
-    stable = [{k: v for k, v in result.items() if k not in MOVING} for result in results]
+    stable = [{k: v for k, v in result.items() if k not in VARYING} for result in results]
     assert stable[0] == stable[1]
     for key, tensor in best_state(ours).items():
         assert torch.equal(tensor, best_state(theirs)[key]), key
@@ -92,15 +92,15 @@ def test_the_returned_model_is_the_best_epochs_in_eval_mode(train: Train) -> Non
         assert torch.equal(tensor, best_state(run_dir)[key])
 
 
-def test_the_same_config_gives_the_same_bits_anywhere(train: Train, tmp_path: Path) -> None:
+def test_the_same_config_gives_the_same_bits_in_any_directory(train: Train, tmp_path: Path) -> None:
     first = train(strategy="gradual")
     second = train(strategy="gradual", out=tmp_path / "elsewhere", cache_dir=tmp_path / "cold")
     assert_same_run(first, second)
     other_seed = train(strategy="gradual", seed=1)
-    assert without_clocks(other_seed) != without_clocks(first)
+    assert without_times(other_seed) != without_times(first)
 
 
-def test_a_config_file_runs_again_as_it_was(train: Train) -> None:
+def test_a_runs_config_file_repeats_the_run_to_the_bit(train: Train) -> None:
     first = train(strategy="partial", data_aug="n")
     second = train(config=first.config_path, weights=None, strategy=None)
     assert_same_run(first, second)
@@ -108,7 +108,7 @@ def test_a_config_file_runs_again_as_it_was(train: Train) -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
 @pytest.mark.parametrize("strategy", ["freeze", "partial", "gradual", "scratch"])
-def test_a_run_cut_off_after_any_epoch_goes_on_to_the_same_end(
+def test_a_run_stopped_after_any_epoch_resumes_to_the_same_bits(
     strategy: str, schedule: str, train: Train, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = {"strategy": strategy, "lr_schedule": schedule}
@@ -129,7 +129,7 @@ def test_a_run_cut_off_after_any_epoch_goes_on_to_the_same_end(
         assert not cut.failure_path.exists()
 
 
-def test_resume_takes_its_config_along_and_refuses_another(train: Train) -> None:
+def test_resume_uses_the_runs_config_and_refuses_another(train: Train) -> None:
     run_dir = train(strategy="freeze", epochs=2)
     with pytest.raises(ConfigError, match=r"batch_size is 5, given 7"):
         finetune.train_and_finetune(resume=run_dir.path, batch_size=7)
@@ -139,11 +139,11 @@ def test_resume_takes_its_config_along_and_refuses_another(train: Train) -> None
         finetune.train_and_finetune(resume=run_dir.path, batch_size="5")
 
 
-def test_a_finished_run_goes_on_with_more_epochs(train: Train, tmp_path: Path) -> None:
+def test_a_finished_run_resumes_with_more_epochs(train: Train, tmp_path: Path) -> None:
     whole = train(strategy="gradual", epochs=4)
     longer = train(strategy="gradual", epochs=2, out=tmp_path / "longer")
     finetune.train_and_finetune(resume=longer.path, epochs=4)
-    assert without_clocks(longer) == without_clocks(whole)
+    assert without_times(longer) == without_times(whole)
     assert (longer.path / "result.2-epochs.json").exists()
 
 
@@ -176,7 +176,7 @@ def test_early_stopping_counts_from_the_last_unfreezing(train: Train) -> None:
         finetune.train_and_finetune(resume=run_dir.path, epochs=40)
 
 
-def test_a_diverging_run_says_epoch_and_rate_and_leaves_its_reason(
+def test_a_diverging_run_reports_epoch_and_rate_and_records_its_failure(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     run_dir = RunDir(tmp_path / "run")
@@ -198,7 +198,7 @@ def test_a_directory_in_use_is_refused(fields: dict[str, Any], tmp_path: Path) -
     held.release()
 
 
-def test_out_below_a_file_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_an_out_directory_below_a_file_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = RunConfig.from_fields(fields)
     with pytest.raises(RunDirError, match=r"can't be written.*--out"):
@@ -231,7 +231,7 @@ def test_a_run_directory_is_a_source_of_weights(train: Train) -> None:
         ("shape", r"of shape: conv1"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_with_the_reason(
+def test_weights_that_do_not_fit_are_refused_with_a_reason(
     damage: str, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.pth"
@@ -269,7 +269,7 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
     assert torch.equal(model.state_dict()["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
 
 
-def test_imagenet_weights_that_cannot_be_had_say_where_to_put_them(
+def test_a_failed_download_of_imagenet_weights_names_the_path_for_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -282,7 +282,7 @@ def test_imagenet_weights_that_cannot_be_had_say_where_to_put_them(
     assert "--weights" in str(caught.value)
 
 
-def test_the_readmes_call_works_as_written(
+def test_the_call_in_the_readme_works(
     digits: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the data at the default path and weights under torch.hub's file name."""
@@ -305,7 +305,7 @@ def test_the_readmes_call_works_as_written(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_process_by_itself_once_all_is_written(
+def test_a_signal_ends_the_process_after_its_files_are_written(
     signum: signal.Signals, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     flags = [f"--{k}={v}" for k, v in (fields | {"epochs": 500, "patience": 0}).items()]
