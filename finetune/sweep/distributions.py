@@ -17,6 +17,8 @@ from itertools import accumulate
 from statistics import NormalDist
 from typing import Any
 
+import yaml
+
 from finetune.system.errors import ConfigError
 from finetune.system.text import nearest
 
@@ -67,17 +69,10 @@ class _Form:
     defaults: Mapping[str, float] = field(default_factory=dict)
 
 
-def _constant(name: str, given: Mapping[str, Any]) -> Constant:
-    _check_scalar(name, given["value"])
-    return Constant(given["value"])
-
-
 def _categorical(name: str, given: Mapping[str, Any]) -> Dimension:
     values = given["values"]
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{name}: values: got {values!r}; must be a list of values")
-    for value in values:
-        _check_scalar(name, value)
     texts = [json.dumps(value) for value in values]
     if twice := sorted({text for text in texts if texts.count(text) > 1}):
         raise ConfigError(f"{name}: values: {', '.join(twice)} is listed twice")
@@ -86,7 +81,7 @@ def _categorical(name: str, given: Mapping[str, Any]) -> Dimension:
 
 def _weighted(name: str, given: Mapping[str, Any]) -> Dimension:
     values, shares = _categorical(name, given).choices, given["probabilities"]
-    numbers = isinstance(shares, list) and all(is_number(p) and p >= 0 for p in shares)
+    numbers = isinstance(shares, list) and all(_is_number(p) and p >= 0 for p in shares)
     if not numbers or len(shares) != len(values) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise ConfigError(
             f"{name}: probabilities: got {shares!r}; must be {len(values)} numbers >= 0 that sum "
@@ -169,7 +164,7 @@ _QUANTIZED = {
 }
 
 DISTRIBUTIONS: Mapping[str, _Form] = {
-    "constant": _Form(("value",), _constant),
+    "constant": _Form(("value",), lambda name, given: Constant(given["value"])),
     "categorical": _Form(("values",), _categorical),
     "categorical_w_probabilities": _Form(("values", "probabilities"), _weighted),
     "int_uniform": _Form(_RANGE, _integers),
@@ -212,26 +207,26 @@ def read_parameter(name: str, given: object, is_numeric: bool = False) -> Dimens
     _check_keys(f"{name}: distribution {distribution}", form, given)
     settings = {**form.defaults, **given}
     _check_numbers(name, settings)
-    read = form.build(name, settings)
-    for value in [read.value] if isinstance(read, Constant) else read.examples():
+    values = given.get("values")
+    for value in [given.get("value"), *(values if isinstance(values, list) else ())]:
+        if not isinstance(value, str | int | float | bool | None):
+            raise ConfigError(f"{name}: got {value!r}; must be a single value")
         if is_numeric and isinstance(value, str) and (advice := _number_as_text(value)):
             raise ConfigError(f"{name}: {advice}")
-    return read
+    return form.build(name, settings)
 
 
 def _check_keys(where: str, form: _Form, given: Mapping[str, Any]) -> None:
-    missing = [key for key in form.needs if key not in given]
-    foreign = [key for key in given if key not in {*form.needs, *form.defaults, "distribution"}]
-    words = [f"needs {', '.join(missing)}"] * bool(missing)
-    words += [f"doesn't use {', '.join(foreign)}"] * bool(foreign)
-    if words:
-        raise ConfigError(f"{where} {' and '.join(words)}")
+    if missing := [key for key in form.needs if key not in given]:
+        raise ConfigError(f"{where} needs {', '.join(missing)}")
+    if foreign := given.keys() - {*form.needs, *form.defaults, "distribution"}:
+        raise ConfigError(f"{where} doesn't use {', '.join(sorted(foreign))}")
 
 
 def _check_numbers(name: str, settings: Mapping[str, Any]) -> None:
     for key in _NUMBERS:
         value = settings.get(key, 1)
-        if not is_number(value):
+        if not _is_number(value):
             advice = _number_as_text(value) if isinstance(value, str) else None
             raise ConfigError(f"{name}: {key}: {advice or f'got {value!r}; must be a number'}")
         if key in ("sigma", "q") and value <= 0:
@@ -261,13 +256,8 @@ def _implied(name: str, given: Mapping[str, Any]) -> str:
     raise ConfigError(f"{name}: got {given!r}; must have value, values, or min and max")
 
 
-def is_number(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_scalar(name: str, value: object) -> None:
-    if not isinstance(value, str | int | float | bool | None):
-        raise ConfigError(f"{name}: got {value!r}; must be a single value")
 
 
 def _number_as_text(text: str) -> str | None:
@@ -278,6 +268,5 @@ def _number_as_text(text: str) -> str | None:
         return None
     if not math.isfinite(number):
         return None
-    dotted = text if "." in text else text.replace("e", ".0e", 1).replace("E", ".0E", 1)
-    advice = f"{dotted} or {number:.12g}" if dotted not in (text, f"{number:g}") else f"{number:g}"
+    advice = yaml.safe_dump(int(text) if text.isdecimal() else number).split()[0]
     return f"YAML reads {text} as a string, not as a number; write {advice}, without quotes"

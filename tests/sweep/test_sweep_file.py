@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import random
 import statistics
@@ -112,7 +113,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parameters": {"seed": {"vales": [1]}}}, "seed: unknown key 'vales'; did you mean value"),
     ({"parameters": {"seed": 3}}, "seed: got 3; must be a mapping"),
     ({"parameters": {"learning_rate": {"values": [0.1, "1e-3"]}}}, "YAML reads 1e-3 as a string"),
-    ({"parameters": {"learning_rate": {"min": "1e-3", "max": 0.1}}}, "write 1.0e-3 or 0.001"),
+    ({"parameters": {"name": {"values": [datetime.date(2001, 1, 1)]}}}, "must be a single value"),
+    ({"parameters": {"learning_rate": {"min": "1e-3", "max": 0.1}}}, "write 0.001, without quotes"),
     ({"parameters": {"learning_rate": {"values": [0.1, -1]}}}, "learning_rate: got -1; must be"),
     ({"parameters": {"strategy": {"values": ["frieze"]}}}, "did you mean freeze?"),
     ({"parameters": {"seed": {"values": [1, 1]}}}, "seed: values: 1 is listed twice"),
