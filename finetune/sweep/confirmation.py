@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from finetune.config.field_tables import fields_with_role
 from finetune.runs.result import RunResult
@@ -153,11 +153,11 @@ def spread_table(outcomes: Iterable[TrialResult]) -> Table:
     for outcome in outcomes:
         if outcome.state == "finished" and outcome.best_val_acc is not None:
             found[outcome.strategy].append(outcome.best_val_acc)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("strategy", "seeds", "mean", "standard deviation", "lowest", "highest"):
-        table.add_column(heading, justify="left" if heading == "strategy" else "right")
+    headings = ("seeds", "mean", "standard deviation", "lowest", "highest")
+    columns = [Column(heading, justify="right") for heading in headings]
+    table = Table("strategy", *columns, box=None, pad_edge=False)
     for strategy, values in sorted(found.items(), key=lambda item: -mean(item[1])):
         spread = f"{stdev(values):.4f}" if len(values) > 1 else "-"
-        numbers = (f"{v:.4f}" for v in (min(values), max(values)))
-        table.add_row(strategy, str(len(values)), f"{mean(values):.4f}", spread, *numbers)
+        low, middle, high = (f"{n:.4f}" for n in (min(values), mean(values), max(values)))
+        table.add_row(strategy, str(len(values)), middle, spread, low, high)
     return table

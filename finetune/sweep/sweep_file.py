@@ -134,7 +134,7 @@ class _Reader:
             early_termination=rule.early_termination() if rule else None,
             source={key: content[key] for key in content if key not in _NOT_IN_SOURCE},
         )
-        for check in (self._check_grid, self._check_configs, self._check_early_termination):
+        for check in (self._check_grid, self._check_configs):
             check(sweep)
             self._raise_faults()
         return sweep
@@ -221,32 +221,27 @@ class _Reader:
             )
 
     def _check_configs(self, sweep: Sweep) -> None:
-        """Each value must give a valid config, with each strategy."""
+        """Values must make valid configs, whose parts all train before the run may be judged."""
+        latest, rule = None, sweep.early_termination
         for values in _samples(sweep):
             try:
-                sweep.config(values)
+                config = sweep.config(values)
             except ConfigError as error:
                 self.faults.append(f"parameters: {error}")
-
-    def _check_early_termination(self, sweep: Sweep) -> None:
-        """No run may be judged before all parts that will train have trained for one epoch."""
-        rule = sweep.early_termination
-        if rule is None:
+                continue
+            if latest is None or config.plan.all_open_epoch > latest.plan.all_open_epoch:
+                latest = config
+        if self.faults or latest is None or rule is None:
             return
-        timing = [d for d in sweep.dimensions if d.name in TIMING_FIELDS]
-        names = [d.name for d in timing]
-        for values in itertools.product(*(d.examples() for d in timing)):
-            config = sweep.config(dict(zip(names, values, strict=True)))
-            last_start = config.plan.all_open_epoch
-            if rule.min_iter <= last_start:
-                fields = dict.fromkeys(("strategy", *names))
-                setting = ", ".join(f"{name} {getattr(config, name)}" for name in fields)
-                self.faults.append(
-                    f"early_terminate: it would judge after epoch {rule.min_iter - 1} (iteration "
-                    f"{rule.min_iter}), but with {setting} the last part starts to train at epoch "
-                    f"{last_start}; min_iter must be >= {last_start + 1}"
-                )
-                return
+        last_start = latest.plan.all_open_epoch
+        if rule.min_iter <= last_start:
+            varied = [name for name in TIMING_FIELDS if name == "strategy" or name in sweep.varied]
+            setting = ", ".join(f"{name} {getattr(latest, name)}" for name in varied)
+            self.faults.append(
+                f"early_terminate: it would judge after epoch {rule.min_iter - 1} (iteration "
+                f"{rule.min_iter}), but with {setting} the last part starts to train at epoch "
+                f"{last_start}; min_iter must be >= {last_start + 1}"
+            )
 
 
 def _fault(error: Any) -> str:
@@ -277,14 +272,16 @@ def _read_field(name: str, entry: object) -> Dimension | Constant:
 
 
 def _samples(sweep: Sweep) -> Iterator[dict[str, Value]]:
-    """All cells of a grid, up to `_MAX_CHECKED`; else each value combined with each strategy."""
+    """All cells of a grid, up to `_MAX_CHECKED`; else each value with all values that decide when
+    parts train, the strategy among them."""
     if sweep.num_cells is not None and sweep.num_cells <= _MAX_CHECKED:
         yield from sweep.cells()
         return
     examples = {dimension.name: dimension.examples() for dimension in sweep.dimensions}
     first = {name: values[0] for name, values in examples.items()}
-    strategies = examples.pop("strategy", [])
-    for base in [first | {"strategy": strategy} for strategy in strategies] or [first]:
+    timing = [name for name in TIMING_FIELDS if name in examples]
+    for combined in itertools.product(*(examples.pop(name) for name in timing)):
+        base = first | dict(zip(timing, combined, strict=True))
         yield base
         for name, values in examples.items():
             yield from (base | {name: value} for value in values)
