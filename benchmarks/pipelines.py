@@ -20,8 +20,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from benchmarks import plain
-from finetune.config.strategies import PARTS
-from finetune.model.network import build, normalise, part_parameters
+from finetune.model.network import build, normalise
 from finetune.training.train import train_and_finetune
 
 NUM_CLASSES = 10
@@ -96,10 +95,9 @@ class Bench:
     def raw(self, strategy: str, num_steps: int) -> float:
         """Images per second of a bare training loop on the complete network, in channels_last."""
         model = build(NUM_CLASSES, seed=0)
-        for part in PARTS:
-            for parameter in part_parameters(model, part):
-                opened = plain.OPENED.get(strategy, plain.GRADUAL)
-                parameter.requires_grad_(part in opened or (part == "stem" and "conv1" in opened))
+        opened = plain.OPENED.get(strategy, plain.GRADUAL)
+        for name in plain.PARTS:
+            getattr(model, name).requires_grad_(name in opened)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, fused=True)
         images = torch.randint(0, 256, (32, self.image_size, self.image_size, 3)).byte()
         x, y = normalise(images, None), torch.arange(32) % NUM_CLASSES
