@@ -171,12 +171,12 @@ def _answer(
 
 
 def _print_table(answers: Sequence[dict[str, Any]]) -> None:
-    rows = [
-        (one_line(a["path"]), [(one_line(c["class"]), c["probability"]) for c in a["top"]])
-        for a in answers
-    ]
-    path_width = max((len(path) for path, _ in rows), default=0)
-    class_width = max((len(name) for _, top in rows for name, _ in top), default=0)
-    for path, top in rows:
-        ranked = "   ".join(f"{name:{class_width}} {share:7.2%}" for name, share in top)
-        print(f"{path:{path_width}}  {ranked}")
+    path_width = max((len(one_line(a["path"])) for a in answers), default=0)
+    names = [one_line(entry["class"]) for a in answers for entry in a["top"]]
+    class_width = max(map(len, names), default=0)
+    for a in answers:
+        ranked = "   ".join(
+            f"{one_line(entry['class']):{class_width}} {entry['probability']:7.2%}"
+            for entry in a["top"]
+        )
+        print(f"{one_line(a['path']):{path_width}}  {ranked}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
 from finetune.system.errors import WeightsError
+from finetune.system.files import write_atomically
 
 FORMAT_VERSION = 2
 """In every checkpoint as `format_version`. Version 1, which 0.1.0 wrote, has no such entry."""
@@ -111,11 +112,4 @@ def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:
     """torch.save, but atomic. Raises `OSError` with the path in it."""
     buffer = io.BytesIO()  # torch.save would hide the error of a full disk in its own
     torch.save(content, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, buffer.getvalue(), sync=False)

@@ -37,10 +37,10 @@ def walk(
         yield Path(place), folders, sorted(name for name in files if not name.startswith("."))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: to a temporary file beside it, synced, then renamed.
+def write_atomically(path: Path, content: bytes, sync: bool = True) -> None:
+    """Write a whole file or nothing: to a temporary file beside it, then renamed.
 
-    Raises `OSError` with the path in it.
+    `sync` protects the content against a power failure too. Raises `OSError` with the path in it.
     """
     remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,7 +48,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:  # the error of a write doesn't name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
