@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from finetune.system.errors import DataError
@@ -27,22 +28,20 @@ def is_picture_name(name: str) -> bool:
     return not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename} can't be read: {error.strerror}") from None
+
+
+@_readable()
 def find_data_dir(data_dir: Path) -> Path:
     """The folder that holds train/ and val/: `data_dir`, or one at most two levels below it.
 
     Raises `DataError` if there is none or more than one.
     """
-    try:
-        return _find_data_dir(data_dir)
-    except OSError as error:
-        raise _unreadable(error) from None
-
-
-def _unreadable(error: OSError) -> DataError:
-    return DataError(f"{error.filename} can't be read: {error.strerror}")
-
-
-def _find_data_dir(data_dir: Path) -> Path:
     if not data_dir.is_dir():
         what = "is not a folder" if data_dir.exists() else "does not exist"
         raise DataError(
@@ -69,15 +68,11 @@ def _find_data_dir(data_dir: Path) -> Path:
     )
 
 
+@_readable()
 def class_dirs(split_dir: Path) -> list[Path]:
     """A split's class folders by name, without hidden ones. Raises `DataError`."""
-    try:
-        return sorted(
-            (p for p in split_dir.iterdir() if p.is_dir() and not p.name.startswith(".")),
-            key=lambda p: p.name,
-        )
-    except OSError as error:
-        raise _unreadable(error) from None
+    dirs = [p for p in split_dir.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    return sorted(dirs, key=lambda p: p.name)
 
 
 def files_of_class(class_dir: Path) -> Iterator[str]:
@@ -85,12 +80,10 @@ def files_of_class(class_dir: Path) -> Iterator[str]:
 
     Raises `DataError` for a folder that can't be read; its pictures would silently be missing.
     """
-    try:
+    with _readable():
         for place, _, files in walk(class_dir):
             for name in files:
                 yield (place / name).relative_to(class_dir).as_posix()
-    except OSError as error:
-        raise _unreadable(error) from None
 
 
 def pictures_of_class(class_dir: Path) -> list[str]:

@@ -204,9 +204,7 @@ class Cache:
 
         What is allocated within the context is counted by the next process.
         """
-        lock = self._lock("room")
-        lock.acquire_exclusive(wait=True)
-        try:
+        with self._exclusive("room", wait=True):
             self._delete_leftovers()
             free_bytes = self.limit_bytes - num_stored_bytes(self.directory)
             if num_bytes <= self.limit_bytes:
@@ -215,28 +213,30 @@ class Cache:
                         break
                     free_bytes += self._evict(manifest.parent)
             yield min(free_bytes, shutil.disk_usage(self.directory).free)
+
+    @contextmanager
+    def _exclusive(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Whether the lock of an array could be acquired; it is released at the end."""
+        lock = self._lock(name)
+        try:
+            yield lock.acquire_exclusive(wait)
         finally:
             lock.close()
 
     def _delete_leftovers(self) -> None:
         """Delete what killed processes have left; nobody holds the lock of such an array."""
         for temporary in self.directory.glob(".*-*.tmp"):
-            lock = self._lock(temporary.name[1:].split(".")[0])
-            if lock.acquire_exclusive():
-                shutil.rmtree(temporary, ignore_errors=True)
-            lock.close()
+            with self._exclusive(temporary.name[1:].split(".")[0]) as is_unused:
+                if is_unused:
+                    shutil.rmtree(temporary, ignore_errors=True)
 
     def _evict(self, place: Path) -> int:
         """Delete an array unless a process uses it; the number of bytes freed."""
-        lock = self._lock(place.name)
-        try:
-            if not lock.acquire_exclusive():
-                return 0
-            num_bytes = _num_bytes(place)
-            self._delete(place)
+        with self._exclusive(place.name) as is_unused:
+            num_bytes = _num_bytes(place) if is_unused else 0
+            if is_unused:
+                self._delete(place)
             return num_bytes
-        finally:
-            lock.close()
 
     def _delete(self, place: Path) -> None:
         """Rename first, so that nobody reads a half-deleted array; another process may be
