@@ -1,4 +1,7 @@
-"""Small real data and weights that the tests share."""
+"""Small real data and weights that the tests share.
+
+Tests train a ResNet18 of a few channels; a test marked `real_network` trains torchvision's own.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,43 @@ from typing import Any
 import pytest
 import torch
 
+import finetune.model.network
 from finetune.config.fields import RunConfig
 from finetune.datasets.digits import write_digits
 from finetune.model.network import build
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
+from tests.support import network_choice
 
 ROOT = Path(__file__).parent.parent
+CHILD_PATH = ROOT / "tests" / "support" / "child_path"
+
+os.environ[network_choice.NETWORK] = "tiny"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(CHILD_PATH), str(ROOT)])
+network_choice.stand_in(finetune.model.network)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+def network_of(item: Any) -> str:
+    return "real" if item.get_closest_marker("real_network") else "tiny"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "weights" in metafunc.fixturenames:
+        network = network_of(metafunc.definition)
+        metafunc.parametrize(
+            "weights", [network], indirect=True, scope="session", ids=[pytest.HIDDEN_PARAM]
+        )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Choose the network before the first fixture of the test is made."""
+    os.environ[network_choice.NETWORK] = network_of(item)
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +75,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state dict of torchvision's ResNet18 with 1000 classes, as ImageNet's has."""
+def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state dict of the test's network with 1000 classes, as ImageNet's has."""
+    assert os.environ[network_choice.NETWORK] == request.param
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
     torch.save(build(1000, seed=7).state_dict(), path)
     return path

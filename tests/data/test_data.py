@@ -27,7 +27,6 @@ from finetune.data.pictures import find_pictures
 from finetune.data.seeding import epoch_augment_seeds, epoch_flips, epoch_order
 from finetune.data.splits import find_splits, split_stratified
 from finetune.system.errors import DataError
-from tests.conftest import ROOT
 from tests.support.picture_trees import jpeg
 
 
@@ -226,7 +225,7 @@ def test_splits_are_the_same_on_another_machine(uneven: Path, tmp_path: Path) ->
         "s = find_splits(RunConfig.from_fields({'data_dir': sys.argv[1]}));"
         "print(s.split_fingerprint, s.dataset_fingerprint)"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C"}
     printed = subprocess.run(
         [sys.executable, "-c", code, moved], env=environment, capture_output=True, check=True
     ).stdout

@@ -26,7 +26,7 @@ from finetune.runs.result import RunResult, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.sweep.confirmation import confirmation
 from finetune.system.errors import FinetuneError, RunDirError, WeightsError
-from tests.conftest import ROOT, Train
+from tests.conftest import Train
 
 NUM_FLIPS = int(os.environ.get("NUM_FLIPS", "60"))
 """Of the predictions; the file is read afresh each time."""
@@ -306,7 +306,7 @@ def going(folder: Path, output: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ},
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,

@@ -24,7 +24,6 @@ from finetune.model.network import build
 from finetune.model.weights import write_checkpoint
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError
-from tests.conftest import ROOT
 from tests.support.synthetic import write_run
 
 
@@ -165,7 +164,7 @@ def small_sweep(fields: dict[str, Any], place: Path, storage: str) -> tuple[int,
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--storage", storage],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

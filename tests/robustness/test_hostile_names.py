@@ -62,7 +62,7 @@ def command(folder: Path, *words: object, code: int = 0, **environment: str) -> 
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=240,

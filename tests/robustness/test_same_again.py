@@ -14,7 +14,6 @@ import yaml
 
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir, read_metrics
-from tests.conftest import ROOT
 
 
 def swept(
@@ -32,7 +31,7 @@ def swept(
     subprocess.run(
         [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--workers", str(workers)],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(num_threads)},
+        env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         capture_output=True,
         timeout=300,
         check=True,

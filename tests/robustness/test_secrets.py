@@ -13,7 +13,6 @@ import yaml
 
 from finetune.sweep.storage import open_storage
 from finetune.system.errors import FinetuneError
-from tests.conftest import ROOT
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 SECRETS = {
@@ -43,7 +42,7 @@ def test_a_sweep_offline_writes_no_secret_anywhere(fields: dict[str, Any], tmp_p
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--storage", storage],
         cwd=place,
-        env={**os.environ, **SECRETS, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"},
+        env={**os.environ, **SECRETS, "WANDB_MODE": "offline"},
         capture_output=True,
         timeout=240,
         check=False,

@@ -65,7 +65,7 @@ def command(folder: Path, given: Fields, *flags: str) -> list[str]:
 
 
 def environment(**changed: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), **changed}
+    return {**os.environ, **changed}
 
 
 def start(folder: Path, given: Fields, *flags: str, **changed: str) -> subprocess.Popen[str]:

@@ -10,8 +10,6 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
-
 READING = """
 import time
 from finetune.system import progress
@@ -40,7 +38,7 @@ def test_an_interrupted_bar_restores_the_cursor(fails_at: int, last_output: byte
     terminal, child_end = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", READING.format(fails_at=fails_at)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
+        env=os.environ | {"TERM": "xterm"},
         stderr=child_end,
     )
     os.close(child_end)
