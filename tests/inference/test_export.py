@@ -19,6 +19,8 @@ from finetune.model.network import build, load_source
 from finetune.model.weights import write_checkpoint
 from finetune.system.errors import ConfigError, MissingPackage, WeightsError
 
+pytestmark = pytest.mark.real_network
+
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:

@@ -128,6 +128,7 @@ def plain_loop(config: RunConfig) -> list[dict[str, float]]:
     return rows
 
 
+@pytest.mark.real_network
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_equals_a_plain_loop(strategy: str, train: Train, fields: dict[str, Any]) -> None:
     settings = {"strategy": strategy, "learning_rate": 0.001}

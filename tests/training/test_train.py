@@ -106,14 +106,20 @@ def test_a_runs_config_file_repeats_the_run_to_the_bit(train: Train) -> None:
     assert_same_run(first, second)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "onecycle"])
-@pytest.mark.parametrize("strategy", ["freeze", "partial", "gradual", "scratch"])
+@pytest.mark.parametrize(
+    ("strategy", "schedule"),
+    [
+        *((strategy, "constant") for strategy in ("freeze", "partial", "gradual", "scratch")),
+        ("gradual", "cosine"),
+        ("partial", "onecycle"),
+    ],
+)
 def test_a_run_stopped_after_any_epoch_resumes_to_the_same_bits(
     strategy: str, schedule: str, train: Train, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = {"strategy": strategy, "lr_schedule": schedule}
     whole = train(**settings)
-    for epoch in (0, 2) if schedule == "constant" else (1,):
+    for epoch in (0, 2) if (strategy, schedule) == ("gradual", "constant") else (1,):
         config = RunConfig.from_fields(fields | settings)
         cut = RunDir(tmp_path / "cut" / f"{epoch}")
 
@@ -205,6 +211,7 @@ def test_an_out_directory_below_a_file_is_refused(fields: dict[str, Any], tmp_pa
         run(config, RunDir(tmp_path / "file" / "run"))
 
 
+@pytest.mark.real_network
 def test_last_checkpoint_leaves_the_frozen_prefix_out(train: Train) -> None:
     frozen, whole = train(strategy="freeze"), train(strategy="scratch")
     assert frozen.last_path.stat().st_size < whole.last_path.stat().st_size / 100
@@ -227,7 +234,7 @@ def test_a_run_directory_is_a_source_of_weights(train: Train) -> None:
         ("foreign", "missing: .*bn1"),
         ("pickle", "can't be loaded|damaged"),
         ("flipped", "damaged"),
-        ("text", "damaged or no checkpoint"),
+        ("text", "damaged or not a checkpoint"),
         ("shape", r"of shape: conv1"),
     ],
 )
@@ -243,7 +250,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason(
     elif damage == "flipped":
         torch.save(state, path)
         content = bytearray(path.read_bytes())
-        content[20_000_000] ^= 4
+        content[len(content) // 2] ^= 4
         path.write_bytes(content)
     elif damage == "text":
         path.write_text("hello")
