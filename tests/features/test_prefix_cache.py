@@ -75,6 +75,7 @@ def test_activations_too_large_for_float16_are_refused(
         train(strategy="freeze", cache_format="float16", weights=tmp_path / "large.pth")
 
 
+@pytest.mark.real_network
 def test_freeze_trains_on_512_features_per_picture(fields: dict[str, Any]) -> None:
     config = RunConfig.from_fields(fields | {"strategy": "freeze"})
     batch = prepared(config).train_epoch(0)[0]

@@ -36,6 +36,8 @@ from tests.test_agent import agent, as_flags
 
 __all__ = ["base"]
 
+pytestmark = pytest.mark.real_network  # the sizes of the disks are those of its files
+
 # memory
 
 WITH_LITTLE_MEMORY = """
