@@ -46,14 +46,14 @@ def test_in_the_full_demo_transfer_wins_and_the_page_is_drawn(tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert CAUTION in done.stdout
-    outcomes = read_runs(tmp_path / "demo" / "runs")
-    assert len(outcomes) == 8
-    best = {}
-    for one in outcomes:
-        assert one.result is not None
-        best[one.strategy] = max(best.get(one.strategy, 0.0), one.result.best_val_acc)
-        if one.strategy == "scratch":
-            assert max(row["train_acc"] for row in one.rows) >= 0.95
+    runs = read_runs(tmp_path / "demo" / "runs")
+    assert len(runs) == 8
+    best: dict[str, float] = {}
+    for run in runs:
+        assert run.result is not None
+        best[run.strategy] = max(best.get(run.strategy, 0.0), run.result.best_val_acc)
+        if run.strategy == "scratch":
+            assert max(row["train_acc"] for row in run.rows) >= 0.95
     assert best["freeze"] >= best["scratch"] + 0.1
     assert best["partial"] >= best["scratch"] + 0.1
     with Browser() as browser:

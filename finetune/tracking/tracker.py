@@ -29,16 +29,9 @@ RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")
 """The files that a run uploads into `FOLDER` of its W&B files, for a report on its sweep."""
 
 NUM_MISTAKES = 50
-
-INIT_SECONDS = 60.0
-"""Timeout of a run's start."""
-
-STOP_SECONDS = 20.0
-"""Timeout of a run's end after a stop: W&B's agent kills its run 30 s after SIGTERM."""
-
-ARTIFACT_SECONDS = 600.0
-"""Timeout of the first answer to an artifact."""
-
+INIT_SECONDS = 60.0  # timeout of a run's start
+STOP_SECONDS = 20.0  # of its end after a stop: W&B's agent kills its run 30 s after SIGTERM
+ARTIFACT_SECONDS = 600.0  # of the first answer to an artifact
 _POLL_SECONDS = 0.1
 _NUM_HANDLES = 16  # twice what W&B's client opens; without them its threads die and it hangs
 
@@ -111,6 +104,7 @@ class Tracker:
         self._log_model(run_dir, summary | {"strategy": result.strategy, "class_names": names})
         counts = confusion_counts(labels, guesses, len(names))
         accuracies = (counts.diagonal() / counts.sum(axis=1)).tolist()
+        per_class = [list(pair) for pair in zip(names, accuracies, strict=True)]
         mistakes = [
             [_picture(str(paths[i])), one_line(paths[i]), names[labels[i]], names[guess], share]
             for i, guess, share in confident_mistakes(logits, labels, NUM_MISTAKES)
@@ -120,10 +114,7 @@ class Tracker:
                 "confusion_matrix": wandb.plot.confusion_matrix(
                     y_true=labels.tolist(), preds=guesses.tolist(), class_names=names
                 ),
-                "per_class_accuracy": wandb.Table(
-                    columns=["class", "accuracy"],
-                    data=[list(pair) for pair in zip(names, accuracies, strict=True)],
-                ),
+                "per_class_accuracy": wandb.Table(columns=["class", "accuracy"], data=per_class),
                 "confident_mistakes": wandb.Table(
                     columns=["picture", "path", "truth", "predicted", "probability"], data=mistakes
                 ),
