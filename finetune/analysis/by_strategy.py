@@ -1,189 +1,211 @@
-"""How each strategy stands: its chosen setting, what that reached, and what to keep in mind.
-
-Turns outcomes into a standing for each strategy. Knows nothing about which strategy is better.
-
-    >>> [one.strategy for one in standings(comparable, outcomes)]  # doctest: +SKIP
-"""
+"""Each strategy's best setting, its accuracy, and reasons for which the accuracy may be too low."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.statistics import MIN_SEEDS
-from finetune.runs.result import RunResult
+from finetune.config.field_tables import fields_with_role, in_order
+from finetune.config.fields import RunConfig
+from finetune.config.strategies import STRATEGIES
+from finetune.runs.settings import best_setting
 
 FITTED_TRAIN_ACC = 0.9
-"""Training accuracy below which a strategy has not fitted what it was shown."""
-
-_NOT_A_SETTING = frozenset(
-    (
-        *("seed", "name", "group", "out", "project", "entity"),
-        *("cache", "cache_dir", "cache_gb", "data_dir"),
-    )
-)
+"""Training accuracy below which a strategy has not fitted the training pictures."""
 
 
-def setting_of(config: Mapping[str, Any]) -> str:
-    """What two runs share that differ in seed, name and place alone."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_A_SETTING}
-    return json.dumps(kept, sort_keys=True, default=str)
+def mean_accuracy(runs: Sequence[RunRecord]) -> float:
+    return float(np.mean([run.accuracy for run in runs]))
 
 
-def result_of(outcome: RunRecord) -> RunResult:
-    assert outcome.result is not None
-    return outcome.result
-
-
-def accuracy_of(outcome: RunRecord) -> float:
-    return result_of(outcome).best_val_acc
-
-
-def mean_accuracy(outcomes: Sequence[RunRecord]) -> float:
-    return float(np.mean([accuracy_of(one) for one in outcomes]))
-
-
-def by_setting(outcomes: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """The runs of each setting together."""
+def by_setting(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs of each setting, in the order in which the settings first occur."""
     groups: dict[str, list[RunRecord]] = defaultdict(list)
-    for one in outcomes:
-        groups[setting_of(one.config)].append(one)
-    return list(groups.values())
+    for run in runs:
+        groups[run.setting].append(run)
+    return dict(groups)
+
+
+def by_strategy(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs of each strategy, in the order of the table of strategies."""
+    groups: dict[str, list[RunRecord]] = {name: [] for name in STRATEGIES}
+    for run in runs:
+        groups.setdefault(run.strategy, []).append(run)
+    return {name: found for name, found in groups.items() if found}
+
+
+def value_of(run: RunRecord, field: str) -> Any:
+    """The value of a field; of a path only the last part, which does not depend on the machine."""
+    value = run.config.get(field)
+    return PurePath(value).name if isinstance(value, str) and "/" in value else value
+
+
+def varied_fields(runs: Iterable[RunRecord]) -> dict[str, list[Any]]:
+    """The searched fields that differ between runs, each with its values in order.
+
+    The strategy is left out, and so is a field that differs only by the strategies' defaults. None,
+    the value of a field that the strategy ignores, is not listed.
+    """
+    names = [name for name in fields_with_role("searched") if name != "strategy"]
+    chosen: dict[str, set[Any]] = {name: set() for name in names}
+    values: dict[str, set[Any]] = {name: set() for name in names}
+    defaults: dict[tuple[str, Any], dict[str, Any]] = {}
+    for run in runs:
+        key = (run.strategy, run.config.get("lr_schedule"))  # what defaults depend on
+        if key not in defaults:
+            given = dict(zip(("strategy", "lr_schedule"), key, strict=True))
+            defaults[key] = RunConfig.from_fields(given).to_fields()
+        for name in names:
+            value = value_of(run, name)
+            if value is not None:
+                values[name].add(value)
+                chosen[name].add("default" if value == defaults[key][name] else value)
+    return {name: in_order(name, values[name]) for name in names if len(chosen[name]) > 1}
 
 
 @dataclass(frozen=True)
 class StrategySummary:
-    """One strategy: its chosen setting, how that did, and what to keep in mind."""
+    """One strategy: the runs of its best setting, and what limits a statement about it."""
 
     strategy: str
-    outcomes: tuple[RunRecord, ...]
-    """All its runs, however they ended; without those on other pictures."""
+    runs: tuple[RunRecord, ...]
+    """All its runs, also those that did not finish; without finished runs on other pictures."""
     chosen: tuple[RunRecord, ...]
-    """Finished runs of the chosen setting that the verdict rests on, fresh seeds where there are
-    some."""
+    """The runs of the best setting that are compared: those with fresh seeds if there are enough,
+    else the best one."""
     fresh: bool
-    """Whether `chosen` are at least three seeds that played no part in choosing the setting."""
-    marks: tuple[str, ...] = ()
+    """Whether `chosen` are runs with at least `MIN_SEEDS` seeds that were not used to choose the
+    setting."""
+    caveats: tuple[str, ...] = ()
+    """Reasons for which the strategy may not have had a fair chance."""
 
     @property
     def best(self) -> RunRecord:
-        return max(self.chosen, key=accuracy_of)
+        return max(self.chosen, key=lambda run: run.accuracy)
 
     @property
     def accuracy(self) -> float:
-        """Mean best validation accuracy of the chosen setting's runs."""
+        """Mean best validation accuracy of the chosen runs."""
         return mean_accuracy(self.chosen)
 
     @property
     def num_diverged(self) -> int:
-        return sum(one.diverged for one in self.outcomes)
+        return sum(run.diverged for run in self.runs)
 
     @property
-    def epochs(self) -> int:
-        return int(self.best.config["epochs"])
+    def limitation(self) -> str:
+        """What a statement that this strategy is worse is limited to, if it has caveats."""
+        return f" within {self.best.config['epochs']} epochs" if self.caveats else ""
 
     @property
-    def within(self) -> str:
-        """What a statement on its being behind is limited to: nothing, where it was given its
-        due."""
-        return f" within {self.epochs} epochs" if self.marks else ""
-
-    @property
-    def best_alone(self) -> StrategySummary:
-        """The same strategy judged by its best run, whatever its seed."""
-        finished = [one for one in self.outcomes if one.result is not None]
-        alone = replace(self, chosen=(max(finished, key=accuracy_of),), fresh=False)
-        return replace(alone, marks=_marks(alone))
+    def with_best_run_only(self) -> StrategySummary:
+        """The same strategy with the best run of the best setting alone."""
+        if not self.fresh:
+            return self
+        return _summary(self.strategy, self.runs, confirmed={})
 
 
-def standings(
-    comparable: Sequence[RunRecord], outcomes: Sequence[RunRecord]
+def summarize_strategies(
+    comparable: Sequence[RunRecord], runs: Sequence[RunRecord]
 ) -> list[StrategySummary]:
-    """A standing for each strategy with comparable runs, the most accurate first."""
-    kept = {id(one) for one in comparable}
-    found = []
-    for strategy in dict.fromkeys(one.strategy for one in comparable):
-        everything = [
-            one
-            for one in outcomes
-            if one.strategy == strategy and (one.result is None or id(one) in kept)
-        ]
-        chosen, fresh = _chosen([one for one in everything if one.result is not None])
-        one = StrategySummary(strategy, tuple(everything), chosen, fresh)
-        found.append(replace(one, marks=_marks(one)))
-    return sorted(found, key=lambda one: -one.accuracy)
+    """A summary of each strategy with comparable runs, the most accurate first."""
+    compared = {id(run) for run in comparable}
+    kept = by_strategy(run for run in runs if run.result is None or id(run) in compared)
+    summaries = [
+        _summary(strategy, tuple(kept[strategy]), _confirmed_settings(finished))
+        for strategy, finished in by_strategy(comparable).items()
+    ]
+    return sorted(summaries, key=lambda summary: -summary.accuracy)
 
 
-def _chosen(mine: Sequence[RunRecord]) -> tuple[tuple[RunRecord, ...], bool]:
-    """The runs with fresh seeds of the setting that others chose; else the best run alone.
+Confirmed = dict[str, tuple[RunRecord, ...]]
+"""Setting -> its runs with fresh seeds."""
 
-    Fresh are runs that can't have helped to choose their setting: no other setting of the strategy
-    was run with their seed, nor in their sweep. Between several settings with enough of them, the
-    other runs decide, as they did when the seeds were still to come.
+
+def _summary(strategy: str, runs: tuple[RunRecord, ...], confirmed: Confirmed) -> StrategySummary:
+    """If several settings are confirmed, the one that was best in the search is taken."""
+    finished = [run for run in runs if run.result is not None]
+    searched = by_setting(_searched(finished))
+    settings = [s for s in confirmed if s in searched or len(confirmed) == 1]
+    if settings:
+        setting = settings[0] if len(settings) == 1 else _best({s: searched[s] for s in settings})
+        summary = StrategySummary(strategy, runs, confirmed[setting], fresh=True)
+    else:
+        setting = _best(searched or by_setting(finished))
+        best = max(by_setting(finished)[setting], key=lambda run: run.accuracy)
+        summary = StrategySummary(strategy, runs, (best,), fresh=False)
+    caveats = _caveats(summary)
+    if summary.fresh and setting in searched and _best(searched) != setting:
+        caveats.append("another setting was better in the search but has no fresh seeds")
+    return replace(summary, caveats=tuple(caveats))
+
+
+def _best(groups: dict[str, list[RunRecord]]) -> str:
+    return best_setting({s: [run.finished_result for run in runs] for s, runs in groups.items()})
+
+
+def _confirmed_settings(finished: Sequence[RunRecord]) -> Confirmed:
+    """The settings with enough fresh seeds, each with one run per seed.
+
+    A run is fresh if it can't have helped to choose its setting: no other setting of the strategy
+    was run with its seed, nor in its sweep.
     """
-    fresh: dict[str, dict[int, RunRecord]] = defaultdict(dict)
-    for one in _fresh(mine):
-        fresh[setting_of(one.config)].setdefault(result_of(one).seed, one)
-    confirmed = {s: tuple(runs.values()) for s, runs in fresh.items() if len(runs) >= MIN_SEEDS}
-    if len(confirmed) > 1:
-        tried = _tried(mine)
-        confirmed = {s: runs for s, runs in confirmed.items() if s in tried}
-        confirmed = dict(sorted(confirmed.items(), key=lambda item: -tried[item[0]])[:1])
-    for runs in confirmed.values():
-        return runs, True
-    return (max(mine, key=accuracy_of),), False
-
-
-def _fresh(mine: Sequence[RunRecord]) -> list[RunRecord]:
     settings: dict[tuple[str, object], set[str]] = defaultdict(set)
-    for one in mine:
-        for company in _company(one):
-            settings[company].add(setting_of(one.config))
-    return [one for one in mine if all(len(settings[company]) == 1 for company in _company(one))]
+    for run in finished:
+        for origin in _origins(run):
+            settings[origin].add(run.setting)
+    fresh: dict[str, dict[int, RunRecord]] = defaultdict(dict)
+    for run in finished:
+        if all(len(settings[origin]) == 1 for origin in _origins(run)):
+            fresh[run.setting].setdefault(run.finished_result.seed, run)
+    return {s: tuple(runs.values()) for s, runs in fresh.items() if len(runs) >= MIN_SEEDS}
 
 
-def _company(one: RunRecord) -> list[tuple[str, object]]:
-    group = one.config.get("group")
-    return [("seed", result_of(one).seed), *([("sweep", group)] if group else [])]
+def _origins(run: RunRecord) -> list[tuple[str, object]]:
+    group = run.config.get("group")
+    return [("seed", run.finished_result.seed), *([("sweep", group)] if group else [])]
 
 
-def _tried(mine: Sequence[RunRecord]) -> dict[str, float]:
-    """Setting -> mean accuracy of its runs that took part in the choice."""
-    fresh = {id(one) for one in _fresh(mine)}
-    choosing = by_setting([one for one in mine if id(one) not in fresh])
-    return {setting_of(runs[0].config): mean_accuracy(runs) for runs in choosing}
+def _searched(finished: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs that can have helped to choose a setting."""
+    confirmed = _confirmed_settings(finished)
+    fresh_seeds = {(s, run.finished_result.seed) for s, runs in confirmed.items() for run in runs}
+    return [run for run in finished if (run.setting, run.finished_result.seed) not in fresh_seeds]
 
 
-def _marks(standing: StrategySummary) -> tuple[str, ...]:
-    """Why a strategy may not have been given its due."""
-    marks = []
-    chosen, mine = standing.chosen, [one for one in standing.outcomes if one.result is not None]
-    setting = setting_of(chosen[0].config)
-    told = [one for one in standing.outcomes if one.result or one.diverged or one.state == "pruned"]
-    tried = sorted(
-        {float(one.config["learning_rate"]) for one in told if "learning_rate" in one.config}
+def _caveats(summary: StrategySummary) -> list[str]:
+    caveats = []
+    chosen = summary.chosen
+    rates = sorted(
+        {
+            float(run.config["learning_rate"])
+            for run in summary.runs
+            if run.result or run.diverged or run.state == "pruned"
+        }
     )
     rate = float(chosen[0].config["learning_rate"])
-    if len(tried) > 1 and rate in (tried[0], tried[-1]):
-        side = "smallest" if rate == tried[0] else "largest"
-        marks.append(f"its best learning rate, {rate:g}, is the {side} that was tried")
-    results = [result_of(one) for one in chosen]
-    improving = [one for one in results if one.best_epoch == one.epochs_run - 1]
+    if len(rates) > 1 and rate in (rates[0], rates[-1]):
+        side = "smallest" if rate == rates[0] else "largest"
+        caveats.append(f"its best learning rate, {rate:g}, is the {side} that was tried")
+    results = [run.finished_result for run in chosen]
+    improving = [result for result in results if result.best_epoch == result.epochs_run - 1]
     if 2 * len(improving) > len(results):
-        marks.append("still improving at its last epoch")
-    reached = [max((row["train_acc"] for row in one.rows), default=1.0) for one in chosen]
-    if np.mean(reached) < FITTED_TRAIN_ACC:
-        marks.append(f"training accuracy stayed at {np.mean(reached):.0%}")
-    diverged = sum(one.diverged and setting_of(one.config) == setting for one in standing.outcomes)
-    if diverged:
-        marks.append(f"{diverged} more of its setting diverged, and count in no mean")
-    means = _tried(mine) if standing.fresh else {}
-    if setting in means and max(means.values()) > means[setting]:
-        marks.append("another setting did better in the search, and has no fresh seeds")
-    return tuple(marks)
+        caveats.append("still improving at its last epoch")
+    reached = np.mean([max(run.metric("train_acc"), default=1.0) for run in chosen])
+    if reached < FITTED_TRAIN_ACC:
+        caveats.append(f"training accuracy stayed at {reached:.0%}")
+    return caveats + _divergences(summary)
+
+
+def _divergences(summary: StrategySummary) -> list[str]:
+    """Diverged runs have no weights fingerprint, so that settings are compared without it."""
+    settings = {run.setting_by_path for run in summary.chosen}
+    count = sum(run.diverged and run.setting_by_path in settings for run in summary.runs)
+    return [f"{count} more of this setting diverged and are not in the mean"] if count else []

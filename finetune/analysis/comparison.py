@@ -1,171 +1,179 @@
-"""What can be said of strategies from what came of their runs.
-
-Turns outcomes into a comparison: a summary a strategy, differences with their intervals, the
-winner's accuracy freed of selection, marks and warnings, and the answer in a sentence. Draws
-nothing.
-
-    >>> print(compare(read_runs(Path("runs"))).headline)  # doctest: +SKIP
-"""
+"""Compares the strategies: accuracies, differences with intervals, warnings, and a conclusion."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from finetune.analysis.by_strategy import StrategySummary, accuracy_of, result_of, standings
+from finetune.analysis.by_strategy import StrategySummary, summarize_strategies
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.statistics import (
     MIN_SEEDS,
+    Correct,
     Corrected,
     Difference,
     group_differences,
     model_differences,
     selection_corrected,
 )
+from finetune.config.field_tables import shown
 from finetune.system.text import listed
 
 CONFIRM = "python -m finetune confirm RUNS_DIR"
+_CHANGES_NUMBERS = ("accelerator", "precision", "cache_format")
+"""Fields of the environment that can change a run's accuracy."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that the page and the terminal show."""
+    """What the page and the terminal show."""
 
-    standings: tuple[StrategySummary, ...]
+    summaries: tuple[StrategySummary, ...]
     """The most accurate strategy first."""
     differences: tuple[Difference, ...]
     about_strategies: bool
-    """Whether `differences` judge strategies, over seeds; else only these models."""
+    """Whether `differences` are about strategies, over seeds, or only about single models."""
     corrected: Corrected | None
     num_candidates: int
     warnings: tuple[str, ...]
-    others: tuple[RunRecord, ...] = field(default=())
-    """Runs that can't be compared with these, or did not end well."""
+    compared: tuple[RunRecord, ...]
+    excluded: tuple[RunRecord, ...]
+    """Runs that did not finish, or can't be compared with the others."""
 
     @property
     def winner(self) -> RunRecord | None:
-        return self.standings[0].best if self.standings else None
+        return self.summaries[0].best if self.summaries else None
 
     def between(self, first: str, second: str) -> Difference | None:
-        """The difference of two strategies, whichever way round it was taken."""
+        """The difference of two strategies, in either direction."""
         return next((d for d in self.differences if {d.first, d.second} == {first, second}), None)
 
     @cached_property
     def headline(self) -> str:
-        """The answer in a sentence or two."""
+        """The conclusion in one or two sentences."""
         return _headline(self)
 
     @cached_property
     def advice(self) -> str:
-        """What would make the answer stand on firmer ground, or nothing."""
-        if self.about_strategies or len(self.standings) < 2:
+        """What a comparison of the strategies still needs; empty if nothing."""
+        if self.about_strategies or len(self.summaries) < 2:
             return ""
         return (
-            "This compares these models, not the strategies: another seed could turn the order. "
-            f"A verdict on strategies needs at least {MIN_SEEDS} fresh seeds of each one's best "
-            f"setting: {CONFIRM}"
+            "This compares these models, not the strategies: with other seeds the order could "
+            f"change. A comparison of strategies needs at least {MIN_SEEDS} fresh seeds of each "
+            f"strategy's best setting: {CONFIRM}"
         )
 
 
-def compare(outcomes: Sequence[RunRecord]) -> Comparison:
-    """What can be said of these runs together."""
-    comparable, warnings = _comparable([one for one in outcomes if one.result is not None])
-    stand = standings(comparable, outcomes)
-    judged = [one for one in stand if one.fresh]
-    about_strategies = len(judged) > 1
+def compare(runs: Sequence[RunRecord]) -> Comparison:
+    """The comparison of these runs: of strategies if two or more have enough fresh seeds, else of
+    the best model of each."""
+    comparable, warnings = _comparable([run for run in runs if run.result is not None])
+    summaries = summarize_strategies(comparable, runs)
+    confirmed = [summary for summary in summaries if summary.fresh]
+    about_strategies = len(confirmed) > 1
     if about_strategies:
-        left_out = [one for one in stand if not one.fresh]
-        if left_out:
+        unconfirmed = [summary for summary in summaries if not summary.fresh]
+        if unconfirmed:
             warnings.append(
-                f"{', '.join(one.strategy for one in left_out)}: fewer than {MIN_SEEDS} fresh "
-                "seeds of one setting, so no verdict includes it"
+                f"{', '.join(s.strategy for s in unconfirmed)}: fewer than {MIN_SEEDS} fresh "
+                "seeds of one setting, so not part of the comparison"
             )
-        stand = [*judged, *left_out]
-        differences = group_differences(
-            {one.strategy: np.stack([_correct(run) for run in one.chosen]) for one in judged}
-        )
-        candidates = [(run, one.strategy) for one in judged for run in one.chosen]
+        summaries = [*confirmed, *unconfirmed]
+        candidates = [(run, s.strategy) for s in confirmed for run in s.chosen]
     else:
-        if len(stand) > 1:  # a mean of seeds and a best run can't be ranked together
-            stand = sorted([one.best_alone for one in stand], key=lambda one: -one.accuracy)
-        models = {one.strategy: _correct(one.best) for one in stand}
-        enough = len(stand) > 1 and len(_correct(stand[0].best)) > 1
-        differences = model_differences(models) if enough else []
+        if len(summaries) > 1:  # the mean of several seeds is not comparable with a best run
+            summaries = [summary.with_best_run_only for summary in summaries]
+            summaries.sort(key=lambda summary: -summary.accuracy)
         candidates = [(run, "") for run in comparable]
-    corrected = None
-    if candidates:
-        corrected = selection_corrected(
-            np.stack([_correct(run) for run, _ in candidates]),
-            [group for _, group in candidates],
-            num_resamples=500 if len(candidates) <= 100 else 200,
-        )
-    included = {id(one) for one in comparable}
+    compared = {id(run) for run in comparable}
     return Comparison(
-        standings=tuple(stand),
-        differences=tuple(differences),
+        summaries=tuple(summaries),
+        differences=tuple(_differences(confirmed if about_strategies else summaries)),
         about_strategies=about_strategies,
-        corrected=corrected,
+        corrected=_corrected(candidates),
         num_candidates=len(candidates),
         warnings=tuple(warnings),
-        others=tuple(one for one in outcomes if id(one) not in included),
+        compared=tuple(comparable),
+        excluded=tuple(run for run in runs if id(run) not in compared),
     )
 
 
-def _correct(outcome: RunRecord) -> Any:
-    assert outcome.correct is not None
-    return outcome.correct
+def _correct(run: RunRecord) -> Correct:
+    assert run.correct is not None
+    return run.correct
 
 
-# which runs can be compared
+def _differences(summaries: Sequence[StrategySummary]) -> list[Difference]:
+    if len(summaries) < 2:
+        return []
+    if all(summary.fresh for summary in summaries):
+        groups = {s.strategy: np.stack([_correct(run) for run in s.chosen]) for s in summaries}
+        return group_differences(groups)
+    models = {summary.strategy: _correct(summary.best) for summary in summaries}
+    num_pictures = len(_correct(summaries[0].best))
+    return model_differences(models) if num_pictures > 1 else []
+
+
+def _corrected(candidates: Sequence[tuple[RunRecord, str]]) -> Corrected | None:
+    if not candidates:
+        return None
+    return selection_corrected(
+        np.stack([_correct(run) for run, _ in candidates]),
+        [group for _, group in candidates],
+        num_resamples=500 if len(candidates) <= 100 else 200,
+    )
 
 
 def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
-    """The largest set of runs over the same pictures, and why the others are left out."""
+    """The largest set of runs on the same validation pictures, and warnings."""
     warnings = []
-    without = [one for one in finished if one.correct is None]
+    without = [run for run in finished if run.correct is None]
     if without:
-        warnings.append(f"{_runs(without)}: no predictions.npz, so left out of the comparison")
+        warnings.append(f"{_named(without)}: no predictions.npz, so not compared")
     groups: dict[tuple[str, str, bytes], list[RunRecord]] = defaultdict(list)
-    for one in finished:
-        if one.labels is not None:
-            result = result_of(one)
-            key = (result.dataset_fingerprint, result.split_fingerprint, one.labels.tobytes())
-            groups[key].append(one)
+    for run in finished:
+        if run.labels is not None:
+            result = run.finished_result
+            key = (result.dataset_fingerprint, result.split_fingerprint, run.labels.tobytes())
+            groups[key].append(run)
     if not groups:
         return [], warnings
     largest = max(groups, key=lambda key: len(groups[key]))
-    for key, members in groups.items():
+    reasons = ("other data", "another split", "other validation pictures")
+    for key, runs in groups.items():
         if key != largest:
-            what = [
-                label
-                for label, ours, theirs in zip(
-                    ("other data", "another split", "other validation pictures"),
-                    largest,
-                    key,
-                    strict=True,
-                )
-                if ours != theirs
-            ]
-            warnings.append(f"{_runs(members)}: {what[0]}, so left out of the comparison")
-    sources = Counter(result_of(one).weights_fingerprint for one in groups[largest])
-    del sources[None]
-    if len(sources) > 1:
-        counts = ", ".join(f"{name[:8]} ({n} runs)" for name, n in sources.most_common() if name)
-        warnings.append(f"the runs started from different weights: {counts}")
-    return groups[largest], warnings
+            place = next(i for i in range(3) if key[i] != largest[i])
+            warnings.append(f"{_named(runs)}: {reasons[place]}, so not compared")
+    return groups[largest], warnings + _inequalities(groups[largest])
 
 
-def _runs(outcomes: Sequence[RunRecord]) -> str:
-    names = ", ".join(one.run_id for one in outcomes[:3])
-    return f"{len(outcomes)} run{'s' * (len(outcomes) > 1)} ({names}{', …' * (len(outcomes) > 3)})"
+def _inequalities(runs: Sequence[RunRecord]) -> list[str]:
+    """What differs between compared runs besides their settings and may change their accuracy."""
+    weights = [run.finished_result.weights_fingerprint for run in runs]
+    counts = {"weights": Counter(fingerprint for fingerprint in weights if fingerprint)}
+    for name in _CHANGES_NUMBERS:
+        recorded = [run.config[name] for run in runs if name in run.config]
+        counts[name] = Counter(shown(name, value) for value in recorded)
+    return [
+        f"the runs have different {name}: "
+        + ", ".join(f"{value[:12]} ({_num_runs(n)})" for value, n in found.most_common())
+        for name, found in counts.items()
+        if len(found) > 1
+    ]
 
 
-# the answer in words
+def _num_runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def _named(runs: Sequence[RunRecord]) -> str:
+    names = ", ".join(run.run_id for run in runs[:3])
+    return f"{_num_runs(len(runs))} ({names}{', …' * (len(runs) > 3)})"
 
 
 def percent(accuracy: float) -> str:
@@ -181,57 +189,55 @@ def p_value(value: float) -> str:
 
 
 def _headline(comparison: Comparison) -> str:
-    if not comparison.standings:
-        return "No run has ended well yet, so there is nothing to compare."
-    leader = comparison.standings[0]
-    best = leader.best
-    if len(comparison.standings) == 1:
-        return (
-            f"Only {leader.strategy} has runs that ended well; its best, {best.name}, reaches "
-            f"{percent(accuracy_of(best))}."
-        )
-    told: list[StrategySummary] = []
-    untold: list[StrategySummary] = []
-    for rival in comparison.standings[1:]:
+    if not comparison.summaries:
+        return "No run that can be compared has finished yet."
+    leader, *rivals = comparison.summaries
+    best = f"{leader.best.name} at {percent(leader.best.accuracy)}"
+    if not rivals:
+        return f"Only {leader.strategy} has finished runs; its best model is {best}."
+    worse: list[StrategySummary] = []
+    similar: list[StrategySummary] = []
+    for rival in rivals:
         if difference := comparison.between(leader.strategy, rival.strategy):
-            (told if difference.significant else untold).append(rival)
+            (worse if difference.significant else similar).append(rival)
     if comparison.about_strategies:
-        return _verdict(leader, told, untold, comparison)
-    opening = f"The best model found is {best.name} at {percent(accuracy_of(best))}"
+        return _verdict(leader, worse, similar, comparison)
+    highest = max(run.accuracy for run in comparison.compared)
+    what = "model found" if leader.best.accuracy == highest else "setting's best model"
+    opening = f"The best {what} is {best}"
     if comparison.corrected and comparison.num_candidates > 1:
-        opening += (
-            f" ({percent(comparison.corrected.accuracy)} once corrected for being the best of "
-            f"{comparison.num_candidates})"
-        )
-    if not told:
-        return f"{opening}, but its lead over the other strategies' best can't be told from luck."
-    within = max([one.within for one in told], key=len)
-    closing = f"; it beats the best of {listed([one.strategy for one in told])}{within}"
-    if untold:
-        closing += f", and can't be told from luck against {listed([o.strategy for o in untold])}"
+        corrected = percent(comparison.corrected.accuracy)
+        opening += f" ({corrected} corrected for selection from {comparison.num_candidates} runs)"
+    if not worse:
+        return f"{opening}; no significant difference from the other strategies' best models."
+    limitation = max([rival.limitation for rival in worse], key=len)
+    beaten = listed([rival.strategy for rival in worse])
+    closing = f"; it beats the best model of {beaten}{limitation}"
+    if similar:
+        closing += f", with no significant difference from {listed([s.strategy for s in similar])}"
     return f"{opening}{closing}."
 
 
 def _verdict(
     leader: StrategySummary,
-    told: Sequence[StrategySummary],
-    untold: Sequence[StrategySummary],
+    worse: Sequence[StrategySummary],
+    similar: Sequence[StrategySummary],
     comparison: Comparison,
 ) -> str:
-    seeds = min(len(one.chosen) for one in (leader, *told, *untold))
-    if untold:
-        named = [f"{one.strategy} ({percent(one.accuracy)})" for one in (leader, *untold)]
-        opening = f"{listed(named)} can't be told apart"
-        between = "difference" if len(untold) == 1 else "differences"
-        rest = f"over {seeds} fresh seeds, the {between} may be luck"
+    if similar:
+        seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
+        others = listed([f"{s.strategy} ({percent(s.accuracy)})" for s in similar])
+        parts = [
+            f"No significant difference between {leader.strategy} ({percent(leader.accuracy)}) and "
+            f"{others} over {seeds} fresh seeds"
+        ]
     else:
-        opening = f"{leader.strategy} wins with {percent(leader.accuracy)}"
-        rest = f"the mean of {len(leader.chosen)} fresh seeds"
-    parts = []
-    for rival in told:
+        accuracy = percent(leader.accuracy)
+        seeds = len(leader.chosen)
+        parts = [f"{leader.strategy} wins with {accuracy}, the mean of {seeds} fresh seeds"]
+    for rival in worse:
         difference = comparison.between(leader.strategy, rival.strategy)
         assert difference is not None
-        parts.append(
-            f"{rival.strategy} is {points(abs(difference.estimate))} points worse{rival.within}"
-        )
-    return f"{opening}: {'; '.join([rest, *parts])}."
+        less = points(abs(difference.estimate))
+        parts.append(f"{rival.strategy} is {less} points worse{rival.limitation}")
+    return f"{'; '.join(parts)}."

@@ -1,70 +1,68 @@
-"""How much each searched parameter matters, where the search was not a grid.
+"""How much each searched field affects the accuracy, for searches that are not a grid.
 
-Turns outcomes into shares by Optuna's PED-ANOVA (Watanabe, Bansal & Hutter 2023,
-https://arxiv.org/abs/2304.10255), a setting counted once however many seeds it had. A grid needs
-none: its marginal means say it.
-
-    >>> importances(outcomes)  # doctest: +SKIP
+The importances are Optuna's PED-ANOVA (Watanabe, Bansal & Hutter 2023,
+https://arxiv.org/abs/2304.10255), with one trial per setting. For a grid the marginal means show
+the same.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from finetune.analysis.by_strategy import by_setting, mean_accuracy
+from finetune.analysis.by_strategy import by_setting, mean_accuracy, value_of, varied_fields
 from finetune.analysis.read_runs import RunRecord
 
-FEWEST_SETTINGS = 10
-_PARAMETERS = (
-    *("strategy", "learning_rate", "batch_size", "data_aug", "weight_decay", "label_smoothing"),
-    *("momentum", "lr_schedule", "image_size", "epochs"),
-)
+MIN_SETTINGS = 10
 
 
-def importances(outcomes: Sequence[RunRecord]) -> dict[str, float]:
-    """Share of each parameter, the largest first; nothing for a grid, few runs, or no Optuna."""
-    finished = by_setting([one for one in outcomes if one.result is not None])
-    tried = [one for one in outcomes if one.config]  # a diverged run is a point of its grid too
-    values = {name: {one.config.get(name) for one in tried} for name in _PARAMETERS}
-    searched = {name: found for name, found in values.items() if len(found) > 1}
-    settings = {tuple(one.config.get(name) for name in searched) for one in tried}
-    is_grid = len(settings) == math.prod(map(len, searched.values()))
-    if len(finished) < FEWEST_SETTINGS or not searched or is_grid:
+def field_importances(runs: Sequence[RunRecord]) -> dict[str, float]:
+    """The importance of each varied field, as shares that sum to 1, the largest first.
+
+    Empty for a grid, for fewer than `MIN_SETTINGS` settings, or without Optuna.
+    """
+    finished = by_setting(run for run in runs if run.result is not None)
+    tried = [run for run in runs if run.config]  # a diverged run is part of its grid too
+    fields = ["strategy", *varied_fields(tried)]
+    values = {name: {value_of(run, name) for run in tried} for name in fields}
+    values = {name: found for name, found in values.items() if len(found) > 1}
+    settings = {tuple(value_of(run, name) for name in values) for run in tried}
+    is_grid = len(settings) == math.prod(map(len, values.values()))
+    if len(finished) < MIN_SETTINGS or not values or is_grid:
         return {}
     try:
         import optuna
     except ImportError:
         return {}
-    return _shares(optuna, finished, searched)
+    return _importances(optuna, finished.values(), values)
 
 
-def _shares(
-    optuna: Any, finished: Sequence[Sequence[RunRecord]], searched: dict[str, set[Any]]
+def _importances(
+    optuna: Any, settings: Iterable[Sequence[RunRecord]], values: dict[str, set[Any]]
 ) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    distributions = {name: _distribution(optuna, found) for name, found in searched.items()}
+    distributions = {name: _distribution(optuna, found) for name, found in values.items()}
     study = optuna.create_study(direction="maximize")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for runs in finished:
+        for runs in settings:
             study.add_trial(
                 optuna.trial.create_trial(
-                    params={name: runs[0].config.get(name) for name in searched},
+                    params={name: value_of(runs[0], name) for name in values},
                     distributions=distributions,
                     value=mean_accuracy(runs),
                 )
             )
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        found: dict[str, float] = optuna.importance.get_param_importances(
+        shares: dict[str, float] = optuna.importance.get_param_importances(
             study, evaluator=evaluator
         )
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def _distribution(optuna: Any, values: set[Any]) -> Any:
+def _distribution(optuna: Any, values: Collection[Any]) -> Any:
     numbers = [value for value in values if isinstance(value, int | float)]
     if len(numbers) < len(values) or len(numbers) <= 4:
         return optuna.distributions.CategoricalDistribution(sorted(values, key=str))

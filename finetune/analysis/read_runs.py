@@ -1,15 +1,10 @@
-"""What came of each run in a folder, ended well or not.
-
-Turns a folder of run directories into outcomes: a result or a failure, the epochs, and which
-validation pictures were right. Knows nothing about what they mean together.
-
-    >>> outcomes = read_runs(Path("runs"))  # doctest: +SKIP
-"""
+"""Reads the runs in a folder, finished or not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +14,26 @@ from finetune.analysis.statistics import Correct
 from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, RunResult, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
+from finetune.runs.settings import setting_of
 from finetune.system.errors import FinetuneError, RunDirError
 from finetune.system.files import walk
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run directory's content, as far as it goes."""
+    """The content of a run directory, as far as it exists."""
 
     run_dir: Path
     config: Mapping[str, Any]
     rows: tuple[Row, ...]
     state: str
-    """`finished`, the failure's state, or `unfinished` where neither file is."""
+    """`finished`, the failure's state, `unfinished` if there is neither, or `unreadable`."""
     reason: str = ""
     result: RunResult | None = None
+    start_epochs: Mapping[str, int] = field(default_factory=dict)
+    """The epoch at which each part started to train."""
     correct: Correct | None = None
+    """Whether each validation picture was classified correctly at the best epoch."""
     labels: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
     @property
@@ -53,65 +52,90 @@ class RunRecord:
     def diverged(self) -> bool:
         return self.state == "failed" and "diverged" in self.reason
 
+    @property
+    def finished_result(self) -> RunResult:
+        assert self.result is not None
+        return self.result
+
+    @property
+    def accuracy(self) -> float:
+        return self.finished_result.best_val_acc
+
+    @cached_property
+    def setting(self) -> str:
+        """A key that finished runs share if they differ only in seed, name and machine."""
+        return setting_of(self.config, self.finished_result.weights_fingerprint)
+
+    @cached_property
+    def setting_by_path(self) -> str:
+        """Like `setting`, but with the path of the weights: for runs without a result."""
+        return setting_of(self.config)
+
+    def metric(self, name: str) -> list[float]:
+        """The recorded values of a metric, one per epoch that has it."""
+        values = [row.get(name, np.nan) for row in self.rows]
+        return [value for value in values if not np.isnan(value)]
+
 
 def read_runs(runs_dir: Path) -> list[RunRecord]:
-    """Every run directory in or below `runs_dir`, in the order of their paths.
+    """Every run in or below `runs_dir`, in the order of their paths.
 
-    Raises `RunDirError` where there is none. A directory whose files can't be read is an outcome
-    of the state `unreadable`.
+    A run whose files can't be read has the state `unreadable`. Raises `RunDirError` if there are
+    no runs.
     """
     if not runs_dir.is_dir():
-        raise RunDirError(f"{runs_dir} does not exist; pass the folder that runs went into (--out)")
-    outcomes = [_read(place) for place in _run_dirs(runs_dir)]
-    if not outcomes:
+        raise RunDirError(f"{runs_dir} does not exist; pass the folder of the runs (--out)")
+    runs = [_read(folder) for folder in _run_dirs(runs_dir)]
+    if not runs:
         raise RunDirError(
             f"{runs_dir} holds no run directories (folders with a config.yaml, at any depth); "
-            "pass the folder that runs went into (--out)"
+            "pass the folder of the runs (--out)"
         )
-    return outcomes
+    return runs
 
 
-def _run_dirs(folder: Path) -> Iterator[Path]:
+def _run_dirs(root: Path) -> Iterator[Path]:
     try:
-        for place, folders, files in walk(folder):
+        for folder, subfolders, files in walk(root):
             if "config.yaml" in files:
-                folders.clear()
-                yield place
+                subfolders.clear()
+                yield folder
     except OSError as error:
         raise RunDirError(f"{error.filename} can't be read: {error.strerror}") from None
 
 
-def _read(place: Path) -> RunRecord:
-    run_dir = RunDir(place)
+def _read(folder: Path) -> RunRecord:
+    run_dir = RunDir(folder)
     try:
         if run_dir.finished:
-            return _finished(run_dir)
+            return _read_finished(run_dir)
         config = run_dir.read_config().to_fields()
         rows = tuple(read_metrics(run_dir.metrics_path))
     except (FinetuneError, OSError) as error:
-        return RunRecord(place, {}, (), "unreadable", str(error))
+        return RunRecord(folder, {}, (), "unreadable", str(error))
     failure = read_failure(run_dir.failure_path)
     if failure is None:
-        reason = f"still running, or ended without a word; go on by --resume {place}"
-        return RunRecord(place, config, rows, "unfinished", reason)
-    return RunRecord(place, config, rows, str(failure.get("state")), str(failure.get("reason")))
+        reason = f"still running, or killed; continue it with --resume {folder}"
+        return RunRecord(folder, config, rows, "unfinished", reason)
+    return RunRecord(folder, config, rows, str(failure["state"]), str(failure["reason"]))
 
 
-def _finished(run_dir: RunDir) -> RunRecord:
+def _read_finished(run_dir: RunDir) -> RunRecord:
     result = RunResult.load(run_dir.path)
     known = {k: v for k, v in result.config.items() if k in RunConfig.model_fields}
-    RunConfig.from_fields(known)  # raises for values that no run can have had
-    rows = tuple(read_metrics(run_dir.metrics_path))
+    config = RunConfig.from_fields(known)  # raises for values that are not allowed
     correct = labels = None
     if run_dir.predictions_path.exists():
         logits, labels, _ = run_dir.read_predictions()
         correct = logits.argmax(axis=1) == labels
     return RunRecord(
         run_dir.path,
-        result.config,
-        rows,
+        config.to_fields() | result.config,
+        tuple(read_metrics(run_dir.metrics_path)),
         "finished",
         result=result,
+        # version 0.1.0 didn't record them
+        start_epochs=result.start_epochs or config.plan.start_epochs,
         correct=correct,
         labels=labels,
     )

@@ -1,13 +1,10 @@
-"""Which pictures runs got right -> differences of accuracy with their uncertainty.
+"""Differences between accuracies with confidence intervals and corrected p-values.
 
-Turns matrices of right and wrong into paired intervals, corrected p-values and accuracies free of
-selection. Knows nothing about strategies, files or pages.
-
-    >>> correct = np.random.default_rng(0).random((2, 5, 1000)) < 0.8
     >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03], num_groups=3)]
     [0.03, 0.04, 0.03]
 
-Legend: R runs of one group, N pictures, B resamples; `correct_RN` says who got which picture right.
+Legend: R runs, N pictures, B resamples, G groups; `correct_RN` is true where run R classified
+picture N correctly.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from scipy import special, stats
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
-"""Runs of one setting with seeds of their own below which a spread can't be told."""
+"""The fewest runs of a setting, each with its own seed, from which a spread is estimated."""
 
 Correct = np.ndarray[Any, np.dtype[np.bool_]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -31,7 +28,7 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more accurate the first is than the second: a fraction, its interval, its p."""
+    """The accuracy of the first minus that of the second, as a fraction, with its interval."""
 
     first: str
     second: str
@@ -49,15 +46,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Spread:
-    """What one group's runs tell of its mean accuracy."""
+    """The mean accuracy of a group of runs, and its variances."""
 
     mean: float
     per_picture: Floats
     num_runs: int
     run_variance: float
-    """Of one run's accuracy, between seeds."""
+    """Variance of a run's accuracy between seeds."""
     residual_variance: float
-    """The part of it that is chance in single pictures: the pictures' variance holds it too."""
+    """The part of `run_variance` that is random per picture; the variance between pictures contains
+    it too."""
 
     @classmethod
     def of(cls, correct_RN: Correct) -> _Spread:
@@ -76,48 +74,47 @@ class _Spread:
 
 
 def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
-    """Every pair of groups of runs with fresh seeds, judged beyond these seeds and pictures.
+    """The difference of every pair of groups, for other seeds and other pictures.
 
-    The variance is that of resampling seeds and pictures alike (the pigeonhole bootstrap, Owen
-    2007, https://arxiv.org/abs/0712.1111), in closed form and with the residual, which resampling
-    counts three times, counted once: between seeds plus between pictures of the paired
-    differences, less the residual that both hold. Between-seed variances of few runs
-    are poor, so they lend each other strength as far as they agree (Smyth 2004,
-    https://doi.org/10.2202/1544-6115.1027); Student's quantile at Satterthwaite's degrees of
-    freedom pays for what is still uncertain. p-values are corrected over all pairs (`holm`).
+    The variance is that of resampling both seeds and pictures (the pigeonhole bootstrap, Owen
+    2007, https://arxiv.org/abs/0712.1111), in closed form, with the residual counted once instead
+    of three times: the variance between seeds plus the variance between pictures of the paired
+    differences, minus the residual that both contain. Variances between few seeds are uncertain,
+    so the groups borrow strength from each other as far as their variances agree (Smyth 2004,
+    https://doi.org/10.2202/1544-6115.1027). The interval uses Student's quantile with
+    Satterthwaite's degrees of freedom. p-values are corrected over all pairs (`holm`).
     """
     assert all(len(correct_RN) >= MIN_SEEDS for correct_RN in groups.values())
     spreads = {name: _Spread.of(correct_RN) for name, correct_RN in groups.items()}
     seeds = moderated(
         [spread.run_variance for spread in spreads.values()],
         [spread.num_runs - 1 for spread in spreads.values()],
-        floor=1 / (12 * next(iter(groups.values())).shape[1] ** 2),  # of rounding to a picture
+        floor=1 / (12 * next(iter(groups.values())).shape[1] ** 2),  # of rounding to one picture
     )
-    place = {name: i for i, name in enumerate(spreads)}
     pairs = [
-        _group_difference(a, b, spreads, seeds, [place[a], place[b]])
-        for a, b in combinations(spreads, 2)
+        _group_difference(spreads, seeds, [i, j]) for i, j in combinations(range(len(groups)), 2)
     ]
     return _with_holm(pairs, len(groups))
 
 
 def _group_difference(
-    first: str, second: str, spreads: Mapping[str, _Spread], seeds: Moderated, both: list[int]
+    spreads: Mapping[str, _Spread], seeds: Moderated, both: list[int]
 ) -> Difference:
-    one, other = spreads[first], spreads[second]
-    paired_N = one.per_picture - other.per_picture
+    a, b = (list(spreads)[i] for i in both)
+    first, second = spreads[a], spreads[b]
+    paired_N = first.per_picture - second.per_picture
     pictures = float(paired_N.var(ddof=1)) / len(paired_N)
-    runs = np.array([one.num_runs, other.num_runs])
-    residuals = np.array([one.residual_variance, other.residual_variance])
+    runs = np.array([first.num_runs, second.num_runs])
+    residuals = np.array([first.residual_variance, second.residual_variance])
     between = seeds.variances[both]
     variance = pictures + max(float(((between - residuals) / runs).sum()), 0.0)
-    # a variance between seeds that came out below its residual is no surer for that
+    # an estimate below its residual is not more certain than the residual
     uncertain = seeds.uncertainty(both, np.maximum(between, residuals) / runs)
     freedom = variance**2 / uncertain if uncertain else math.inf
-    return _judged(first, second, one.mean - other.mean, variance, freedom)
+    return _difference(a, b, first.mean - second.mean, variance, freedom)
 
 
-def _judged(
+def _difference(
     first: str, second: str, estimate: float, variance: float, freedom: float
 ) -> Difference:
     error = math.sqrt(variance)
@@ -131,24 +128,24 @@ def _judged(
 
 @dataclass(frozen=True)
 class Moderated:
-    """Variances that lend each other strength, and how far they do."""
+    """Variances of groups that borrow strength from each other."""
 
     variances: Floats
     freedoms: Floats
-    """Degrees of freedom that each had by itself."""
+    """Degrees of freedom of each group alone."""
     shared: Floats
-    """Share of each one that is the common value, 0 to 1."""
+    """Share of the common value in each variance, 0 to 1."""
 
     def uncertainty(self, members: list[int], parts: Floats) -> float:
         """Half the variance of the sum of `parts`, which are proportional to these members.
 
-        What is common to them is uncertain with all groups' degrees of freedom together, and in
-        the same direction; the rest of each with its own.
+        The common value has the degrees of freedom of all groups together, and its errors are the
+        same in all parts; the rest of each part has its own degrees of freedom.
         """
         shared, total = self.shared[members], float(self.freedoms.sum())
         common, own = float((parts * shared).sum()), parts * (1 - shared)
-        apart = float((own**2 / self.freedoms[members]).sum())
-        return apart + (common**2 + 2 * common * float(own.sum())) / total
+        independent = float((own**2 / self.freedoms[members]).sum())
+        return independent + (common**2 + 2 * common * float(own.sum())) / total
 
 
 def moderated(variances: Sequence[float], freedoms: Sequence[int], floor: float) -> Moderated:
@@ -170,7 +167,7 @@ def moderated(variances: Sequence[float], freedoms: Sequence[int], floor: float)
 
 
 def _trigamma_inverse(value: float) -> float:
-    """Smyth 2004's Newton iteration, which converges from below."""
+    """The Newton iteration of Smyth 2004, which converges from below."""
     if value > 1e7:
         return float(value**-0.5)
     if value < 1e-6:
@@ -186,12 +183,12 @@ def _trigamma_inverse(value: float) -> float:
 
 
 def model_differences(models: Mapping[str, Correct]) -> list[Difference]:
-    """Every pair of single models, judged beyond these pictures: nothing is said of other seeds."""
+    """The difference of every pair of single models, for other pictures but not for other seeds."""
     pairs = []
     for a, b in combinations(models, 2):
         paired_N = models[a].astype(np.float64) - models[b]
         variance = float(paired_N.var(ddof=1)) / len(paired_N)
-        pair = _judged(a, b, float(paired_N.mean()), variance, len(paired_N) - 1)
+        pair = _difference(a, b, float(paired_N.mean()), variance, len(paired_N) - 1)
         pairs.append(replace(pair, p_mcnemar=mcnemar(models[a], models[b])))
     return _with_holm(pairs, len(models))
 
@@ -213,9 +210,9 @@ def mcnemar(first_N: Correct, second_N: Correct) -> float:
 def holm(p_values: Sequence[float], num_groups: int) -> list[float]:
     """p-values of all pairs of groups, corrected for their number.
 
-    Holm 1979 (https://www.jstor.org/stable/4615733), each step counting only as many pairs as can
-    still be equal (Shaffer 1986, https://doi.org/10.1080/01621459.1986.10478341): of four groups,
-    once two of them differ, at most three pairs are.
+    Holm 1979 (https://www.jstor.org/stable/4615733), where each step counts only the pairs that
+    can still be equal (Shaffer 1986, https://doi.org/10.1080/01621459.1986.10478341): if two of
+    four groups differ, at most three pairs are equal.
     """
     possible = _numbers_of_equal_pairs(num_groups)
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
@@ -229,7 +226,7 @@ def holm(p_values: Sequence[float], num_groups: int) -> list[float]:
 
 
 def _numbers_of_equal_pairs(num_groups: int) -> set[int]:
-    """How many pairs can be equal at once: groups fall into sets of equals, in any way."""
+    """The possible numbers of equal pairs, over all partitions of the groups into equal ones."""
     found = [{0}]
     for size in range(1, num_groups + 1):
         found.append(
@@ -240,7 +237,7 @@ def _numbers_of_equal_pairs(num_groups: int) -> set[int]:
 
 @dataclass(frozen=True)
 class Corrected:
-    """An accuracy freed of having been the best of many, and its interval."""
+    """The best accuracy of several, corrected for the selection, with its interval."""
 
     accuracy: float
     low: float
@@ -253,24 +250,23 @@ def selection_corrected(
     num_resamples: int = 500,
     seed: int = 0,
 ) -> Corrected:
-    """The winner's accuracy, chosen on resampled pictures and scored on those left out.
+    """The accuracy of the best run, chosen on resampled pictures and scored on those left out.
 
-    The winner is the best run; where runs have groups, the best run of the group with the best
-    mean. BBC-CV: Tsamardinos, Greasidou & Borboudakis 2018,
-    https://doi.org/10.1007/s10994-018-5714-4.
+    With groups, it is the best run of the group with the best mean. BBC-CV: Tsamardinos, Greasidou
+    & Borboudakis 2018, https://doi.org/10.1007/s10994-018-5714-4.
     """
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     right_NR = correct_RN.T.astype(np.float32)
     num_pictures, num_runs = right_NR.shape
     if num_pictures < 2:
         only = float(right_NR.max())
         return Corrected(only, 0.0, 1.0)
-    drawn = chance.integers(num_pictures, size=(num_resamples, num_pictures))
+    drawn = rng.integers(num_pictures, size=(num_resamples, num_pictures))
     drawn += np.arange(num_resamples)[:, None] * num_pictures
     counts_BN = np.bincount(drawn.ravel(), minlength=num_resamples * num_pictures)
     counts_BN = counts_BN.reshape(num_resamples, num_pictures)
     left_out_BN = (counts_BN == 0).astype(np.float32)
-    chosen_B = _winner(counts_BN.astype(np.float32) @ right_NR, groups or [""] * num_runs)
+    chosen_B = _best_run(counts_BN.astype(np.float32) @ right_NR, groups or [""] * num_runs)
     hits_BR = left_out_BN @ right_NR
     left_out_B = left_out_BN.sum(axis=1)
     usable = left_out_B > 0
@@ -280,8 +276,8 @@ def selection_corrected(
     return Corrected(float(scores.mean()), float(low), float(high))
 
 
-def _winner(hits_BR: Any, groups: Sequence[str]) -> Any:
-    """Of each resample, the best run of the group with the best mean, (B,)."""
+def _best_run(hits_BR: Any, groups: Sequence[str]) -> Any:
+    """The best run of the group with the best mean in each resample, (B,)."""
     names, group_R = np.unique(np.asarray(groups), return_inverse=True)
     members_GR = group_R == np.arange(len(names))[:, None]
     means_BG = hits_BR @ (members_GR / members_GR.sum(axis=1, keepdims=True)).T

@@ -14,11 +14,15 @@ def compared(runs_dir: Path) -> Comparison:
     return compare(read_runs(runs_dir))
 
 
-def test_fresh_seeds_give_a_verdict_on_strategies(tmp_path: Path) -> None:
+def test_strategies_are_compared_if_they_have_fresh_seeds(tmp_path: Path) -> None:
     write_confirmed(tmp_path, {"partial": 0.85, "freeze": 0.75, "scratch": 0.5})
     comparison = compared(tmp_path)
     assert comparison.about_strategies
-    assert [one.strategy for one in comparison.standings] == ["partial", "freeze", "scratch"]
+    assert [summary.strategy for summary in comparison.summaries] == [
+        "partial",
+        "freeze",
+        "scratch",
+    ]
     assert all(pair.significant for pair in comparison.differences)
     assert all(pair.p_mcnemar is None for pair in comparison.differences)
     assert "partial wins with 8" in comparison.headline
@@ -26,14 +30,14 @@ def test_fresh_seeds_give_a_verdict_on_strategies(tmp_path: Path) -> None:
     assert comparison.advice == ""
 
 
-def test_strategies_that_luck_may_have_ordered_are_not_told_apart(tmp_path: Path) -> None:
+def test_no_winner_is_named_without_a_significant_difference(tmp_path: Path) -> None:
     write_confirmed(tmp_path, {"partial": 0.80, "gradual": 0.799}, num_seeds=3)
     headline = compared(tmp_path).headline
-    assert "can't be told apart" in headline
+    assert headline.startswith("No significant difference between")
     assert "wins" not in headline
 
 
-def test_a_sweep_without_fresh_seeds_compares_these_models_and_says_so(tmp_path: Path) -> None:
+def test_a_sweep_without_fresh_seeds_is_a_comparison_of_models_only(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     comparison = compared(tmp_path)
     assert not comparison.about_strategies
@@ -43,8 +47,8 @@ def test_a_sweep_without_fresh_seeds_compares_these_models_and_says_so(tmp_path:
     assert all(pair.p_mcnemar is not None for pair in comparison.differences)
 
 
-def test_the_runs_that_chose_a_setting_do_not_confirm_it(tmp_path: Path) -> None:
-    """Three seeds were part of the sweep: its best setting had the luck of all three."""
+def test_runs_that_were_used_to_choose_a_setting_are_not_fresh(tmp_path: Path) -> None:
+    """A grid over three seeds and two learning rates."""
     for seed in (1, 2, 3):
         for strategy in ("partial", "freeze"):
             for rate in (0.01, 0.1):
@@ -58,13 +62,13 @@ def test_the_runs_that_chose_a_setting_do_not_confirm_it(tmp_path: Path) -> None
     assert not compared(tmp_path).about_strategies
 
 
-def test_a_sweep_beside_its_confirmation_is_judged_by_the_fresh_seeds_alone(tmp_path: Path) -> None:
+def test_only_fresh_seeds_are_compared_if_a_sweep_was_confirmed(tmp_path: Path) -> None:
     write_sweep(tmp_path / "sweep")
     write_confirmed(tmp_path / "confirmed", {"partial": 0.82, "gradual": 0.78, "freeze": 0.7})
     comparison = compared(tmp_path)
     assert comparison.about_strategies
-    judged = comparison.standings[:3]
-    assert [[run.result.seed for run in one.chosen if run.result] for one in judged] == [
+    confirmed = comparison.summaries[:3]
+    assert [[run.result.seed for run in summary.chosen if run.result] for summary in confirmed] == [
         [1000, 1001, 1002, 1003, 1004]
     ] * 3
     assert any("scratch: fewer than 3 fresh seeds" in line for line in comparison.warnings)
@@ -73,10 +77,10 @@ def test_a_sweep_beside_its_confirmation_is_judged_by_the_fresh_seeds_alone(tmp_
     } == {"partial", "gradual", "freeze"}
 
 
-def test_a_setting_with_seeds_of_its_own_is_not_fresh_if_its_accuracies_chose_it(
+def test_two_settings_with_different_seeds_do_not_confirm_each_other(
     tmp_path: Path,
 ) -> None:
-    """Each setting has three seeds that no other has, and the best was taken by their mean."""
+    """Each setting has three seeds of its own, and no other runs were used to choose."""
     for strategy in ("partial", "freeze"):
         for i, rate in enumerate((0.01, 0.1)):
             for seed in range(3 * i, 3 * i + 3):
@@ -90,7 +94,7 @@ def test_a_setting_with_seeds_of_its_own_is_not_fresh_if_its_accuracies_chose_it
     assert not compared(tmp_path).about_strategies
 
 
-def test_a_run_of_a_sweep_is_not_fresh_though_each_of_its_trials_had_another_seed(
+def test_the_trials_of_a_sweep_are_not_fresh_even_with_different_seeds(
     tmp_path: Path,
 ) -> None:
     for strategy in ("partial", "freeze"):
@@ -101,10 +105,10 @@ def test_a_run_of_a_sweep_is_not_fresh_though_each_of_its_trials_had_another_see
     write_confirmed(tmp_path, {"partial": 0.85, "freeze": 0.7}, num_seeds=3, group="confirm-1")
     comparison = compared(tmp_path)
     assert comparison.about_strategies
-    assert [len(one.chosen) for one in comparison.standings] == [3, 3]
+    assert [len(summary.chosen) for summary in comparison.summaries] == [3, 3]
 
 
-def test_between_two_confirmed_settings_the_search_decides_and_not_the_fresh_seeds(
+def test_the_search_decides_between_two_confirmed_settings(
     tmp_path: Path,
 ) -> None:
     for rate, found in ((0.01, 0.85), (0.1, 0.8)):
@@ -113,30 +117,30 @@ def test_between_two_confirmed_settings_the_search_decides_and_not_the_fresh_see
             fresh = 0.8 if rate == 0.01 else 0.9
             write_run(tmp_path, f"fresh{rate}-{seed}", fresh, learning_rate=rate, strategy="partial", seed=seed)  # noqa: E501  # fmt: skip
     write_confirmed(tmp_path, {"freeze": 0.7})
-    leader = compared(tmp_path).standings[0]
+    leader = compared(tmp_path).summaries[0]
     assert leader.fresh
-    assert {one.config["learning_rate"] for one in leader.chosen} == {0.01}
+    assert {run.config["learning_rate"] for run in leader.chosen} == {0.01}
 
 
-def test_a_better_setting_found_after_the_confirmation_is_named(tmp_path: Path) -> None:
+def test_a_better_setting_found_after_the_confirmation_is_a_caveat(tmp_path: Path) -> None:
     write_confirmed(tmp_path, {"partial": 0.8, "freeze": 0.7})
     write_run(tmp_path, "old", 0.8, strategy="partial", learning_rate=0.01)
     write_run(tmp_path, "new", 0.95, strategy="partial", learning_rate=0.05, seed=42)
-    marks = compared(tmp_path).standings[0].marks
-    assert "another setting did better in the search, and has no fresh seeds" in marks
+    marks = compared(tmp_path).summaries[0].caveats
+    assert "another setting was better in the search but has no fresh seeds" in marks
 
 
-def test_fresh_seeds_that_diverged_are_named(tmp_path: Path) -> None:
+def test_diverged_fresh_seeds_are_a_caveat(tmp_path: Path) -> None:
     write_confirmed(tmp_path, {"partial": 0.8, "freeze": 0.7})
     reason = "diverged in epoch 0 at learning_rate 0.01: train_loss is nan"
     for seed in (1005, 1006):
         write_failure(tmp_path, f"d{seed}", "failed", reason, strategy="partial", learning_rate=0.01, seed=seed, weights="imagenet", val_fraction=0.2)  # noqa: E501  # fmt: skip
-    partial, freeze = compared(tmp_path).standings
-    assert partial.marks == ("2 more of its setting diverged, and count in no mean",)
-    assert freeze.marks == ()
+    partial, freeze = compared(tmp_path).summaries
+    assert partial.caveats == ("2 more of this setting diverged and are not in the mean",)
+    assert freeze.caveats == ()
 
 
-def test_one_strategys_fresh_seeds_are_not_ranked_against_the_others_best_runs(
+def test_fresh_seeds_of_only_one_strategy_are_not_compared_with_best_runs(
     tmp_path: Path,
 ) -> None:
     write_sweep(tmp_path)
@@ -148,7 +152,9 @@ def test_one_strategys_fresh_seeds_are_not_ranked_against_the_others_best_runs(
     assert comparison.headline.startswith("The best model found is partial")
 
 
-def test_a_confirmed_winner_is_corrected_for_the_choice_among_fresh_runs(tmp_path: Path) -> None:
+def test_a_confirmed_winner_is_corrected_for_selection_from_the_fresh_runs(
+    tmp_path: Path,
+) -> None:
     write_sweep(tmp_path / "sweep")
     write_confirmed(tmp_path / "confirm", {"partial": 0.8, "freeze": 0.7})
     comparison = compared(tmp_path)
@@ -160,7 +166,7 @@ def test_a_confirmed_winner_is_corrected_for_the_choice_among_fresh_runs(tmp_pat
     assert comparison.corrected.accuracy < comparison.winner.result.best_val_acc
 
 
-def test_the_best_of_many_is_shown_beside_its_corrected_accuracy(tmp_path: Path) -> None:
+def test_the_corrected_accuracy_is_not_above_that_of_the_best_run(tmp_path: Path) -> None:
     for i in range(30):
         write_run(tmp_path, f"run{i}", 0.70, learning_rate=0.001 * (i + 1), num_val=200)
     comparison = compared(tmp_path)
@@ -171,7 +177,7 @@ def test_the_best_of_many_is_shown_beside_its_corrected_accuracy(tmp_path: Path)
     assert comparison.corrected.accuracy <= comparison.winner.result.best_val_acc
 
 
-def test_a_strategy_is_marked_for_what_it_may_not_have_been_given(tmp_path: Path) -> None:
+def test_caveats_name_why_a_strategy_may_not_have_had_a_fair_chance(tmp_path: Path) -> None:
     for rate, accuracy in ((0.001, 0.6), (0.01, 0.7), (0.1, 0.8)):
         write_run(tmp_path, f"p{rate}", accuracy, strategy="partial", learning_rate=rate)
         write_run(
@@ -183,32 +189,35 @@ def test_a_strategy_is_marked_for_what_it_may_not_have_been_given(tmp_path: Path
             best_epoch=9,
             train_acc=0.8,
         )
-    partial, scratch = compared(tmp_path).standings
-    assert partial.marks == ("its best learning rate, 0.1, is the largest that was tried",)
-    assert scratch.marks == ("still improving at its last epoch", "training accuracy stayed at 80%")
-    assert partial.within == scratch.within == " within 10 epochs"
+    partial, scratch = compared(tmp_path).summaries
+    assert partial.caveats == ("its best learning rate, 0.1, is the largest that was tried",)
+    assert scratch.caveats == (
+        "still improving at its last epoch",
+        "training accuracy stayed at 80%",
+    )
+    assert partial.limitation == scratch.limitation == " within 10 epochs"
 
 
-def test_a_diverged_neighbour_makes_an_edge_no_edge(tmp_path: Path) -> None:
+def test_a_learning_rate_below_a_diverged_one_is_not_the_largest_tried(tmp_path: Path) -> None:
     for rate, accuracy in ((0.001, 0.6), (0.01, 0.7)):
         write_run(tmp_path, f"p{rate}", accuracy, strategy="partial", learning_rate=rate)
     reason = "diverged in epoch 0 at learning_rate 0.1: train_loss is nan"
     write_failure(tmp_path, "p0.1", "failed", reason, strategy="partial", learning_rate=0.1)
-    (partial,) = compared(tmp_path).standings
-    assert partial.marks == ()
+    (partial,) = compared(tmp_path).summaries
+    assert partial.caveats == ()
     assert partial.num_diverged == 1
 
 
-def test_a_rate_whose_run_broke_off_was_not_tried(tmp_path: Path) -> None:
+def test_a_learning_rate_whose_run_failed_otherwise_was_not_tried(tmp_path: Path) -> None:
     for rate, accuracy in ((0.001, 0.6), (0.01, 0.7)):
         write_run(tmp_path, f"p{rate}", accuracy, strategy="partial", learning_rate=rate)
     reason = "out of memory; lower batch_size"
     write_failure(tmp_path, "p0.1", "failed", reason, strategy="partial", learning_rate=0.1)
-    (partial,) = compared(tmp_path).standings
-    assert partial.marks == ("its best learning rate, 0.01, is the largest that was tried",)
+    (partial,) = compared(tmp_path).summaries
+    assert partial.caveats == ("its best learning rate, 0.01, is the largest that was tried",)
 
 
-def test_a_marked_strategy_is_only_called_worse_within_its_epochs(tmp_path: Path) -> None:
+def test_a_strategy_with_caveats_is_worse_within_its_epochs_only(tmp_path: Path) -> None:
     write_confirmed(tmp_path, {"partial": 0.85})
     write_confirmed(tmp_path, {"scratch": 0.5}, train_acc=0.6)
     assert "points worse within 10 epochs" in compared(tmp_path).headline
@@ -221,7 +230,7 @@ def test_a_marked_strategy_is_only_called_worse_within_its_epochs(tmp_path: Path
         (("data-0", "split-1", "weights-0"), "another split"),
     ],
 )
-def test_runs_over_other_pictures_are_left_out_with_a_warning(
+def test_runs_on_other_pictures_are_not_compared_and_a_warning_says_so(
     tmp_path: Path, fingerprints: tuple[str, str, str], what: str
 ) -> None:
     write_run(tmp_path, "a", 0.7)
@@ -233,19 +242,19 @@ def test_runs_over_other_pictures_are_left_out_with_a_warning(
     assert comparison.winner.run_id == "b"
 
 
-def test_different_source_weights_are_warned_of(tmp_path: Path) -> None:
+def test_different_source_weights_are_a_warning(tmp_path: Path) -> None:
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", fingerprints=("data-0", "split-0", "weights-1"))
     write_run(tmp_path, "c", strategy="scratch")
     (warning,) = compared(tmp_path).warnings
-    assert warning.startswith("the runs started from different weights")
+    assert warning.startswith("the runs have different weights: ")
 
 
-def test_a_folder_of_failures_says_that_there_is_nothing_to_compare(tmp_path: Path) -> None:
+def test_a_folder_of_failures_has_no_winner(tmp_path: Path) -> None:
     write_failure(tmp_path, "a", "failed", "no weights")
     comparison = compared(tmp_path)
-    assert comparison.headline.startswith("No run has ended well")
-    assert [one.run_id for one in comparison.others] == ["a"]
+    assert comparison.headline.startswith("No run that can be compared has finished")
+    assert [run.run_id for run in comparison.excluded] == ["a"]
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
@@ -255,13 +264,32 @@ def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
         read_runs(tmp_path / "gone")
 
 
-def test_a_damaged_run_is_an_outcome_of_its_own(tmp_path: Path) -> None:
+def test_a_damaged_run_is_listed_as_unreadable(tmp_path: Path) -> None:
     write_run(tmp_path, "good")
     bad = write_run(tmp_path, "bad")
     (bad / "result.json").write_text("{")
     cut = write_run(tmp_path, "cut") / "predictions.npz"
     cut.write_bytes(cut.read_bytes()[:1000])
     (write_run(tmp_path, "empty") / "predictions.npz").write_bytes(b"")
-    states = {one.run_id: one.state for one in read_runs(tmp_path)}
+    states = {run.run_id: run.state for run in read_runs(tmp_path)}
     damaged = dict.fromkeys(("bad", "cut", "empty"), "unreadable")
     assert states == {"good": "finished", **damaged}
+
+
+def test_runs_of_one_setting_from_two_machines_are_one_setting(tmp_path: Path) -> None:
+    """By its mean, the second learning rate is better; by its best run alone, the first."""
+    machines = ({"cache_dir": "/a", "data_dir": "/b"}, {"cache_dir": "/c", "data_dir": "/d"})
+    for rate, accuracies in ((0.1, (0.80, 0.60)), (0.01, (0.75, 0.75))):
+        for seed, (machine, accuracy) in enumerate(zip(machines, accuracies, strict=True)):
+            fields = {"learning_rate": rate, "seed": seed, **machine}
+            write_run(tmp_path, f"r{rate}-{seed}", accuracy, **fields)
+    comparison = compared(tmp_path)
+    assert comparison.summaries[0].chosen[0].config["learning_rate"] == 0.01
+    assert comparison.warnings == ()
+
+
+def test_runs_of_different_precision_are_compared_with_a_warning(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", precision="32-true")
+    write_run(tmp_path, "b", precision="bf16-mixed", seed=1)
+    (warning,) = compared(tmp_path).warnings
+    assert warning == "the runs have different precision: 32-true (1 run), bf16-mixed (1 run)"

@@ -122,7 +122,7 @@ def test_a_damaged_file_changes_no_answer_and_ends_no_command_without_a_message(
     for how in DAMAGES:
         damage(run.path / file, how)
         for command, said in answers(run, digits, capsys).items():
-            refused = said.startswith("error: ") or "did not end well" in said
+            refused = said.startswith("error: ") or "did not finish" in said
             if file in CHECKED:
                 assert refused or said == expected[command], f"{how}: {command}: {said}"
             if refused:

@@ -1,4 +1,4 @@
-"""Run directories as runs leave them, made up without training."""
+"""Run directories made without training."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def _rows(
 
 
 def write_failure(runs_dir: Path, run_id: str, state: str, reason: str, **fields: Any) -> Path:
-    """A run that did not end well, in its second epoch."""
-    config = RunConfig.from_fields({"out": runs_dir} | fields)
+    """A run that failed in its second epoch."""
+    config = RunConfig.from_fields({"val_fraction": 0.2, "out": runs_dir} | fields)
     run_dir = RunDir(runs_dir / run_id)
     run_dir.path.mkdir(parents=True)
     run_dir.write_config(config)
@@ -152,7 +152,7 @@ def write_confirmed(
     spread: float = 0.004,
     **changed: Any,
 ) -> None:
-    """Fresh seeds of one setting a strategy."""
+    """Fresh seeds of one setting per strategy."""
     chance = np.random.default_rng(7)
     for strategy, accuracy in accuracies.items():
         for seed in range(1000, 1000 + num_seeds):

@@ -1,16 +1,11 @@
-"""The page's building stones: escaped text, sections, sortable tables, places of figures.
-
-Turns values into HTML. Knows nothing about runs.
-
-    >>> number(0.5, "50 %")
-    Cell(shown='50 %', value=0.5)
-"""
+"""Parts of the page: sections, notes, sortable tables, and the figures with their places."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from finetune.analysis.report.figures import Figure, colour_of
 
@@ -20,74 +15,89 @@ def esc(value: object) -> str:
 
 
 def section(title: str, about: str, *content: str) -> str:
-    told = f'<p class="soft">{esc(about)}</p>' if about else ""
-    return f"<section><h2>{esc(title)}</h2>{told}{''.join(content)}</section>"
+    paragraph = f'<p class="soft">{esc(about)}</p>' if about else ""
+    return f"<section><h2>{esc(title)}</h2>{paragraph}{''.join(content)}</section>"
 
 
-def dot(strategy: str) -> str:
-    return f'<span class="dot" style="background:{colour_of(strategy)}"></span>{esc(strategy)}'
+def warning(text: object) -> str:
+    return f'<div class="note warn"><p>{esc(text)}</p></div>'
+
+
+def strategy_label(strategy: str) -> str:
+    colour = colour_of(strategy)
+    return f'<span class="swatch" style="background:{colour}"></span>{esc(strategy)}'
+
+
+def code(text: object) -> str:
+    return f"<code>{esc(text)}</code>"
+
+
+def plain(value: object) -> str:
+    return esc(f"{value:g}" if isinstance(value, int | float) else value)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A table's cell: what is shown, and what it is sorted by."""
+class Column:
+    """A column of a table: its head, and how it gets a cell from a row."""
 
-    shown: str
-    value: float | str | None = None
+    head: str
+    value: Callable[[Any], Any]
+    """The value of a row, by which the table is sorted; None leaves the cell empty."""
+    shown: Callable[[Any], str] = plain
+    """The HTML of a value."""
+    always: bool = False
+    """Show the column even if all its values are the same."""
+
+    def html(self, row: Any) -> str:
+        value = self.value(row)
+        return "–" if value is None else self.shown(value)
 
 
-def number(value: float | None, shown: str | None = None) -> Cell:
-    return Cell("–" if value is None else shown or f"{value:g}", "" if value is None else value)
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], tall: bool = False) -> str:
-    """A sortable table; cells of text are HTML already. Columns of `Cell`s are numbers."""
-    body = list(rows)
-    numeric = [bool(body) and isinstance(body[0][i], Cell) for i in range(len(heads))]
-    css = ["number" if is_number else "" for is_number in numeric]
+def table(columns: Sequence[Column], rows: Sequence[Any], tall: bool = False) -> str:
+    """A sortable table."""
+    numeric = [
+        any(isinstance(column.value(row), int | float) for row in rows) for column in columns
+    ]
+    css = [' class="number"' if is_number else "" for is_number in numeric]
     head = "".join(
-        f'<th class="{c}" scope="col"><button>{esc(name)}</button></th>'
-        for name, c in zip(heads, css, strict=True)
+        f'<th{c} scope="col"><button>{esc(column.head)}</button></th>'
+        for column, c in zip(columns, css, strict=True)
     )
-    lines = [f"<tr>{''.join(map(_cell, row, css))}</tr>" for row in body]
-    size = "scroll tall" if tall else "scroll"
+    body = "".join(
+        f"<tr>{''.join(map(_cell, columns, css, [row] * len(css)))}</tr>" for row in rows
+    )
     return (
-        f'<div class="{size}"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}'
-        "</tbody></table></div>"
+        f'<div class="scroll{" tall" * tall}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _cell(cell: str | Cell, css: str) -> str:
-    if isinstance(cell, str):
-        return f'<td class="{css}">{cell}</td>'
-    return f'<td class="{css}" data-value="{esc(cell.value)}">{cell.shown}</td>'
+def _cell(column: Column, css: str, row: Any) -> str:
+    value = "" if (found := column.value(row)) is None else found
+    data = f' data-value="{esc(value)}"' if css else ""
+    return f"<td{css}{data}>{column.html(row)}</td>"
 
 
 def split_constant_columns(
-    heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], always: Sequence[str]
-) -> tuple[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]]:
-    """What is the same in all rows, in words, and the columns that are left."""
-    values = {head: {_text(row[i]) for row in rows} for i, head in enumerate(heads)}
-    shown = [i for i, head in enumerate(heads) if head in always or len(values[head]) > 1]
-    alike = [f"{head} {min(values[head])}" for i, head in enumerate(heads) if i not in shown]
-    alike = [words for words in alike if not words.endswith("–")]
-    told = f"The same for all: {', '.join(alike)}." if alike else ""
-    return told, ([heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
-
-
-def _text(cell: str | Cell) -> str:
-    return cell.shown if isinstance(cell, Cell) else cell
+    columns: Sequence[Column], rows: Sequence[Any]
+) -> tuple[str, list[Column]]:
+    """The columns that are the same in all rows as a sentence, and the other columns."""
+    values = {column.head: {column.html(row) for row in rows} for column in columns}
+    kept = [column for column in columns if column.always or len(values[column.head]) > 1]
+    constant = {c.head: min(values[c.head]) for c in columns if c not in kept}
+    words = [f"{head} {html.unescape(cell)}" for head, cell in constant.items() if cell != "–"]
+    return (f"The same for all: {', '.join(words)}." if words else ""), kept
 
 
 @dataclass
-class Drawn:
-    """The figures that a page holds, by the ids of their places."""
+class PageFigures:
+    """The figures of a page by the ids of their places."""
 
     figures: dict[str, Figure] = field(default_factory=dict)
 
-    def place(self, name: str, figure: Figure, wide: bool = False) -> str:
-        """The place of a figure in the page; a wide one scrolls on a phone."""
+    def add(self, name: str, figure: Figure, wide: bool = False) -> str:
+        """The HTML of a figure's place; on a phone a wide one scrolls."""
         self.figures[name] = figure
         height = figure["layout"]["height"]
-        css = "figure wide" if wide else "figure"
-        return f'<div class="scroll"><div id="{name}" class="{css}" style="height:{height}px"></div></div>'  # noqa: E501  # fmt: skip
+        place = f'<div id="{name}" class="figure{" wide" * wide}" style="height:{height}px"></div>'
+        return f'<div class="scroll">{place}</div>'

@@ -1,10 +1,4 @@
-"""One self-contained HTML page from a comparison.
-
-Turns outcomes and what can be said of them into text that needs nothing but a browser: plotly.js,
-style and pictures stand in it. Knows nothing about where runs come from.
-
-    >>> html = page(outcomes, comparison, "runs")  # doctest: +SKIP
-"""
+"""The report as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -14,65 +8,74 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 
-from finetune.analysis.by_strategy import StrategySummary
+from finetune.analysis.by_strategy import StrategySummary, varied_fields
 from finetune.analysis.comparison import CONFIRM, Comparison, p_value, percent, points
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report import figures
-from finetune.analysis.report import search_figures as search
+from finetune.analysis.report import figures, search_figures
 from finetune.analysis.report.markup import (
-    Cell,
-    Drawn,
-    dot,
+    Column,
+    PageFigures,
     esc,
-    number,
     section,
     split_constant_columns,
+    strategy_label,
     table,
+    warning,
 )
-from finetune.analysis.report.runs import ended_well, others, provenance
+from finetune.analysis.report.run_tables import (
+    data_and_software,
+    excluded_runs,
+    field_columns,
+    finished_runs,
+)
 from finetune.analysis.report.winner import winner_section
 from finetune.system.errors import MissingPackage
 
 
 def page(
-    outcomes: Sequence[RunRecord],
+    runs: Sequence[RunRecord],
     comparison: Comparison,
-    place: str,
+    source: str,
     importances: Mapping[str, float] | None = None,
 ) -> str:
-    """The whole page. Raises `MissingPackage` without plotly."""
-    drawn = Drawn()
-    finished = [one for standing in comparison.standings for one in standing.outcomes]
-    left_out = {id(one) for one in comparison.others}
-    finished = [one for one in finished if one.result and id(one) not in left_out]
-    sections = [_opening(outcomes, comparison, place)]
-    if finished:
+    """The page's HTML; `source` says where the runs are from. Raises `MissingPackage` without
+    plotly."""
+    page_figures = PageFigures()
+    sections = [_overview(runs, comparison, source)]
+    if comparison.winner:
         sections += [
             _strategies(comparison),
-            _differences(comparison, drawn),
+            _differences(comparison, page_figures),
             section(
-                "Accuracy against time",
-                "Each point is a run at its best epoch. The dotted frontier joins the runs that "
-                "nothing quicker beats.",
-                drawn.place("frontier", figures.frontier(finished)),
+                "Accuracy and training time",
+                "One point per run, at its best epoch. No run is both quicker and more accurate "
+                "than those on the dotted frontier.",
+                page_figures.add("frontier", figures.accuracy_against_time(comparison.compared)),
             ),
             section(
                 "Learning curves",
-                "Validation accuracy of each strategy's chosen runs; dotted: training accuracy."
-                f"{_unfreezing(comparison)}",
-                drawn.place("curves", figures.learning_curves(comparison)),
+                "Validation accuracy of each strategy's compared runs; dotted: training accuracy."
+                f"{_unfreezings(comparison)}",
+                page_figures.add("curves", figures.learning_curves(comparison)),
             ),
-            _search(finished, importances or {}, drawn),
-            winner_section(comparison, drawn),
+            _search(comparison.compared, importances or {}, page_figures),
+            winner_section(comparison.winner, page_figures),
         ]
-    sections += [ended_well(finished), others(comparison), provenance(outcomes)]
-    return _document("".join(sections), drawn)
+    sections += [
+        finished_runs(comparison.compared),
+        excluded_runs(comparison.excluded),
+        data_and_software(runs),
+    ]
+    return _document("".join(sections), page_figures)
 
 
-def _document(body: str, drawn: Drawn) -> str:
+def _document(body: str, page_figures: PageFigures) -> str:
     files = resources.files("finetune.analysis.report")
-    data = json.dumps(drawn.figures, separators=(",", ":")).replace("<", "\\u003c")
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"  # noqa: E501  # fmt: skip
+    data = json.dumps(page_figures.figures, separators=(",", ":")).replace("<", "\\u003c")
+    policy = (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+        "img-src data: blob:"
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -80,7 +83,7 @@ def _document(body: str, drawn: Drawn) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <link rel="icon" href="data:,">
-<title>Fine-tuning strategies compared</title>
+<title>Comparison of fine-tuning strategies</title>
 <style>{files.joinpath("page.css").read_text(encoding="utf-8")}</style>
 </head>
 <body>
@@ -102,162 +105,165 @@ def _plotly() -> str:
     return source.replace("</script", "<\\/script")
 
 
-def _opening(outcomes: Sequence[RunRecord], comparison: Comparison, place: str) -> str:
-    parts = [f"<h1>{esc(comparison.headline)}</h1>"]
-    if comparison.advice:
-        advice = esc(comparison.advice).replace(CONFIRM, f"<code>{CONFIRM}</code>")
-        parts.append(f"<p>{advice}</p>")
-    strategies = len({one.strategy for one in outcomes})
-    parts.append(
-        f'<p class="soft">{len(outcomes)} runs of {strategies} '
-        f"strateg{'y' if strategies == 1 else 'ies'} in {esc(place)}, "
-        f"{datetime.now():%Y-%m-%d %H:%M}</p>"
-    )
-    parts += [f'<div class="note warn"><p>{esc(line)}</p></div>' for line in comparison.warnings]
-    winner = comparison.winner
-    if winner and winner.result:
-        result = winner.result
-        best = "best fresh run" if comparison.about_strategies else "best run"
-        tiles = [(percent(result.best_val_acc), f"{best}, on {result.num_val} pictures")]
-        if comparison.corrected and comparison.num_candidates > 1:
-            found = comparison.corrected
-            tiles.append(
-                (
-                    percent(found.accuracy),
-                    f"corrected for being the best of {comparison.num_candidates} "
-                    f"(95 %: {percent(found.low)} to {percent(found.high)})",
-                )
-            )
-        tiles.append((esc(winner.name), f"the winner, seed {result.seed}, run {esc(winner.run_id)}"))  # noqa: E501  # fmt: skip
-        ended = Counter(one.state for one in outcomes)
-        others = ", ".join(f"{n} {esc(s)}" for s, n in ended.items() if s != "finished")
-        tiles.append((f"{ended['finished']}", f"runs ended well{'; ' + others if others else ''}"))
-        shown = "".join(
-            f'<div class="tile"><b>{big}</b><span>{small}</span></div>' for big, small in tiles
+def _overview(runs: Sequence[RunRecord], comparison: Comparison, source: str) -> str:
+    advice = esc(comparison.advice).replace(CONFIRM, f"<code>{CONFIRM}</code>")
+    strategies = len({run.strategy for run in runs if run.config})
+    parts = [
+        f"<h1>{esc(comparison.headline)}</h1>",
+        f"<p>{advice}</p>" if advice else "",
+        f'<p class="soft">{len(runs)} run{"s" * (len(runs) != 1)} of {strategies} '
+        f"strateg{'y' if strategies == 1 else 'ies'} in {esc(source)}, "
+        f"{datetime.now():%Y-%m-%d %H:%M}</p>",
+        *map(warning, comparison.warnings),
+    ]
+    if comparison.winner:
+        tiles = "".join(
+            f'<div class="tile"><b>{esc(big)}</b><span>{esc(small)}</span></div>'
+            for big, small in _tiles(runs, comparison, comparison.winner)
         )
-        parts.append(f'<div class="tiles">{shown}</div>')
+        parts.append(f'<div class="tiles">{tiles}</div>')
     return "".join(parts)
 
 
+def _tiles(
+    runs: Sequence[RunRecord], comparison: Comparison, winner: RunRecord
+) -> list[tuple[str, str]]:
+    num_val = winner.finished_result.num_val
+    best = "best run with a fresh seed" if comparison.about_strategies else "best run"
+    tiles = [(percent(winner.accuracy), f"{best}, on {num_val} pictures")]
+    if comparison.corrected and comparison.num_candidates > 1:
+        corrected = comparison.corrected
+        interval = f"{percent(corrected.low)} to {percent(corrected.high)}"
+        about = f"corrected for selection from {comparison.num_candidates} runs (95 %: {interval})"
+        tiles.append((percent(corrected.accuracy), about))
+    seed = winner.finished_result.seed
+    tiles.append((winner.name, f"the winner, seed {seed}, run {winner.run_id}"))
+    states = Counter(run.state for run in runs)
+    unfinished = [f"{count} {state}" for state, count in states.items() if state != "finished"]
+    tiles.append((str(states["finished"]), "; ".join(["finished runs", *unfinished])))
+    return tiles
+
+
 def _strategies(comparison: Comparison) -> str:
+    fresh = comparison.about_strategies
     about = (
-        "Accuracy is the mean over fresh seeds of the chosen setting, range their lowest to "
-        "highest; weights are those that train."
-        if comparison.about_strategies
-        else "Accuracy is that of the best run alone: the more runs, the more it flatters; weights "
-        "are those that train."
+        "Accuracy is the mean over the fresh seeds of the best setting. "
+        if fresh
+        else "Accuracy is that of the best run, which is too optimistic, the more so the more runs "
+        "there are. "
     )
-    heads = (
-        *("strategy", "accuracy", "runs", "range", "seeds", "diverged"),
-        *("learning rate", "batch", "augmentation", "best epoch", "minutes", "weights"),
-    )
-    rows = [_strategy_row(one) for one in comparison.standings]
-    alike, columns = split_constant_columns(heads, rows, always=("strategy", "accuracy", "runs"))
-    return section("Strategies", f"{about} {alike}", table(*columns))
-
-
-def _range(accuracies: list[float]) -> str:
-    """The lowest and the highest of several seeds."""
-    if len(accuracies) == 1:
-        return "–"
-    return f"{points(min(accuracies))} to {percent(max(accuracies))}"
-
-
-def _strategy_row(standing: StrategySummary) -> list[str | Cell]:
-    results = [one.result for one in standing.chosen if one.result]
-    accuracies = [one.best_val_acc for one in results]
-    config = standing.best.config
-    marks = "".join(f'<span class="mark">{esc(mark)}</span>' for mark in standing.marks)
-    minutes = sum(one.train_seconds for one in results) / len(results) / 60
-    trained = max(one.trainable_parameters for one in results)
-    best = standing.best.result
-    assert best is not None
-    return [
-        f"{dot(standing.strategy)}{marks}",
-        number(standing.accuracy, percent(standing.accuracy)),
-        number(len(standing.outcomes)),
-        number(min(accuracies), _range(accuracies)),
-        number(len(results)),
-        number(standing.num_diverged),
-        number(config.get("learning_rate")),
-        number(config.get("batch_size")),
-        esc(config.get("data_aug")),
-        number(best.best_epoch),
-        number(minutes, f"{minutes:.1f}" if minutes >= 1 else f"{minutes:.2f}"),
-        number(trained, f"{trained / 1e6:.2f} M" if trained >= 1e5 else f"{trained:,}"),
+    columns = [
+        Column("strategy", _strategy_cell, str, always=True),
+        Column("accuracy", lambda s: s.accuracy, percent, always=True),
+        Column("runs", lambda s: len(s.runs), always=True),
+        Column("lowest", lambda s: min(_seed_accuracies(s), default=None), percent),
+        Column("highest", lambda s: max(_seed_accuracies(s), default=None), percent),
+        Column("seeds", lambda s: len(s.chosen)),
+        Column("diverged", lambda s: s.num_diverged),
+        *field_columns(comparison.compared, lambda s: s.best),
+        Column("best epoch", lambda s: s.best.finished_result.best_epoch),
+        Column("minutes", _mean_minutes, lambda m: f"{m:.1f}" if m >= 1 else f"{m:.2f}"),
+        Column("trained weights", _trained_weights, _in_millions),
     ]
+    constant, columns = split_constant_columns(columns, comparison.summaries)
+    return section("Strategies", about + constant, table(columns, comparison.summaries))
 
 
-def _differences(comparison: Comparison, drawn: Drawn) -> str:
+def _strategy_cell(summary: StrategySummary) -> str:
+    caveats = "".join(f'<span class="caveat">{esc(text)}</span>' for text in summary.caveats)
+    return strategy_label(summary.strategy) + caveats
+
+
+def _seed_accuracies(summary: StrategySummary) -> list[float]:
+    return [run.accuracy for run in summary.chosen] if len(summary.chosen) > 1 else []
+
+
+def _mean_minutes(summary: StrategySummary) -> float:
+    seconds = [run.finished_result.train_seconds for run in summary.chosen]
+    return sum(seconds) / len(seconds) / 60
+
+
+def _trained_weights(summary: StrategySummary) -> int:
+    return max(run.finished_result.trainable_parameters for run in summary.chosen)
+
+
+def _in_millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _differences(comparison: Comparison, page_figures: PageFigures) -> str:
     if not comparison.differences:
         return ""
+    corrected = (
+        "p-values are corrected for the number of pairs (Holm, with Shaffer's counts); below 0.05 "
+        "a difference is significant."
+    )
     if comparison.about_strategies:
         title = "Differences between strategies"
-        about = (
-            "95 % intervals over other seeds and other pictures; p corrected for all pairs (Holm, "
-            "with Shaffer's counts). Below 0.05 a difference is told from luck."
-        )
+        about = f"95 % intervals for other seeds and other pictures. {corrected}"
     else:
         title = "Differences between these models"
         about = (
-            "95 % intervals over other pictures, for these trained models alone: another seed "
-            "could turn them. p corrected for all pairs (Holm, with Shaffer's counts)."
+            "95 % intervals for other pictures but only for these trained models: with other seeds "
+            f"the order could change. {corrected}"
         )
-    heads = ["pair", "verdict", "points", "from", "to", "p (Holm)"]
-    rows: list[list[str | Cell]] = []
-    for one in comparison.differences:
-        verdict = '<span class="yes">told from luck</span>' if one.significant else "may be luck"
-        row: list[str | Cell] = [
-            f"{esc(one.first)} − {esc(one.second)}",
-            verdict,
-            number(one.estimate, points(one.estimate)),
-            number(one.low, points(one.low)),
-            number(one.high, points(one.high)),
-            number(one.p_holm, p_value(one.p_holm)),
-        ]
-        if one.p_mcnemar is not None:
-            row.append(number(one.p_mcnemar, p_value(one.p_mcnemar)))
-        rows.append(row)
+    columns = [
+        Column("pair", lambda d: f"{d.first} − {d.second}"),
+        Column(
+            "difference",
+            lambda d: (
+                '<span class="yes">significant</span>' if d.significant else "not significant"
+            ),
+            str,
+        ),
+        Column("points", lambda d: d.estimate, points),
+        Column("from", lambda d: d.low, points),
+        Column("to", lambda d: d.high, points),
+        Column("p (Holm)", lambda d: d.p_holm, p_value),
+    ]
     if not comparison.about_strategies:
-        heads.append("McNemar p")
-    drawing = drawn.place("intervals", figures.intervals(comparison))
-    return section(title, about, drawing, table(heads, rows))
+        columns.append(Column("p (McNemar)", lambda d: d.p_mcnemar, p_value))
+    drawing = page_figures.add("intervals", figures.difference_intervals(comparison))
+    return section(title, about, drawing, table(columns, comparison.differences))
 
 
-def _unfreezing(comparison: Comparison) -> str:
-    """Where more of each strategy's network starts to train, in words."""
-    told = []
-    for standing in comparison.standings:
-        if starts := figures.unfreezings(standing.chosen[0]):
-            moments = ", ".join(
-                f"{' and '.join(parts)} from epoch {e}" for e, parts in starts.items()
-            )
-            told.append(f"{standing.strategy} trains {moments}")
-    return f" Diamonds stand where more starts to train: {'; '.join(told)} on." if told else ""
+def _unfreezings(comparison: Comparison) -> str:
+    """When more parts of each strategy's network start to train, as a sentence."""
+    sentences = []
+    for summary in comparison.summaries:
+        if starts := figures.unfreezings(summary.chosen[0]):
+            epochs = [f"{' and '.join(parts)} from epoch {e}" for e, parts in starts.items()]
+            sentences.append(f"{summary.strategy} trains {', '.join(epochs)}")
+    return f" A diamond marks an unfreezing: {'; '.join(sentences)}." if sentences else ""
 
 
-def _search(finished: Sequence[RunRecord], shares: Mapping[str, float], drawn: Drawn) -> str:
-    varying = search.varying(finished)
-    if not varying:
+def _search(
+    finished: Sequence[RunRecord], importances: Mapping[str, float], page_figures: PageFigures
+) -> str:
+    varied = varied_fields(finished)
+    if not varied:
         return ""
+    parallel = search_figures.parallel_coordinates(finished)
     parts = [
-        '<p class="soft">Every line is a run: its strategy and settings, and the accuracy it '
-        "reached on the right.</p>",
-        drawn.place("parallel", search.parallel_coordinates(finished), wide=True),
+        page_figures.add("parallel", parallel, wide=True),
         "<h3>Marginal means</h3>",
-        '<p class="soft">Mean accuracy at each value, over whatever else varied.</p>',
+        '<p class="soft">Mean accuracy at each value, over all values of the other fields.</p>',
         '<div class="columns">',
         *(
-            drawn.place(f"marginal-{name}", search.marginal_means(finished, name, values))
-            for name, values in varying.items()
+            page_figures.add(
+                f"marginal-{name}", search_figures.marginal_means(finished, name, values)
+            )
+            for name, values in varied.items()
         ),
         "</div>",
     ]
-    if shares:
+    if importances:
         parts += [
             "<h3>Importances</h3>",
-            '<p class="soft">How much of the accuracy each parameter decides, by Optuna. '
-            "Not every combination was tried, so marginal means mix parameters up.</p>",
-            drawn.place("importances", search.importances(shares)),
+            '<p class="soft">How much each field affects the accuracy, estimated by Optuna. Not '
+            "every combination was tried, so that a marginal mean may also show the effect of "
+            "other fields.</p>",
+            page_figures.add("importances", search_figures.importance_bars(importances)),
         ]
-    return section("The search", "", *parts)
+    about = "One line per run: its strategy, its settings, and its accuracy on the right."
+    return section("The search", about, *parts)

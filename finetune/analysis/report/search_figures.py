@@ -1,149 +1,130 @@
-"""The figures of the search: which settings were tried, and what each value came to.
-
-Turns outcomes into figures as `finetune.analysis.report.figures` does. Knows nothing about HTML.
-
-    >>> parallel_coordinates(finished)["layout"]["height"]  # doctest: +SKIP
-    400
-"""
+"""The figures of the search: which values were tried, and which accuracies they reached."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from finetune.analysis.by_strategy import accuracy_of, by_setting, mean_accuracy
+from finetune.analysis.by_strategy import (
+    by_setting,
+    by_strategy,
+    mean_accuracy,
+    value_of,
+    varied_fields,
+)
 from finetune.analysis.comparison import percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report.figures import (
     PLAIN_MARGIN,
     Figure,
     axis,
-    by_strategy,
+    bars,
     colour_of,
     figure,
     log_axis,
+    scatter,
     text,
 )
+from finetune.config.field_tables import shown, title
 
-PARAMETERS = ("learning_rate", "batch_size", "data_aug")
-_AUGMENTATIONS = {"n": "none", "y": "flip", "strong": "strong"}
-_MOST_LEVELS = 8
-"""Values of a parameter that are set apart evenly; more numbers stand where they are on a scale."""
-
-
-def varying(outcomes: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """The searched parameters with more than one value, and their values in order."""
-    found = {}
-    for name in PARAMETERS:
-        values = {one.config.get(name) for one in outcomes} - {None}
-        if len(values) > 1:
-            found[name] = sorted(values, key=_rank)
-    return found
-
-
-def _rank(value: Any) -> tuple[bool, Any]:
-    if value in _AUGMENTATIONS:
-        return True, str(list(_AUGMENTATIONS).index(value))
-    return isinstance(value, str), value
-
-
-def _level(name: str, value: Any) -> str:
-    words = _AUGMENTATIONS if name == "data_aug" else {}
-    return words.get(value, f"{value:g}" if isinstance(value, int | float) else str(value))
+_MAX_LEVELS = 8
+"""The most values of a numeric field that are drawn at equal distances, not to scale."""
+_NONE_HEIGHT = -0.07
+"""Of runs whose strategy ignores the field."""
 
 
 def _is_continuous(values: Sequence[Any]) -> bool:
-    return len(values) > _MOST_LEVELS and not any(isinstance(value, str) for value in values)
+    return len(values) > _MAX_LEVELS and not any(isinstance(value, str) for value in values)
 
 
-Ticks = list[tuple[float, str]]
+@dataclass(frozen=True)
+class _Axis:
+    """A vertical axis of the parallel coordinates, from 0 at the bottom to 1."""
+
+    title: str
+    value: Callable[[RunRecord], Any]
+    height: Callable[[Any], float]
+    ticks: Sequence[tuple[float, str]]
+    spread: float = 0.0
+    """How far lines through the same value may be moved apart."""
 
 
-def _scale(name: str, values: Sequence[Any]) -> tuple[Callable[[Any], float], Ticks]:
-    """Where each value stands between 0 and 1, and what is written there."""
-    if not _is_continuous(values):
-        heights = {
-            v: 0.5 if len(values) == 1 else i / (len(values) - 1) for i, v in enumerate(values)
-        }
-        return heights.__getitem__, [(y, _level(name, v)) for v, y in heights.items()]
-    low, high = float(values[0]), float(values[-1])
+def _field_axis(name: str, values: Sequence[Any], finished: Sequence[RunRecord]) -> _Axis:
+    def value(run: RunRecord) -> Any:
+        return value_of(run, name)
+
+    has_none = any(value(run) is None for run in finished)
+    none_ticks = [(_NONE_HEIGHT, "–")] if has_none else []
+    if _is_continuous(values):
+        scale, ticks = _scale(float(values[0]), float(values[-1]))
+        return _Axis(title(name), value, scale, [*none_ticks, *ticks])
+    top = max(len(values) - 1, 1)
+    heights = {v: i / top if len(values) > 1 else 0.5 for i, v in enumerate(values)}
+    ticks = [(height, shown(name, v)) for v, height in heights.items()]
+    return _Axis(title(name), value, heights.__getitem__, [*none_ticks, *ticks], spread=0.05)
+
+
+def _scale(low: float, high: float) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
+    """The height of each number, and the ticks; logarithmic over a large range."""
+    shares = (0, 0.25, 0.5, 0.75, 1)
     if low > 0 and high / low > 20:
         span = np.log(high / low)
-        ticks = [(share, f"{low * np.exp(share * span):.2g}") for share in (0, 0.25, 0.5, 0.75, 1)]
+        ticks = [(share, f"{low * np.exp(share * span):.2g}") for share in shares]
         return lambda value: float(np.log(value / low) / span), ticks
-    ticks = [(share, f"{low + share * (high - low):.3g}") for share in (0, 0.25, 0.5, 0.75, 1)]
-    return lambda value: (value - low) / (high - low), ticks
+    span = (high - low) or 1
+    return lambda value: (value - low) / span, [(s, f"{low + s * span:.3g}") for s in shares]
 
 
-_TITLES = {
-    "strategy": "strategy",
-    "learning_rate": "learning rate",
-    "batch_size": "batch size",
-    "data_aug": "augmentation",
-}
+def _accuracy_axis(finished: Sequence[RunRecord]) -> _Axis:
+    accuracies = [run.accuracy for run in finished]
+    low, span = min(accuracies), max(accuracies) - min(accuracies)
+    ticks = [(share, percent(low + share * span)) for share in ((0, 0.5, 1) if span else (0,))]
+    return _Axis("accuracy", lambda r: r.accuracy, lambda a: (a - low) / (span or 1), ticks)
 
 
 def parallel_coordinates(finished: Sequence[RunRecord]) -> Figure:
-    """A line a run over strategy, learning rate, batch size, augmentation and accuracy.
+    """One line per run over its strategy, every varied field, and its accuracy.
 
-    Lines of plain SVG: plotly's own kind needs WebGL, which not every browser gives a page.
+    The lines are SVG: plotly's own parallel coordinates need WebGL, which not every browser has.
     """
-    tried: dict[str, list[Any]] = {"strategy": list(by_strategy(finished))}
-    for name in PARAMETERS:
-        tried[name] = sorted({one.config.get(name) for one in finished}, key=_rank)
-    scales = {name: _scale(name, values) for name, values in tried.items()}
-    accuracies = [accuracy_of(one) for one in finished]
-    low, high = min(accuracies), max(accuracies)
-    wobble = np.random.default_rng(0)
+    fields = {"strategy": list(by_strategy(finished)), **varied_fields(finished)}
+    axes = [_field_axis(name, values, finished) for name, values in fields.items()]
+    axes.append(_accuracy_axis(finished))
+    rng = np.random.default_rng(0)
     traces = []
     for strategy, runs in by_strategy(finished).items():
-        xs: list[float | None] = []
+        xs: list[int | None] = []
         ys: list[float | None] = []
         for run in runs:
-            apart = 0.05 * wobble.uniform(-1, 1)  # so that runs of one setting can be told apart
-            for place, (name, (height, _)) in enumerate(scales.items()):
-                value = run.strategy if name == "strategy" else run.config.get(name)
-                xs.append(place)
-                ys.append(round(height(value) + apart * (not _is_continuous(tried[name])), 4))
-            xs += [len(scales), None]
-            ys += [round((accuracy_of(run) - low) / ((high - low) or 1), 4), None]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": text(strategy),
-                "line": {"color": colour_of(strategy), "width": 1.3},
-                "opacity": 0.7 if len(finished) <= 200 else 0.3,
-                "x": xs,
-                "y": ys,
-                "hoverinfo": "skip",
-            }
-        )
-    notes = [
-        _tick(place, height, label)
-        for place, (_, ticks) in enumerate(scales.values())
-        for height, label in ticks
-    ]
-    notes += [
-        _tick(len(scales), share, percent(low + share * (high - low)))
-        for share in ((0, 0.5, 1) if high > low else (0,))
-    ]
+            offset = rng.uniform(-1, 1)  # so that runs of one setting don't hide each other
+            xs += [*range(len(axes)), None]
+            ys += [round(_height(a, run) + a.spread * offset, 4) for a in axes]
+            ys.append(None)
+        line = {"color": colour_of(strategy), "width": 1.3}
+        opacity = 0.7 if len(finished) <= 200 else 0.3
+        traces.append(scatter("lines", strategy, xs, ys, line=line, opacity=opacity))
     return figure(
         traces,
         400,
         xaxis={
-            "tickvals": list(range(len(scales) + 1)),
-            "ticktext": [*(_TITLES[name] for name in scales), "accuracy"],
-            "range": [-0.25, len(scales) + 0.3],
+            "tickvals": list(range(len(axes))),
+            "ticktext": [a.title.replace(" ", "<br>") for a in axes],
+            "range": [-0.25, len(axes) - 0.7],
             "zeroline": False,
             "fixedrange": True,
         },
-        yaxis={"visible": False, "range": [-0.1, 1.1], "fixedrange": True},
-        annotations=notes,
+        yaxis={"visible": False, "range": [-0.12, 1.1], "fixedrange": True},
+        annotations=[_tick(x, y, label) for x, a in enumerate(axes) for y, label in a.ticks],
     )
+
+
+def _height(a: _Axis, run: RunRecord) -> float:
+    value = a.value(run)
+    return _NONE_HEIGHT if value is None else a.height(value)
 
 
 def _tick(x: float, y: float, label: str) -> dict[str, Any]:
@@ -161,60 +142,44 @@ def _tick(x: float, y: float, label: str) -> dict[str, Any]:
 
 
 def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[Any]) -> Figure:
-    """Mean accuracy at each value of one parameter, a line a strategy.
+    """Mean accuracy at each value of a field, one line per strategy.
 
-    The mean is over settings: one that was repeated with more seeds weighs no more.
+    The mean is over settings: one that was repeated with more seeds has no more weight.
     """
-    traces: list[dict[str, Any]] = []
+    continuous = _is_continuous(values)  # then hardly two runs have the same value
+    traces = []
     for strategy, runs in by_strategy(finished).items():
-        groups: dict[Any, list[Sequence[RunRecord]]] = defaultdict(list)
-        for seeds in by_setting(runs):
-            groups[seeds[0].config.get(name)].append(seeds)
-        shown = [value for value in values if value in groups]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": text(strategy),
-                "line": {"color": colour_of(strategy), "width": 2},
-                "marker": {"size": 8},
-                "x": [_level(name, value) for value in shown],
-                "y": [100 * float(np.mean([*map(mean_accuracy, groups[v])])) for v in shown],
-                "text": [f"{len(groups[value])} settings" for value in shown],
-                "hovertemplate": "%{x}: %{y:.1f} %, mean of %{text}<extra></extra>",
-            }
+        settings: dict[Any, list[Sequence[RunRecord]]] = defaultdict(list)
+        for repeats in by_setting(runs).values():
+            settings[value_of(repeats[0], name)].append(repeats)
+        found = [value for value in values if value in settings]
+        trace = scatter(
+            "markers" if continuous else "lines+markers",
+            strategy,
+            [float(value) if continuous else shown(name, value) for value in found],
+            [100 * float(np.mean([*map(mean_accuracy, settings[v])])) for v in found],
+            hover="%{x}: %{y:.1f} %, mean of %{text}",
+            text=[f"{len(settings[value])} settings" for value in found],
+            line={"color": colour_of(strategy), "width": 2},
+            marker={"size": 8},
         )
-    if _is_continuous(values):  # no two runs share a value
-        for trace in traces:
-            trace["mode"], trace["x"] = "markers", [float(value) for value in trace["x"]]
-        xaxis = log_axis(_TITLES[name], values[0], values[-1])
+        traces += [trace] if found else []
+    if continuous:
+        xaxis = log_axis(title(name), values[0], values[-1])
     else:
-        names = [_level(name, value) for value in values]
+        names = [shown(name, value) for value in values]
         order = {"categoryorder": "array", "categoryarray": names}
-        xaxis = axis(_TITLES[name], type="category", **order)
-    return figure(
-        traces,
-        270,
-        xaxis=xaxis,
-        yaxis=axis("mean accuracy, %"),
-        showlegend=False,
-        margin=PLAIN_MARGIN,
-    )
+        xaxis = axis(title(name), type="category", **order)
+    means = axis("mean accuracy, %")
+    return figure(traces, 270, xaxis=xaxis, yaxis=means, showlegend=False, margin=PLAIN_MARGIN)
 
 
-def importances(shares: Mapping[str, float]) -> Figure:
-    """How much of the accuracy's variation each parameter explains."""
-    names = list(shares)[::-1]
-    bars = {
-        "type": "bar",
-        "orientation": "h",
-        "x": [shares[name] for name in names],
-        "y": [_TITLES.get(name, name) for name in names],
-        "marker": {"color": "#4393e6"},
-        "hovertemplate": "%{y}: %{x:.0%}<extra></extra>",
-    }
+def importance_bars(importances: Mapping[str, float]) -> Figure:
+    """The share of each field in the variation of the accuracy."""
+    names = list(importances)[::-1]
+    trace = bars([importances[n] for n in names], [title(n) for n in names], "%{y}: %{x:.0%}")
     return figure(
-        [bars],
+        [trace],
         80 + 30 * len(names),
         xaxis=axis("importance", tickformat=".0%", range=[0, 1.01]),
         margin=PLAIN_MARGIN,
