@@ -71,6 +71,9 @@ def test_a_run_directory_is_complete_and_consistent(train: Train, fields: dict[s
         accuracy = (predictions["logits"].argmax(1) == predictions["labels"]).mean()
         assert accuracy == pytest.approx(result.best_val_acc, abs=1e-12)
         assert all(Path(path).is_file() for path in predictions["paths"])
+    best_ckpt = torch.load(run_dir.best_path, weights_only=True)
+    assert (best_ckpt["format_version"], best_ckpt["model"]) == (2, "resnet18")
+    assert result.start_epochs == {"layer3": 0, "layer4": 0, "fc": 0}
     recorded = yaml.safe_load(run_dir.config_path.read_text())
     assert "auto" not in recorded.values()
     assert "resume" not in recorded
