@@ -11,11 +11,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -30,11 +32,21 @@ from finetune.sweep.table import LiveTable
 from finetune.sweep.trials import TrialResult, cell_key
 from finetune.system.devices import visible_devices
 from finetune.system.errors import ConfigError, FinetuneError
+from tests.support.process_server import fast_python
 from tests.support.synthetic import write_run
+from tests.support.tiny_network import tiny_resnet18
 
 ROOT = Path(__file__).parents[2]
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
 Fields = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state dict of the tiny network."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(tiny_resnet18().state_dict(), path)
+    return path
 
 
 @pytest.fixture
@@ -59,18 +71,30 @@ def content(base: Fields, **values: Any) -> Fields:
     return program | {"parameters": parameters}
 
 
-def command(folder: Path, given: Fields, *flags: str) -> list[str]:
-    (folder / "small.yaml").write_text(yaml.safe_dump(given))
-    return [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--out", "runs", *flags]
+TINY_SWEEP = """
+import multiprocessing, sys
+from finetune.__main__ import main
+from finetune.sweep import worker_pool
+from finetune.system.shutdown import run_cli
+preload = multiprocessing.set_forkserver_preload
+worker_pool._start_fork_server = lambda: preload(["tests.support.preload_tiny_network"])
+run_cli(lambda: main(["sweep", *sys.argv[1:]]))
+"""
+"""The command, with the tiny network in its fork server."""
 
 
 def environment(**changed: str) -> dict[str, str]:
     return {**os.environ, **changed}
 
 
-def start(folder: Path, given: Fields, *flags: str, **changed: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, given: Fields, *flags: str, tiny: bool = False, python: str = "", **changed: str
+) -> subprocess.Popen[str]:
+    """The sweep's command as a process; with `tiny`, its runs train the tiny network."""
+    (folder / "small.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    command = ["-c", TINY_SWEEP] if tiny else ["-m", "finetune", "sweep"]
     return subprocess.Popen(
-        command(folder, given, *flags),
+        [python or fast_python(), *command, "small.yaml", "--out", "runs", *flags],
         cwd=folder,
         env=environment(**changed),
         stdout=subprocess.PIPE,
@@ -79,7 +103,7 @@ def start(folder: Path, given: Fields, *flags: str, **changed: str) -> subproces
     )
 
 
-def complete(folder: Path, given: Fields, *flags: str, code: int = 0, **changed: str) -> str:
+def complete(folder: Path, given: Fields, *flags: str, code: int = 0, **changed: Any) -> str:
     process = start(folder, given, *flags, **changed)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output
@@ -112,9 +136,15 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def workers_of(pid: int) -> list[int]:
-    """The fork server's children: each leads a process group of its own."""
-    return [w for c in children(pid) for w in children(c) if os.getpgid(w) == w]
+def workers_of(folder: Path) -> list[int]:
+    """The processes whose output goes to a run directory."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            output = (place / "fd" / "1").readlink()
+            if output.name == "output.log" and output.is_relative_to(folder):
+                found.append(int(place.name))
+    return found
 
 
 def await_epoch(folder: Path, count: int) -> Path:
@@ -208,19 +238,21 @@ def test_devices_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_hopeless_trial_is_pruned_and_gradual_is_judged_late(
-    base: Fields, tmp_path: Path
+    base: Fields, tiny_weights: Path, tmp_path: Path
 ) -> None:
-    base |= {"epochs": 6, "batch_size": 20}
+    base |= {"epochs": 6, "batch_size": 20, "weights": str(tiny_weights)}
     given = content(base, strategy=["gradual"], learning_rate=[0.02, 1e-7, 1e-8])
     given["metric"] = {"name": "train_loss", "goal": "minimize"}
     given["early_terminate"] = {"type": "hyperband", "min_iter": 4, "eta": 2}
-    output = complete(tmp_path, given)
+    output = complete(tmp_path, given, tiny=True)
     rows = {p.parent.name: read_metrics(p) for p in (tmp_path / "runs").glob("*/metrics.csv")}
     assert sorted(map(len, rows.values())) == [4, 4, 6], output
     failures = [f for n in rows if (f := read_failure(tmp_path / "runs" / n / "failure.json"))]
     assert [f["state"] for f in failures] == ["pruned", "pruned"]
     assert "1 finished, 2 pruned" in output
-    assert complete(tmp_path, given).count("pruned") == 3  # the table again, and nothing ran
+    assert (
+        complete(tmp_path, given, tiny=True).count("pruned") == 3
+    )  # the table again, and nothing ran
 
 
 def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Path) -> None:
@@ -270,11 +302,12 @@ def test_the_live_table_knows_what_was_done_before() -> None:
 def test_an_interrupted_trial_goes_on_from_its_last_epoch(
     how: str, base: Fields, tmp_path: Path
 ) -> None:
-    base |= {"strategy": "scratch", "epochs": 6, "patience": 0}
+    base |= {"strategy": "scratch", "epochs": 30, "patience": 0}
     given = content(base, seed=[1, 2])
-    process = start(tmp_path, given)
+    python = sys.executable if how == "SIGUSR1 to all" else ""  # has the children itself
+    process = start(tmp_path, given, tiny=True, python=python)
     run_dir = await_epoch(tmp_path, 2)
-    workers = workers_of(process.pid)
+    workers = workers_of(tmp_path)
     assert workers
     if how == "kill worker":
         os.kill(workers[0], signal.SIGKILL)
@@ -296,13 +329,13 @@ def test_an_interrupted_trial_goes_on_from_its_last_epoch(
         assert not (run_dir / "result.json").exists()
         failure = read_failure(run_dir / "failure.json")
         assert failure is not None and failure["state"] == "stopped"
-        process = start(tmp_path, given)
+        process = start(tmp_path, given, tiny=True)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     check_complete(tmp_path, 2)
     assert "resuming after epoch" in (run_dir / "output.log").read_text()
     result = RunResult.load(run_dir)
-    assert result.epochs_run == 6 and not (run_dir / "failure.json").exists()
+    assert result.epochs_run == 30 and not (run_dir / "failure.json").exists()
 
 
 @pytest.mark.slow
@@ -322,7 +355,7 @@ def test_the_grid_of_48_survives_ctrl_c_and_kills(
         while len(list((tmp_path / "runs").glob("*/result.json"))) < count:
             assert process.poll() is None
             time.sleep(0.05)
-        if how == signal.SIGKILL and (found := workers_of(process.pid)):
+        if how == signal.SIGKILL and (found := workers_of(tmp_path)):
             os.kill(found[0], signal.SIGKILL)
             time.sleep(1)
         process.send_signal(how)
@@ -331,17 +364,6 @@ def test_the_grid_of_48_survives_ctrl_c_and_kills(
     output = complete(tmp_path, given, "--workers", str(workers))
     assert "48 finished" in output
     check_complete(tmp_path, 48)
-
-
-SWEEP_OF_TINY_NETWORKS = """
-import multiprocessing
-from finetune.__main__ import main
-from finetune.sweep import worker_pool
-from finetune.system.shutdown import run_cli
-preload = multiprocessing.set_forkserver_preload
-worker_pool._start_fork_server = lambda: preload(["tests.support.preload_tiny_network"])
-run_cli(lambda: main(["sweep", "sweep.yaml"]))
-"""
 
 
 def test_a_sweep_of_version_0_1_0_is_resumed_though_its_file_s_lines_are_swapped(
@@ -355,7 +377,7 @@ def test_a_sweep_of_version_0_1_0_is_resumed_though_its_file_s_lines_are_swapped
     runs = folder / "swept"
     before = {p: p.read_bytes() for p in runs.glob("*/result.json")}
     ended = subprocess.run(
-        [sys.executable, "-c", SWEEP_OF_TINY_NETWORKS],
+        [fast_python(), "-c", TINY_SWEEP, "sweep.yaml"],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr

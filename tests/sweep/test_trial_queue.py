@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from finetune.sweep.sweep_file import read_sweep
 from finetune.sweep.trial_queue import MAX_CRASHES, Claim, TrialQueue
 from finetune.sweep.trials import cell_key, enqueue_copy
 from finetune.system.errors import ConfigError, FinetuneError, MissingPackage
+from tests.support.process_server import fast_python
 
 ROOT = Path(__file__).parents[2]
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
@@ -367,7 +367,7 @@ print("done", flush=True)
 
 def other_process(content: dict[str, Any], where: str, count: int, pause: float) -> Any:
     return subprocess.Popen(
-        [sys.executable, "-c", OTHER_PROCESS, json.dumps([content, where, count, pause])],
+        [fast_python(), "-c", OTHER_PROCESS, json.dumps([content, where, count, pause])],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
