@@ -20,17 +20,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials, get_storage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from finetune.sweep import sampling
+from finetune.sweep import sampling, storage
 from finetune.sweep.distributions import Value
 from finetune.sweep.spec import Sweep
-from finetune.sweep.storage import (
-    HEARTBEAT_SECONDS,
-    has_ended,
-    ignore_experimental_warnings,
-    machine,
-    open_storage,
-    this_process,
-)
 from finetune.sweep.study import join_study
 from finetune.sweep.trials import TrialGroup, TrialResult, enqueue_copy, group_trials
 
@@ -67,8 +59,8 @@ class TrialQueue:
         storage holds another sweep of this name."""
         self.sweep = sweep
         self.num_trials = num_trials
-        self._owner = owner or this_process()
-        self._storage = open_storage(where, enqueue_copy)
+        self._owner = owner or storage.this_process()
+        self._storage = storage.open_storage(where, enqueue_copy)
         self._database = self._storage if isinstance(self._storage, RDBStorage) else None
         cached = get_storage(self._storage)  # reads a database's finished trials once
         self._study, self._token = join_study(sweep, cached, num_trials, self._owner)
@@ -87,7 +79,7 @@ class TrialQueue:
     def refresh(self) -> None:
         """Read the trials of all processes, and requeue interrupted ones."""
         if self._database:
-            with ignore_experimental_warnings():
+            with storage.ignore_experimental_warnings():
                 fail_stale_trials(self._study)
         self._read()
         if self._requeue_interrupted():
@@ -126,8 +118,8 @@ class TrialQueue:
         """Other machines and the trials that they run; only in a journal, without heartbeats."""
         found = defaultdict(list)
         for trial in [] if self._database else self._running():
-            name = trial.user_attrs.get("owner", {}).get("machine", machine())
-            if name != machine():
+            name = trial.user_attrs.get("owner", {}).get("machine", storage.machine())
+            if name != storage.machine():
                 found[name.split("/")[0]].append(trial)
         return found
 
@@ -136,10 +128,8 @@ class TrialQueue:
         return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
     def _is_target_reached(self) -> bool:
-        metric = self.sweep.metric
-        return metric.target is not None and any(
-            metric.reached(group.value) for group in self._groups.values()
-        )
+        reached = self.sweep.metric.reached
+        return any(reached(group.value) for group in self._groups.values())
 
     def claim(self) -> Claim | None:
         """Claim the next trial; None if there is nothing to claim."""
@@ -286,7 +276,7 @@ class TrialQueue:
         if trial._trial_id in self._claimed:
             return False
         owner = trial.user_attrs.get("owner")
-        return has_ended(owner) if owner else self._seconds_seen(trial) > _UNOWNED_SECONDS
+        return storage.has_ended(owner) if owner else self._seconds_seen(trial) > _UNOWNED_SECONDS
 
     def _seconds_seen(self, trial: FrozenTrial) -> float:
         """Seconds since this process first saw a trial in its state; other clocks may differ."""
@@ -295,7 +285,7 @@ class TrialQueue:
 
     def record_heartbeats(self) -> None:
         """Record in a database that the claimed trials are still running, if it is due."""
-        if self._database and time.monotonic() - self._last_heartbeat >= HEARTBEAT_SECONDS:
+        if self._database and time.monotonic() - self._last_heartbeat >= storage.HEARTBEAT_SECONDS:
             for trial_id in self._claimed:
                 self._database.record_heartbeat(trial_id)
             self._last_heartbeat = time.monotonic()

@@ -1,4 +1,4 @@
-"""A sweep run here from end to end: real processes, real signals, real kills."""
+"""A local sweep from end to end, with real processes, signals and kills."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(digits: Path, weights: Path, tmp_path: Path) -> Fields:
-    """What all trials share: a run of about a second."""
+    """The fields of all trials: runs of about a second."""
     return {
         "data_dir": str(digits),
         "weights": str(weights),
@@ -148,7 +148,7 @@ def workers_of(folder: Path) -> list[int]:
 
 
 def await_epoch(folder: Path, count: int) -> Path:
-    """A running trial's directory, once it has `count` epochs behind it."""
+    """The directory of a running trial that has finished `count` epochs."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for path in (folder / "runs").glob("*/metrics.csv"):
@@ -182,7 +182,7 @@ def log_records(content: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-# the door
+# the command
 
 
 def test_a_small_grid_runs_with_two_workers_and_again_does_nothing(
@@ -237,7 +237,7 @@ def test_devices_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch) 
     assert visible_devices() == []
 
 
-def test_a_hopeless_trial_is_pruned_and_gradual_is_judged_late(
+def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(
     base: Fields, tiny_weights: Path, tmp_path: Path
 ) -> None:
     base |= {"epochs": 6, "batch_size": 20, "weights": str(tiny_weights)}
@@ -269,7 +269,7 @@ def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Pat
     assert groups == {("small", log.parents[2].name)}
 
 
-def test_the_live_table_knows_what_was_done_before() -> None:
+def test_the_live_table_counts_earlier_trials() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     live_table = LiveTable(8, "best_val_acc", console)
     setting: dict[str, Any] = {"learning_rate": 0.01}
@@ -299,7 +299,7 @@ def test_the_live_table_knows_what_was_done_before() -> None:
         pytest.param("kill worker", marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_trial_goes_on_from_its_last_epoch(
+def test_an_interrupted_trial_resumes_after_its_last_epoch(
     how: str, base: Fields, tmp_path: Path
 ) -> None:
     base |= {"strategy": "scratch", "epochs": 30, "patience": 0}

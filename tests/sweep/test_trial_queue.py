@@ -1,4 +1,4 @@
-"""Trials on Optuna's storages: claimed once, ended once, taken up again."""
+"""Trials in Optuna's storages are claimed once, finished once, and requeued when interrupted."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_each_cell_has_one_trial_and_one_result(storage: str) -> None:
     assert work_off(TrialQueue(grid(), storage, 6)) == []
 
 
-def test_a_trial_that_was_put_back_keeps_its_run_id(storage: str) -> None:
+def test_a_requeued_trial_keeps_its_run_id(storage: str) -> None:
     trial_queue = TrialQueue(grid(2), storage, 2)
     first = trial_queue.claim()
     assert first is not None and trial_queue.requeue(first)
@@ -122,7 +122,7 @@ def test_failed_trials_wait_for_retry_failed(storage: str) -> None:
     assert later.retry_failed() == 0
 
 
-def test_a_worker_that_dies_again_and_again_costs_one_trial(storage: str) -> None:
+def test_a_trial_whose_worker_keeps_crashing_is_not_requeued_forever(storage: str) -> None:
     trial_queue = TrialQueue(grid(1), storage, 1)
     for _ in range(MAX_CRASHES - 1):
         claim = trial_queue.claim()
@@ -131,7 +131,7 @@ def test_a_worker_that_dies_again_and_again_costs_one_trial(storage: str) -> Non
     assert claim is not None and not trial_queue.requeue(claim, crashed=True)
 
 
-def test_a_late_result_is_discarded_and_noted(storage: str) -> None:
+def test_a_late_result_is_discarded(storage: str) -> None:
     late = TrialQueue(grid(1), storage, 1, ELSEWHERE)
     slow = late.claim()
     assert slow is not None
@@ -140,6 +140,7 @@ def test_a_late_result_is_discarded_and_noted(storage: str) -> None:
     quick = work_off(trial_queue)
     assert [c.run_id for c in quick] == [slow.run_id]
     assert late.finish(slow, "finished", 0.9, {}) is False
+    assert any(name.startswith("discarded-") for name in late._study.user_attrs)
     assert states(storage) == {"COMPLETE": 1, "FAIL": 1}
     assert [s.value for s in trial_queue.results()] == [0.5]
 
@@ -148,7 +149,7 @@ def _trial(where: str, claim: Claim) -> optuna.trial.FrozenTrial:
     return next(t for t in trials(where) if t._trial_id == claim.trial_id)
 
 
-def test_of_two_copies_of_a_trial_one_alone_runs(storage: str) -> None:
+def test_of_two_copies_of_a_trial_only_one_runs(storage: str) -> None:
     trial_queue = TrialQueue(grid(1), storage, 1)
     claim = trial_queue.claim()
     assert claim is not None
@@ -166,7 +167,7 @@ def test_another_sweep_of_the_same_name_is_refused(storage: str) -> None:
         TrialQueue(grid(3), storage, 3)
 
 
-def test_a_larger_cap_goes_on_where_the_smaller_ended(storage: str) -> None:
+def test_a_larger_max_runs_continues_where_the_smaller_ended(storage: str) -> None:
     assert len(work_off(TrialQueue(grid(), storage, 2))) == 2
     assert [c.values["seed"] for c in work_off(TrialQueue(grid(), storage, 6))] == [2, 3, 4, 5]
     assert work_off(TrialQueue(grid(), storage, 3)) == []
@@ -301,7 +302,7 @@ def test_the_database_of_version_0_1_0_is_completed(
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
-def test_a_search_repeats_itself_also_after_an_interruption(method: str, tmp_path: Path) -> None:
+def test_a_search_draws_the_same_values_after_an_interruption(method: str, tmp_path: Path) -> None:
     sweep = drawn(method)
     urls = [f"sqlite:///{tmp_path / f'{i}.db'}" for i in range(2)]
     straight = [c.values for c in work_off(TrialQueue(sweep, urls[0], 13))]
@@ -330,7 +331,7 @@ def test_bayes_beats_random_on_a_known_function_with_the_same_budget(tmp_path: P
     assert all(b > r for b, r in zip(best["bayes"], best["random"], strict=True)), best
 
 
-def test_a_hopeless_trial_is_ended_at_the_first_rung_and_not_before(sqlite: str) -> None:
+def test_a_bad_trial_is_pruned_at_the_first_rung_and_not_before(sqlite: str) -> None:
     early = {"type": "hyperband", "min_iter": 4, "eta": 3}
     trial_queue = TrialQueue(grid(9, early_terminate=early), sqlite, 9)
     ended: dict[int, int] = {}
@@ -380,7 +381,7 @@ def content(cells: int) -> dict[str, Any]:
 
 
 def share(where: str, cells: int = 12) -> None:
-    """Two processes work on a sweep; one is killed with a trial in its hands."""
+    """Two processes work on a sweep; one is killed while it runs a trial."""
     slow = other_process(content(cells), where, cells, 60)
     with slow.stdout:
         assert slow.stdout.readline() == "open\n"
@@ -461,7 +462,6 @@ def test_a_trial_without_a_heartbeat_is_requeued(
     sqlite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.sweep.storage.HEARTBEAT_SECONDS", 1)
-    monkeypatch.setattr("finetune.sweep.trial_queue.HEARTBEAT_SECONDS", 1)
     monkeypatch.setattr("finetune.sweep.storage.GRACE_SECONDS", 5)
     gone = TrialQueue(grid(1), sqlite, 1, owner=ELSEWHERE)
     claim = gone.claim()
@@ -488,7 +488,7 @@ def test_a_journal_s_trial_of_another_machine_waits_for_retry_failed(tmp_path: P
     assert here.claim() is not None
 
 
-def test_a_process_is_told_from_a_later_one_with_its_id() -> None:
+def test_a_process_is_distinguished_from_a_later_one_with_its_id() -> None:
     ours = this_process()
     assert not has_ended(ours)
     assert has_ended({**ours, "started": "1"})
