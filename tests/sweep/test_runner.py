@@ -17,7 +17,6 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
 import yaml
 from rich.console import Console
 
@@ -34,19 +33,11 @@ from finetune.system.devices import visible_devices
 from finetune.system.errors import ConfigError, FinetuneError
 from tests.support.process_server import fast_python
 from tests.support.synthetic import write_run
-from tests.support.tiny_network import tiny_resnet18
 
 ROOT = Path(__file__).parents[2]
+COMMAND = ("-m", "finetune", "sweep")
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
 Fields = dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state dict of the tiny network."""
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    torch.save(tiny_resnet18().state_dict(), path)
-    return path
 
 
 @pytest.fixture
@@ -71,30 +62,17 @@ def content(base: Fields, **values: Any) -> Fields:
     return program | {"parameters": parameters}
 
 
-TINY_SWEEP = """
-import multiprocessing, sys
-from finetune.__main__ import main
-from finetune.sweep import worker_pool
-from finetune.system.shutdown import run_cli
-preload = multiprocessing.set_forkserver_preload
-worker_pool._start_fork_server = lambda: preload(["tests.support.preload_tiny_network"])
-run_cli(lambda: main(["sweep", *sys.argv[1:]]))
-"""
-"""The command, with the tiny network in its fork server."""
-
-
 def environment(**changed: str) -> dict[str, str]:
     return {**os.environ, **changed}
 
 
 def start(
-    folder: Path, given: Fields, *flags: str, tiny: bool = False, python: str = "", **changed: str
+    folder: Path, given: Fields, *flags: str, python: str = "", **changed: str
 ) -> subprocess.Popen[str]:
-    """The sweep's command as a process; with `tiny`, its runs train the tiny network."""
+    """The sweep's command as a process."""
     (folder / "small.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
-    command = ["-c", TINY_SWEEP] if tiny else ["-m", "finetune", "sweep"]
     return subprocess.Popen(
-        [python or fast_python(), *command, "small.yaml", "--out", "runs", *flags],
+        [python or fast_python(), *COMMAND, "small.yaml", "--out", "runs", *flags],
         cwd=folder,
         env=environment(**changed),
         stdout=subprocess.PIPE,
@@ -103,7 +81,7 @@ def start(
     )
 
 
-def complete(folder: Path, given: Fields, *flags: str, code: int = 0, **changed: Any) -> str:
+def complete(folder: Path, given: Fields, *flags: str, code: int = 0, **changed: str) -> str:
     process = start(folder, given, *flags, **changed)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output
@@ -237,22 +215,18 @@ def test_devices_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch) 
     assert visible_devices() == []
 
 
-def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(
-    base: Fields, tiny_weights: Path, tmp_path: Path
-) -> None:
-    base |= {"epochs": 6, "batch_size": 20, "weights": str(tiny_weights)}
+def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(base: Fields, tmp_path: Path) -> None:
+    base |= {"epochs": 6, "batch_size": 20}
     given = content(base, strategy=["gradual"], learning_rate=[0.02, 1e-7, 1e-8])
     given["metric"] = {"name": "train_loss", "goal": "minimize"}
     given["early_terminate"] = {"type": "hyperband", "min_iter": 4, "eta": 2}
-    output = complete(tmp_path, given, tiny=True)
+    output = complete(tmp_path, given)
     rows = {p.parent.name: read_metrics(p) for p in (tmp_path / "runs").glob("*/metrics.csv")}
     assert sorted(map(len, rows.values())) == [4, 4, 6], output
     failures = [f for n in rows if (f := read_failure(tmp_path / "runs" / n / "failure.json"))]
     assert [f["state"] for f in failures] == ["pruned", "pruned"]
     assert "1 finished, 2 pruned" in output
-    assert (
-        complete(tmp_path, given, tiny=True).count("pruned") == 3
-    )  # the table again, and nothing ran
+    assert complete(tmp_path, given).count("pruned") == 3  # the table again, and nothing ran
 
 
 def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Path) -> None:
@@ -305,7 +279,7 @@ def test_an_interrupted_trial_resumes_after_its_last_epoch(
     base |= {"strategy": "scratch", "epochs": 30, "patience": 0}
     given = content(base, seed=[1, 2])
     python = sys.executable if how == "SIGUSR1 to all" else ""  # has the children itself
-    process = start(tmp_path, given, tiny=True, python=python)
+    process = start(tmp_path, given, python=python)
     run_dir = await_epoch(tmp_path, 2)
     workers = workers_of(tmp_path)
     assert workers
@@ -329,7 +303,7 @@ def test_an_interrupted_trial_resumes_after_its_last_epoch(
         assert not (run_dir / "result.json").exists()
         failure = read_failure(run_dir / "failure.json")
         assert failure is not None and failure["state"] == "stopped"
-        process = start(tmp_path, given, tiny=True)
+        process = start(tmp_path, given)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     check_complete(tmp_path, 2)
@@ -377,7 +351,7 @@ def test_a_sweep_of_version_0_1_0_is_resumed_though_its_file_s_lines_are_swapped
     runs = folder / "swept"
     before = {p: p.read_bytes() for p in runs.glob("*/result.json")}
     ended = subprocess.run(
-        [fast_python(), "-c", TINY_SWEEP, "sweep.yaml"],
+        [fast_python(), *COMMAND, "sweep.yaml"],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
