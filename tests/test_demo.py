@@ -21,7 +21,7 @@ def test_a_demo_of_two_epochs_compares_the_strategies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo"
-    assert demo(out, epochs=2, image_size=32, batch_size=25) == 0
+    assert demo(out, epochs=2) == 0
     runs = read_runs(out / "runs")
     assert [(run.state, len(run.rows)) for run in runs] == [("finished", 2)] * 8
     assert {run.strategy for run in runs} == {"freeze", "partial", "gradual", "scratch"}
@@ -32,7 +32,8 @@ def test_a_demo_of_two_epochs_compares_the_strategies(
     assert "Best validation accuracy: " in shown and CAUTION in shown
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.real_network
 def test_in_the_full_demo_transfer_wins_and_the_page_is_drawn(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "finetune", "demo", "--out", str(tmp_path / "demo")],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.__main__ import main
 from finetune.runs.run_dir import RunDir
 from finetune.sweep.confirmation import confirmation
 from tests.support.synthetic import write_run
@@ -88,3 +90,13 @@ def test_each_strategy_has_the_same_fresh_seeds(tmp_path: Path, num_seeds: int) 
     assert sorted(cells) == [
         (strategy, seed) for strategy in ("freeze", "partial") for seed in fresh
     ]
+
+
+@pytest.mark.parametrize("write_runs", [write_two_machines, write_tie])
+def test_report_and_confirm_choose_the_same_setting(
+    write_runs: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_runs(tmp_path)
+    assert not main(["report", str(tmp_path)])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("partial ")]
+    assert f"partial-lr{repeated(tmp_path)['learning_rate']:g}-" in row
