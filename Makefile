@@ -1,11 +1,13 @@
 # make demo     everything set up in .venv, then the main job on handwritten digits
-# make test     the quick tests; make check is all that CI runs
+# make test     the quick tests; they need neither root nor Chromium nor PostgreSQL
+# make check    lint and all tests but the long ones, as CI runs them
+# make long     the long tests: the soak, hundreds of kills, the full demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check lint bench bench-quick clean
+.PHONY: demo test check long lint bench bench-quick clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
@@ -20,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m finetune demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not long"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,6 +31,9 @@ lint: $(VENV)/.installed
 
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+long: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks

@@ -11,7 +11,7 @@ import os
 # One compute thread a process, set before torch is imported: the tests themselves run in parallel.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ network_choice.stand_in(finetune.model.network)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    items.sort(key=lambda item: not item.keywords.keys() & {"slow", "long"})
 
 
 def network_of(item: Any) -> str:
@@ -55,6 +55,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Choose the network before the first fixture of the test is made."""
     os.environ[network_choice.NETWORK] = network_of(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a skip is a failure: every part that a test needs must be installed there."""
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr[2]}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,6 @@ from tests.sweep.test_trial_queue import grid, trials
 __all__ = ["base"]
 
 NUM_CELLS = 16
-NUM_TRIALS = int(os.environ.get("NUM_TRIALS", "200"))
-"""NUM_TRIALS=500 is the long way."""
 
 
 def take_part(given: dict[str, Any], where: str, folder: Path, ready: Any) -> None:
@@ -117,11 +115,14 @@ outcomes = run_sweep(given, out=folder / "runs", workers=4)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "num_trials",
+    [pytest.param(200, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)],
+)
 def test_trials_of_which_one_in_ten_crashes_are_all_accounted_for(
-    base: Any, tmp_path: Path
+    num_trials: int, base: Any, tmp_path: Path
 ) -> None:
-    given = content(base, seed=range(NUM_TRIALS))
+    given = content(base, seed=range(num_trials))
     words = [json.dumps(given), str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", SWEEP_OF_TINY_TRIALS, *words],
@@ -130,15 +131,15 @@ def test_trials_of_which_one_in_ten_crashes_are_all_accounted_for(
     assert done.returncode == 0, done.stderr[-2000:]
     runs = tmp_path / "runs"
     crashes = Counter((runs / CRASHES).read_text().splitlines())
-    assert NUM_TRIALS / 50 < crashes.total() < NUM_TRIALS / 4
+    assert num_trials / 50 < crashes.total() < num_trials / 4
     found = trials(f"sqlite:///{runs / 'small.db'}", "small")
     assert Counter(t.state.name for t in found).keys() <= {"COMPLETE", "FAIL"}
     assert Counter(t.user_attrs["key"] for t in found if "copy_of" not in t.user_attrs) == {
-        cell_key({"seed": i}): 1 for i in range(NUM_TRIALS)
+        cell_key({"seed": i}): 1 for i in range(num_trials)
     }
     assert sum(t.state.name == "FAIL" for t in found) == crashes.total()
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
-    assert len({run_id for run_id, *_ in outcomes}) == len(outcomes) == NUM_TRIALS
+    assert len({run_id for run_id, *_ in outcomes}) == len(outcomes) == num_trials
     for run_id, state, reason in outcomes:
         if state == "finished":
             assert RunResult.load(runs / run_id).config["seed"] == int(run_id.rpartition("-")[2])

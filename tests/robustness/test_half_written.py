@@ -88,6 +88,7 @@ def finished(train_once: Train) -> Path:
     return train_once(epochs=1).path
 
 
+@pytest.mark.real_network
 @pytest.mark.parametrize(
     ("file", "command"),
     [

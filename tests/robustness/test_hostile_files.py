@@ -26,6 +26,8 @@ from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError
 from tests.support.synthetic import write_run
 
+pytestmark = pytest.mark.real_network  # an exported state dict is tried in torchvision's
+
 
 class Explosive:
     def __init__(self, place: Path) -> None:

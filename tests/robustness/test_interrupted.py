@@ -20,8 +20,7 @@ from finetune.config.strategies import STRATEGIES
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir, read_metrics
 
-NUM_KILLS = int(os.environ.get("NUM_KILLS", "3"))
-"""Of each run; NUM_KILLS=20 is the long way."""
+MANY_KILLS = 20
 
 CLOCKS = {"run_id", "train_seconds", "cache_seconds", "images_per_second", "versions", "config",
           "git_commit", "prefix_timings"}  # fmt: skip
@@ -100,18 +99,24 @@ def killed_while(process: BaseProcess, place: Path, when: str, rng: random.Rando
     return alive
 
 
-@pytest.mark.slow
+KILLED = [
+    *((strategy, "at random") for strategy in STRATEGIES),
+    ("gradual", "within last.ckpt"),
+    ("gradual", "within best.ckpt"),
+    ("gradual", "about an unfreezing"),
+]
+
+
+@pytest.mark.real_network  # the small one writes its files too quickly to be killed meanwhile
 @pytest.mark.parametrize(
-    ("strategy", "when"),
+    ("strategy", "when", "num_kills"),
     [
-        *((strategy, "at random") for strategy in STRATEGIES),
-        ("gradual", "within last.ckpt"),
-        ("gradual", "within best.ckpt"),
-        ("gradual", "about an unfreezing"),
+        *(pytest.param(*killed, 1, marks=pytest.mark.slow) for killed in KILLED),
+        *(pytest.param(*killed, MANY_KILLS, marks=pytest.mark.long) for killed in KILLED),
     ],
 )
 def test_a_run_killed_over_and_over_ends_like_one_that_never_was(
-    strategy: str, when: str, children: Any, fields: dict[str, Any], tmp_path: Path
+    strategy: str, when: str, num_kills: int, children: Any, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     fields = fields | {"strategy": strategy, "lr_schedule": "cosine", "data_aug": "y"}
     runs = tmp_path / "runs"
@@ -122,15 +127,15 @@ def test_a_run_killed_over_and_over_ends_like_one_that_never_was(
     expected = outcome(runs / "reference")
 
     rng = random.Random(f"{strategy} {when}")
-    place, num_kills = runs / "killed", 0
+    place, done = runs / "killed", 0
     while True:
         process = start(children, fields, place)
-        if num_kills < NUM_KILLS and killed_while(process, place, when, rng):
-            num_kills += 1
+        if done < num_kills and killed_while(process, place, when, rng):
+            done += 1
             continue
         process.join()
         assert RunDir(place).finished, (runs / "killed.log").read_text()
         assert outcome(place) == expected
-        if num_kills == NUM_KILLS:
+        if done == num_kills:
             break
         shutil.rmtree(place)

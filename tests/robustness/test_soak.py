@@ -75,7 +75,7 @@ def requeue(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) -> None:
     parameters = {name: {"value": value} for name, value in (base | {"epochs": 1}).items()}
     parameters |= {"strategy": {"value": "freeze"}, "learning_rate": {"min": 1e-4, "max": 1e-2}}

@@ -95,7 +95,10 @@ def test_a_full_gpu_is_told_in_the_same_words(config: RunConfig, tmp_path: Path)
 
 def mount(disk: Path, *options: str) -> None:
     command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)]
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and os.geteuid() != 0:
+        pytest.skip(f"a disk of its own needs the right to mount: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture

@@ -312,19 +312,26 @@ def test_an_interrupted_trial_resumes_after_its_last_epoch(
     assert result.epochs_run == 30 and not (run_dir / "failure.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_grid_of_48_survives_ctrl_c_and_kills(
-    workers: int, base: Fields, tmp_path: Path
+@pytest.mark.real_network
+@pytest.mark.parametrize(
+    ("num_cells", "workers"),
+    [
+        pytest.param(12, 2, marks=pytest.mark.slow),
+        pytest.param(48, 1, marks=pytest.mark.long),
+        pytest.param(48, 2, marks=pytest.mark.long),
+    ],
+)
+def test_a_grid_survives_ctrl_c_and_kills(
+    num_cells: int, workers: int, base: Fields, tmp_path: Path
 ) -> None:
+    more = {"batch_size": [5, 10], "data_aug": ["y", "n"]} if num_cells == 48 else {}
     given = content(
         base,
         strategy=["freeze", "partial", "gradual", "scratch"],
         learning_rate=[0.001, 0.01, 0.1],
-        batch_size=[5, 10],
-        data_aug=["y", "n"],
+        **more,
     )
-    for count, how in ((6, signal.SIGINT), (14, signal.SIGKILL)):
+    for count, how in ((num_cells // 8, signal.SIGINT), (num_cells // 3, signal.SIGKILL)):
         process = start(tmp_path, given, "--workers", str(workers))
         while len(list((tmp_path / "runs").glob("*/result.json"))) < count:
             assert process.poll() is None
@@ -336,8 +343,8 @@ def test_the_grid_of_48_survives_ctrl_c_and_kills(
         output, _ = process.communicate(timeout=120)
         assert process.returncode == -how, output
     output = complete(tmp_path, given, "--workers", str(workers))
-    assert "48 finished" in output
-    check_complete(tmp_path, 48)
+    assert f"{num_cells} finished" in output
+    check_complete(tmp_path, num_cells)
 
 
 def test_a_sweep_of_version_0_1_0_is_resumed_though_its_file_s_lines_are_swapped(

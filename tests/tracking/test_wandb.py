@@ -219,7 +219,7 @@ def test_a_stopped_run_is_complete_on_the_server_in_time(
     assert failure and failure["state"] == "stopped"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_stops_in_a_row_do_not_end_the_agent(place: Place, fields: dict[str, Any]) -> None:
     changed = {"strategy": "scratch", "image_size": 32, "epochs": 500, "patience": 0}
     sweep = place.sweep(fixed(fields, **changed, seed=list(range(11))))
@@ -336,11 +336,16 @@ def test_no_data_is_lost_in_server_faults(place: Place, fields: dict[str, Any]) 
     assert model == (place.run_dir(run) / "best.ckpt").read_bytes()
 
 
-@pytest.mark.slow
-def test_no_data_is_lost_in_a_minute_without_a_server(place: Place, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(10, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.long)],
+)
+def test_no_data_is_lost_while_the_server_is_silent(
+    seconds: int, place: Place, fields: dict[str, Any]
+) -> None:
     done = place.start("agent.py", *as_flags(fields | {"epochs": 12, "patience": 0}))
     wait_until(lambda: any(run.history for run in place.server.runs.values()))
-    place.server.be_silent(60)
+    place.server.be_silent(seconds)
     assert done.wait(300) == 0
     run = the_run(place.server)
     assert run.state == "finished"
