@@ -29,7 +29,7 @@ class Pictures:
     labels: Indices
     class_names: tuple[str, ...]
     rows: Indices
-    """The index of each in the whole folder, and so in the cache."""
+    """The index of each among all pictures of the folder, and so in the cache."""
 
     def __len__(self) -> int:
         return len(self.names)

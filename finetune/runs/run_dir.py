@@ -32,7 +32,7 @@ _EVALUATION: Mapping[str, Any] = {
     "unreadable": [],
     "recorded_at": "at an unknown time",
 }
-"""What an evaluation has that doesn't record them."""
+"""Defaults of what an evaluation may lack."""
 
 
 class RunDir:
@@ -58,8 +58,8 @@ class RunDir:
     def read_config(self, allow_unknown: bool = True) -> RunConfig:
         """The config that the run was started with. Raises `RunDirError`.
 
-        A newer version's fields are left out; to continue a run without them could change it, so
-        that a resume doesn't `allow_unknown`.
+        Fields of a newer version are left out, or refused unless `allow_unknown`: a run that is
+        resumed without them could change.
         """
         if not self.config_path.exists():
             raise RunDirError(f"{self.path} is not a run directory: it has no config.yaml")
@@ -110,7 +110,8 @@ class RunDir:
     def _reopen(self, config: RunConfig) -> None:
         """Make a finished run unfinished, for more epochs."""
         result = RunResult.load(self.path)
-        if config.epochs <= result.config["epochs"]:
+        epochs = result.config.get("epochs", result.epochs_run)
+        if config.epochs <= epochs:
             raise RunDirError(
                 f"{self.path} is finished; resume it with a larger --epochs, or start a new run"
             )
@@ -118,7 +119,7 @@ class RunDir:
             raise RunDirError(
                 f"{self.path} stopped early by its patience; more epochs would not change that"
             )
-        self.result_path.replace(self.path / f"result.{result.config['epochs']}-epochs.json")
+        self.result_path.replace(self.path / f"result.{epochs}-epochs.json")
 
     def release(self) -> None:
         self._lock.release()
