@@ -232,7 +232,8 @@ def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(base: Fields, tmp_path
 def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Path) -> None:
     from wandb.proto import wandb_internal_pb2
 
-    complete(tmp_path, content(base, strategy=["freeze"]), WANDB_MODE="offline")
+    given = content(base, strategy=["freeze"])
+    complete(tmp_path, given, python=sys.executable, WANDB_MODE="offline")
     (log,) = (tmp_path / "runs").glob("*/wandb/offline-run-*/*.wandb")
     groups = set()
     for data in log_records(log.read_bytes()):
