@@ -96,6 +96,15 @@ class StrategySummary:
         return mean_accuracy(self.chosen)
 
     @property
+    def train_minutes(self) -> float:
+        """Mean training time of the chosen runs."""
+        return float(np.mean([run.finished_result.train_seconds for run in self.chosen])) / 60
+
+    @property
+    def trainable_parameters(self) -> int:
+        return max(run.finished_result.trainable_parameters for run in self.chosen)
+
+    @property
     def num_diverged(self) -> int:
         return sum(run.diverged for run in self.runs)
 

@@ -27,23 +27,23 @@ NUMBERS_OF_RUNS = ((3, 3, 3, 3), (5, 5, 5, 5), (3, 4, 6, 10))
 def simulated(
     chance: np.random.Generator, accuracies: Sequence[float], runs: Sequence[int], spread: float
 ) -> dict[str, Correct]:
-    """Runs whose accuracies spread around their strategy's, over easy and hard pictures.
+    """Runs whose accuracies vary around that of their strategy, on easy and hard pictures.
 
-    What makes a picture hard is mostly common to all strategies, a little a strategy's own.
+    The difficulty of a picture is mostly the same for all strategies.
     """
     common = chance.standard_normal(NUM_PICTURES)
     groups = {}
     for name, accuracy, num_runs in zip("abcd", accuracies, runs, strict=True):
         own = chance.standard_normal(NUM_PICTURES)
-        luck = chance.standard_normal((num_runs, NUM_PICTURES))
-        hardness = math.sqrt(0.7) * common + math.sqrt(0.05) * own + math.sqrt(0.25) * luck
+        noise = chance.standard_normal((num_runs, NUM_PICTURES))
+        hardness = math.sqrt(0.7) * common + math.sqrt(0.05) * own + math.sqrt(0.25) * noise
         reached = accuracy + spread * chance.standard_normal((num_runs, 1))
         groups[name] = hardness < stats.norm.ppf(reached)
     return groups
 
 
 def above(share: float, count: int) -> float:
-    """What a share of so many draws stays below, but for one time in a thousand."""
+    """The upper bound of the observed share of so many draws, exceeded once in a thousand cases."""
     return share + 3.1 * math.sqrt(share * (1 - share) / count)
 
 
@@ -59,12 +59,12 @@ def test_four_equal_strategies_raise_a_false_alarm_in_at_most_5_percent_of_sweep
     alarms = sum(any(pair.significant for pair in pairs) for pairs in sweeps)
     assert alarms / NUM_SWEEPS <= above(0.05, NUM_SWEEPS)
     covered = [pair.low <= 0 <= pair.high for pairs in sweeps for pair in pairs]
-    # the six pairs of a sweep are no six sweeps
+    # the six pairs of a sweep are not independent
     assert np.mean(covered) >= 1 - above(0.05, 2 * NUM_SWEEPS)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_five_seeds_find_three_points_in_at_least_80_percent_and_cover_them_in_95(
+def test_five_seeds_detect_three_points_in_80_percent_and_cover_them_in_95_percent(
     spread: float,
 ) -> None:
     chance = np.random.default_rng(2)
@@ -78,8 +78,8 @@ def test_five_seeds_find_three_points_in_at_least_80_percent_and_cover_them_in_9
     assert np.mean(covered) >= 1 - above(0.05, NUM_SWEEPS)
 
 
-def test_pictures_alone_would_raise_false_alarms_where_runs_spread() -> None:
-    """Why a verdict on strategies needs seeds: one run each, 0.9 points of spread."""
+def test_single_models_give_false_alarms_about_strategies_if_seeds_spread() -> None:
+    """Why a comparison of strategies needs several seeds: one run each, a spread of 0.9 points."""
     chance = np.random.default_rng(3)
     alarms = 0
     for _ in range(NUM_SWEEPS):
@@ -89,8 +89,8 @@ def test_pictures_alone_would_raise_false_alarms_where_runs_spread() -> None:
     assert alarms / NUM_SWEEPS > 0.3
 
 
-def test_the_interval_is_the_pigeonhole_bootstraps_less_what_it_counts_again() -> None:
-    """Against resampling itself, where many seeds leave no small-sample correction to speak of."""
+def test_the_interval_is_the_pigeonhole_bootstraps_with_the_residual_counted_once() -> None:
+    """Compared with resampling, with so many seeds that the small-sample correction is small."""
     chance = np.random.default_rng(4)
     groups = simulated(chance, [0.8, 0.78, 0.8, 0.8], [40] * 4, 0.01)
     a, b = groups["a"], groups["b"]
@@ -106,13 +106,13 @@ def test_the_interval_is_the_pigeonhole_bootstraps_less_what_it_counts_again() -
     assert half == pytest.approx(1.99 * math.sqrt(np.var(draws) - 2 * once), rel=0.06)
 
 
-def test_runs_that_agree_in_everything_differ_by_nothing() -> None:
+def test_equal_runs_have_no_difference() -> None:
     same = np.tile(np.arange(50) % 5 > 0, (3, 1))
     (pair,) = group_differences({"a": same, "b": same})
     assert (pair.estimate, pair.significant) == (0, False)
 
 
-def test_equal_variances_are_pooled_and_unequal_ones_kept_apart() -> None:
+def test_equal_variances_are_pooled_and_unequal_ones_are_not() -> None:
     alike = moderated([1.0, 1.1, 0.9, 1.0], [4] * 4, floor=0)
     np.testing.assert_allclose(alike.variances, 1.0)
     assert alike.shared.tolist() == [1] * 4
@@ -121,7 +121,7 @@ def test_equal_variances_are_pooled_and_unequal_ones_kept_apart() -> None:
     assert unlike.shared.max() < 0.3
 
 
-def test_holm_counts_the_pairs_that_can_still_be_equal_and_keeps_their_order() -> None:
+def test_holm_counts_the_pairs_that_can_still_be_equal() -> None:
     assert holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.04, 0.03])
     assert holm([0.6, 0.5, 0.9], 3) == [1.0, 1.0, 1.0]
     assert holm([0.02], 2) == [0.02]
@@ -133,7 +133,7 @@ def test_holm_counts_the_pairs_that_can_still_be_equal_and_keeps_their_order() -
     assert counted == pytest.approx([6, 3, 3, 3, 2, 1])  # Shaffer 1986, for four groups
 
 
-def test_a_strategy_apart_leaves_the_equal_ones_without_false_alarms() -> None:
+def test_equal_strategies_give_no_false_alarms_next_to_a_better_one() -> None:
     """Where Shaffer's step counts fewer pairs than Holm's."""
     chance = np.random.default_rng(8)
     alarms = 0
@@ -150,7 +150,7 @@ def test_mcnemar_counts_only_pictures_on_which_two_models_differ() -> None:
     assert mcnemar(first, first) == 1
 
 
-def test_the_best_of_forty_equal_runs_loses_its_flattery() -> None:
+def test_the_accuracy_of_the_best_of_forty_equal_runs_is_corrected() -> None:
     chance = np.random.default_rng(5)
     raw, corrected = [], []
     for _ in range(20):
@@ -161,7 +161,7 @@ def test_the_best_of_forty_equal_runs_loses_its_flattery() -> None:
     assert np.mean(corrected) == pytest.approx(0.7, abs=0.01)
 
 
-def test_a_run_without_rivals_keeps_its_accuracy() -> None:
+def test_the_accuracy_of_a_single_run_is_not_corrected() -> None:
     correct_RN = np.random.default_rng(6).random((1, 1000)) < 0.8
     corrected = selection_corrected(correct_RN)
     assert corrected.accuracy == pytest.approx(correct_RN.mean(), abs=0.005)

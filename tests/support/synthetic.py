@@ -37,8 +37,8 @@ def write_run(
     run_dir = RunDir(runs_dir / run_id)
     run_dir.path.mkdir(parents=True)
     labels = np.arange(num_val) % len(classes)
-    luck = 0.8 * _HARDNESS[:num_val] + 0.6 * chance.standard_normal(num_val)
-    correct = luck < np.quantile(luck, accuracy)
+    noise = 0.8 * _HARDNESS[:num_val] + 0.6 * chance.standard_normal(num_val)
+    correct = noise < np.quantile(noise, accuracy)
     logits = chance.normal(0, 1, (num_val, len(classes))).astype(np.float32)
     guesses = np.where(correct, labels, (labels + 1 + chance.integers(0, len(classes) - 1, num_val)) % len(classes))  # noqa: E501  # fmt: skip
     logits[np.arange(num_val), guesses] = logits.max(axis=1) + chance.exponential(2, num_val)

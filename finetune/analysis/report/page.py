@@ -162,8 +162,10 @@ def _strategies(comparison: Comparison) -> str:
         Column("diverged", lambda s: s.num_diverged),
         *field_columns(comparison.compared, lambda s: s.best),
         Column("best epoch", lambda s: s.best.finished_result.best_epoch),
-        Column("minutes", _mean_minutes, lambda m: f"{m:.1f}" if m >= 1 else f"{m:.2f}"),
-        Column("trained weights", _trained_weights, _in_millions),
+        Column(
+            "minutes", lambda s: s.train_minutes, lambda m: f"{m:.1f}" if m >= 1 else f"{m:.2f}"
+        ),
+        Column("trained weights", lambda s: s.trainable_parameters, _in_millions),
     ]
     constant, columns = split_constant_columns(columns, comparison.summaries)
     return section("Strategies", about + constant, table(columns, comparison.summaries))
@@ -176,15 +178,6 @@ def _strategy_cell(summary: StrategySummary) -> str:
 
 def _seed_accuracies(summary: StrategySummary) -> list[float]:
     return [run.accuracy for run in summary.chosen] if len(summary.chosen) > 1 else []
-
-
-def _mean_minutes(summary: StrategySummary) -> float:
-    seconds = [run.finished_result.train_seconds for run in summary.chosen]
-    return sum(seconds) / len(seconds) / 60
-
-
-def _trained_weights(summary: StrategySummary) -> int:
-    return max(run.finished_result.trainable_parameters for run in summary.chosen)
 
 
 def _in_millions(count: int) -> str:
