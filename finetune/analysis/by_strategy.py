@@ -139,7 +139,7 @@ Confirmed = dict[str, tuple[RunRecord, ...]]
 
 
 def _summary(strategy: str, runs: tuple[RunRecord, ...], confirmed: Confirmed) -> StrategySummary:
-    """If several settings are confirmed, the one that was best in the search is taken."""
+    """If several settings are confirmed, the best one in the search is chosen."""
     finished = [run for run in runs if run.result is not None]
     searched = by_setting(_searched(finished))
     settings = [s for s in confirmed if s in searched or len(confirmed) == 1]

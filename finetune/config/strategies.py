@@ -86,7 +86,7 @@ class Plan:
         return max(self.start_epochs.values())
 
     def opened_too_late(self, epochs: int) -> dict[str, int]:
-        """The parts, with their start epoch, that don't start within so many epochs."""
+        """The parts, with their start epoch, that don't start within this many epochs."""
         return {part: start for part, start in self.start_epochs.items() if start >= epochs}
 
 

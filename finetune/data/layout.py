@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = frozenset(
 
 PICTURE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
 """The formats, in Pillow's names, that a picture's content may have, whatever its suffix. Pillow's
-readers for other formats are less safe: an EPS file is run by Ghostscript."""
+readers for other formats are less safe: an EPS file is executed by Ghostscript."""
 
 SPLITS = ("train", "val", "test")
 

@@ -158,9 +158,9 @@ def _check_response(partial: PartialDownload, response: requests.Response) -> No
 
 
 def _append(partial: PartialDownload, response: requests.Response) -> None:
-    """Append a response's body, or start over with it if it is the whole file.
+    """Append a response's body, or start over with it if it is the complete file.
 
-    A server sends the whole file if it does not support ranges, or if the file was replaced.
+    A server sends the complete file if it does not support ranges, or if the file was replaced.
     """
     mode = "wb" if response.status_code == 200 else "ab"
     try:

@@ -28,7 +28,7 @@ from finetune.system.progress import bar, no_progress
 from finetune.system.text import listed, one_line
 
 MAX_SHOWN_CLASSES = 12
-"""Up to so many classes the terminal shows the whole confusion matrix, else its largest entries."""
+"""The most classes for which the complete confusion matrix is printed."""
 
 Evaluation = dict[str, Any]
 

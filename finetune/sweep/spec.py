@@ -129,7 +129,7 @@ class Sweep:
         limits = [n for n in (self.num_cells, self.run_cap, max_runs) if n is not None]
         if not limits:
             raise ConfigError(
-                f"{self.name}: method {self.method} never ends by itself: pass --max_runs N, or "
+                f"{self.name}: method {self.method} has no end: pass --max_runs N, or "
                 "write run_cap: N"
             )
         return min(limits)

@@ -38,7 +38,7 @@ def walk(
 
 
 def write_atomically(path: Path, content: bytes, sync: bool = True) -> None:
-    """Write a whole file or nothing: to a temporary file beside it, then renamed.
+    """Write a complete file or nothing: to a temporary file beside it, then renamed.
 
     `sync` protects the content against a power failure too. Raises `OSError` with the path in it.
     """
