@@ -1,4 +1,4 @@
-"""Many at once, and many that die: built once, counted once, and nothing lost."""
+"""Many processes and many crashes: everything is built once, counted once, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NUM_CELLS = 16
 
 
 def take_part(given: dict[str, Any], where: str, folder: Path, ready: Any) -> None:
-    """One of the eight: joins the sweep and works off what it gets, noting what it builds."""
+    """One of the eight processes: joins the sweep, runs its trials, and records what it builds."""
     os.environ["WANDB_MODE"] = "disabled"
     torch.set_num_threads(1)
     allocate = cache._allocate
@@ -67,7 +67,9 @@ def claim_all(where: str, folder: Path, ready: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["sqlite:///{}/sweep.db", "journal:{}/sweep.journal"])
-def test_of_eight_that_claim_at_once_no_two_get_the_same_cell(where: str, tmp_path: Path) -> None:
+def test_eight_processes_that_claim_simultaneously_get_different_cells(
+    where: str, tmp_path: Path
+) -> None:
     eight_at_once(claim_all, where.format(tmp_path), tmp_path)
     claims = [key for path in tmp_path.glob("*.claims") for key in path.read_text().split()]
     assert Counter(claims) == {cell_key({"seed": i}): 1 for i in range(NUM_CELLS)}
@@ -86,9 +88,11 @@ def eight_at_once(target: Any, *arguments: Any) -> None:
 
 
 @pytest.mark.slow
-def test_eight_that_start_at_once_build_once_and_end_alike(base: Any, tmp_path: Path) -> None:
+def test_eight_simultaneous_runs_build_the_cache_once_and_have_equal_results(
+    base: Any, tmp_path: Path
+) -> None:
     base |= {"strategy": "partial", "epochs": 2, "out": str(tmp_path / "runs")}
-    # Of gradual alone: the eight cells are the same run.
+    # The field matters to gradual alone, so the eight cells are the same run.
     given = content(base, unfreeze_every=range(1, 9))
     where = f"sqlite:///{tmp_path / 'sweep.db'}"
     eight_at_once(take_part, given, where, tmp_path)
@@ -119,7 +123,7 @@ outcomes = run_sweep(given, out=folder / "runs", workers=4)
     "num_trials",
     [pytest.param(200, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)],
 )
-def test_trials_of_which_one_in_ten_crashes_are_all_accounted_for(
+def test_all_trials_have_a_result_if_one_in_ten_crashes(
     num_trials: int, base: Any, tmp_path: Path
 ) -> None:
     given = content(base, seed=range(num_trials))

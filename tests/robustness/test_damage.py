@@ -1,4 +1,4 @@
-"""Every file that is read back, damaged: one message at the most, and never a wrong weight."""
+"""Damage to every file that is read: at most one message, and never wrong weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.conftest import Train
 pytestmark = pytest.mark.real_network  # an exported state dict is tried in torchvision's
 
 NUM_FLIPS = int(os.environ.get("NUM_FLIPS", "60"))
-"""Of the predictions; the file is read afresh each time."""
+"""Flipped bits in predictions.npz."""
 
 Damage = Callable[[bytes, random.Random], bytes]
 
@@ -53,7 +53,7 @@ DAMAGES: dict[str, Damage] = {
 FILES = ("config.yaml", "metrics.csv", "result.json", "evaluation.json", "predictions.npz",
          "best.ckpt", "last.ckpt")  # fmt: skip
 CHECKED = ("predictions.npz", "best.ckpt", "last.ckpt")
-"""Archives with checksums; the others are texts, which people may edit."""
+"""Archives with checksums; the other files are texts, which people may edit."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def damage(path: Path, how: str, seed: int = 0) -> None:
 
 
 def told(*command: object) -> str:
-    """What a command prints, its clocks apart; or its one message."""
+    """What a command prints, without its times; or its one message."""
     try:
         main([*map(str, command)])
     except FinetuneError as error:
@@ -85,7 +85,7 @@ def told(*command: object) -> str:
 
 
 def answers(run: RunDir, digits: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    """What each reader of a run directory says of it."""
+    """The output of each command that reads a run directory."""
     commands: dict[str, tuple[object, ...]] = {
         "predict": ("predict", run.path, digits / "val", "--json"),
         "evaluate": ("evaluate", run.path, "--json"),
@@ -113,7 +113,7 @@ def expected(run: RunDir, digits: Path, capsys: pytest.CaptureFixture[str]) -> d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_changes_no_answer_and_ends_no_command_without_a_message(
+def test_a_damaged_file_changes_no_output_or_ends_the_command_with_a_message(
     file: str,
     run: RunDir,
     digits: Path,
@@ -128,13 +128,13 @@ def test_a_damaged_file_changes_no_answer_and_ends_no_command_without_a_message(
             if file in CHECKED:
                 assert refused or said == expected[command], f"{how}: {command}: {said}"
             if refused:
-                # confirm prints which run it left out, and then has none
+                # confirm prints which run it left out, and then has no runs
                 assert file in said or command == "confirm", f"{how}: {command}: {said}"
         (run.path / file).write_bytes(content)
 
 
 def read(run: RunDir) -> dict[str, Any]:
-    """All numbers that are read back from the small files."""
+    """All numbers that are read from the small files."""
     (outcome,) = read_runs(run.path.parent)
     if outcome.state == "unreadable":
         raise RunDirError(outcome.reason)
@@ -150,7 +150,7 @@ def read(run: RunDir) -> dict[str, Any]:
     }
 
 
-def test_a_flipped_bit_in_predictions_is_noticed_or_changes_no_number(run: RunDir) -> None:
+def test_a_flipped_bit_in_predictions_is_detected_or_changes_no_number(run: RunDir) -> None:
     file = run.predictions_path.name
     expected, content = read(run), (run.path / file).read_bytes()
     num_noticed = 0
@@ -165,7 +165,7 @@ def test_a_flipped_bit_in_predictions_is_noticed_or_changes_no_number(run: RunDi
 
 
 @pytest.mark.parametrize("file", ["best.ckpt", "last.ckpt"])
-def test_a_flipped_bit_in_a_checkpoint_is_noticed_or_changes_no_weight(
+def test_a_flipped_bit_in_a_checkpoint_is_detected_or_changes_no_weight(
     file: str, run: RunDir
 ) -> None:
     path = run.path / file
@@ -182,7 +182,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed_or_changes_no_weight(
     assert num_noticed
 
 
-def test_a_damaged_failure_is_a_run_that_ended_without_a_word(run: RunDir) -> None:
+def test_a_run_with_a_damaged_failure_file_counts_as_unfinished(run: RunDir) -> None:
     run.result_path.unlink()
     for how in DAMAGES:
         run.write_failure("failed", "no memory left", 1)
@@ -198,7 +198,7 @@ def test_a_damaged_failure_is_a_run_that_ended_without_a_word(run: RunDir) -> No
 
 @pytest.fixture(scope="module")
 def resumed(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an undamaged run comes to with two more epochs."""
+    """The result of an undamaged run after two more epochs."""
     copy = tmp_path_factory.mktemp("resumed") / whole.name
     shutil.copytree(whole, copy)
     with pytest.MonkeyPatch.context() as patched:
@@ -222,12 +222,12 @@ def go_on(run: RunDir) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [*FILES, "failure.json"])
-def test_a_run_goes_on_to_the_same_end_or_is_refused(
+def test_a_resume_has_the_same_result_or_is_refused(
     file: str, run: RunDir, resumed: dict[str, Any]
 ) -> None:
     for how in ("flipped", "truncated", "empty", "other"):
         if (file, how) == ("config.yaml", "flipped"):
-            continue  # a setting that somebody has changed
+            continue  # a changed setting
         shutil.copytree(run.path, run.path.with_name("copy"))
         copy = RunDir(run.path.with_name("copy"))
         if file == "failure.json":
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_kind_is_refused(run: RunDir) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["best.ckpt", "predictions.npz"])
-def test_a_lost_best_epoch_is_refused_and_the_run_can_start_afresh(
+def test_a_resume_without_best_epoch_is_refused_and_the_run_can_be_restarted(
     file: str, run: RunDir, resumed: dict[str, Any]
 ) -> None:
     (run.path / file).unlink()
@@ -264,7 +264,7 @@ def test_a_lost_best_epoch_is_refused_and_the_run_can_start_afresh(
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_over_damaged_directories(
+def test_a_sweep_continues_despite_damaged_run_directories(
     digits: Path, weights: Path, tmp_path: Path
 ) -> None:
     parameters: dict[str, Any] = {
@@ -273,7 +273,7 @@ def test_a_sweep_goes_on_over_damaged_directories(
         "val_fraction": 0,
         "image_size": 32,
         "batch_size": 5,
-        "epochs": 150,  # so many that none has ended when the last one is under way
+        "epochs": 150,  # enough epochs that no trial has ended when the last one starts
         "patience": 0,
         "strategy": "freeze",
         "accelerator": "cpu",
@@ -288,7 +288,7 @@ def test_a_sweep_goes_on_over_damaged_directories(
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
 
-    with going(tmp_path, subprocess.DEVNULL) as process:  # nobody reads it while it is waited for
+    with going(tmp_path, subprocess.DEVNULL) as process:  # its output is not read during the wait
         wait_for(lambda: len(list((tmp_path / "runs").glob("*/last.ckpt"))) == 4)
         process.send_signal(signal.SIGTERM)
         process.wait(60)

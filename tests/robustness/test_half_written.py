@@ -1,4 +1,4 @@
-"""Killed while a file is written: nothing partial is ever read, and nothing is left for good."""
+"""Processes killed during a write: no partial file is ever read, and no remains are permanent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.picture_trees import tree, zipped
 
 
 def die_at(place: str) -> None:
-    """End by SIGKILL when a file or folder is about to get this name, half of it written."""
+    """End by SIGKILL just before a half-written file or folder is renamed to this name."""
     rename, replace = Path.rename, Path.replace
 
     def killing(act: Any) -> Any:
@@ -99,7 +99,7 @@ def finished(train_once: Train) -> Path:
         ("model.onnx", ["export", "RUN", "--format", "onnx"]),
     ],
 )
-def test_a_command_killed_while_it_writes_leaves_the_old_file_and_works_again(
+def test_a_command_killed_during_a_write_keeps_the_old_file_and_can_be_repeated(
     file: str, command: list[str], children: Any, finished: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "runs" / "run"
@@ -123,7 +123,7 @@ def test_a_command_killed_while_it_writes_leaves_the_old_file_and_works_again(
     ["config.yaml", "metrics.csv", "best.ckpt", "predictions.npz", "last.ckpt", "result.json",
      "images-", "activations-"],
 )  # fmt: skip
-def test_a_run_killed_while_it_writes_ends_like_one_that_never_was(
+def test_a_run_killed_during_a_write_has_the_result_of_an_uninterrupted_run(
     file: str,
     children: Any,
     fields: dict[str, Any],
@@ -144,9 +144,7 @@ def test_a_run_killed_while_it_writes_ends_like_one_that_never_was(
     assert left_in(tmp_path) == []
 
 
-def test_what_a_killed_eviction_or_build_left_takes_no_room_for_long(
-    children: Any, tmp_path: Path
-) -> None:
+def test_remains_of_a_killed_eviction_or_build_are_deleted(children: Any, tmp_path: Path) -> None:
     killed(children, "rows-", "build", tmp_path)
     assert left_in(tmp_path)
     Cache(tmp_path, 1e9).open_or_build("other", {}, (10,), "float32", lambda array: {})
@@ -161,7 +159,7 @@ def server() -> Iterator[FileServer]:
 
 
 @pytest.mark.parametrize("note", ["whole", "half", "gone"])
-def test_a_download_killed_as_it_unpacks_goes_on_from_the_archive(
+def test_a_download_killed_while_unpacking_resumes_from_the_archive(
     note: str, children: Any, server: FileServer, tmp_path: Path
 ) -> None:
     target = tmp_path / "data"

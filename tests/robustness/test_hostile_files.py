@@ -1,4 +1,4 @@
-"""Files from strangers: what would execute something is refused, wherever it is read."""
+"""Files from untrusted sources: content that would be executed is refused by every reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import finetune
 from finetune.__main__ import main
 from finetune.analysis.read_runs import read_runs
 from finetune.model.network import build
-from finetune.model.weights import write_checkpoint
+from finetune.model.weights import read_state, write_checkpoint
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError
 from tests.support.synthetic import write_run
@@ -39,7 +39,7 @@ class Explosive:
 
 @pytest.fixture
 def owned(tmp_path: Path) -> Path:
-    """What an executed pickle would make."""
+    """The file that an executed pickle would create."""
     place = tmp_path / "owned"
     pickle.loads(pickle.dumps(Explosive(place)))  # it does
     place.rmdir()
@@ -110,7 +110,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path: Path
     with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(100_000_000))
     with pytest.raises(FinetuneError, match="compressed"):
-        finetune.weights.read_state(tmp_path / "w.pth")
+        read_state(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path: Path
         {"class_names": ["a", "b"], "image_size": 32, "state_dict": None},
     ],
 )
-def test_a_strangers_checkpoint_that_makes_no_sense_is_refused(
-    content: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_invalid_checkpoint_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
     write_checkpoint(
         {"state_dict": build(2, seed=1).state_dict()} | content, tmp_path / "best.ckpt"
     )
@@ -142,9 +140,7 @@ def test_a_strangers_checkpoint_that_makes_no_sense_is_refused(
     ("field", "value"),
     [("learning_rate", "<b>fast"), ("strategy", "<script>"), ("epochs", [])],
 )
-def test_a_strangers_result_that_makes_no_sense_is_left_out(
-    field: str, value: Any, tmp_path: Path
-) -> None:
+def test_an_invalid_result_is_left_out(field: str, value: Any, tmp_path: Path) -> None:
     good, bad = (write_run(tmp_path / "runs", name) for name in ("good", "odd"))
     content = json.loads((bad / "result.json").read_text())
     content["config"][field] = value
@@ -155,7 +151,7 @@ def test_a_strangers_result_that_makes_no_sense_is_left_out(
 
 
 def small_sweep(fields: dict[str, Any], place: Path, storage: str) -> tuple[int, str]:
-    """Exit code and output of a sweep of two short runs, which a process of its own carries out."""
+    """Exit code and output of a sweep of two short runs, in its own process."""
     shared = fields | {"epochs": 1, "image_size": 32, "strategy": "freeze", "out": place / "runs"}
     parameters: dict[str, Any] = {
         k: {"value": str(v) if isinstance(v, Path) else v} for k, v in shared.items()
@@ -178,7 +174,7 @@ def small_sweep(fields: dict[str, Any], place: Path, storage: str) -> tuple[int,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
-def test_a_damaged_storage_is_one_message_or_goes_on(
+def test_a_damaged_storage_gives_one_message_or_the_sweep_resumes(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "sweep.db"
@@ -188,7 +184,7 @@ def test_a_damaged_storage_is_one_message_or_goes_on(
     quarter = len(content) // 4
     if kind == "sqlite":
         damages = [content[:quarter] + bytes(2 * quarter) + content[3 * quarter :]]
-    else:  # the second one was cut off as it was written, and goes on
+    else:  # the second trial was interrupted during the write, and is resumed
         damages = [content.replace(b'"', b"'"), content[:-10]]
     for i, damaged in enumerate(damages):
         path.write_bytes(damaged)

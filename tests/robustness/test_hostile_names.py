@@ -1,4 +1,4 @@
-"""Names of files, classes, folders and runs are shown as text, and are nothing else, anywhere."""
+"""Names of files, classes, folders and runs are always shown as text and never interpreted."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ CLASSES = [
     "snö☃\u202e".encode(),
     b"latin\xe9",
 ]
-# "[/x]" stands in paths, as the folder "[" and a name in it: to rich, the end of a style.
+# "[/x]" is a path: the folder "[" and a name in it. rich would read the end of a style.
 FILES = [b"a\n'\"$(touch owned).jpg", b"x]<b>%s.jpg", b"\xff\xfe\x1b[2J.jpg"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a hostile name, with data whose every name is hostile."""
+    """A folder with a hostile name, and data in which every name is hostile."""
     folder = tmp_path_factory.mktemp("names") / "[/x] $(touch owned)?a=b&<i>%41#"
     for i, name in enumerate(CLASSES):
         for split in ("train", "val"):
@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, *words: object, code: int = 0, **environment: str) -> str:
-    """What a command prints on both ways out."""
+    """The standard output and errors of a command."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=folder,
@@ -68,7 +68,7 @@ def command(folder: Path, *words: object, code: int = 0, **environment: str) -> 
         timeout=240,
         check=False,
     )
-    output = done.stdout.decode()  # strictly: a terminal may refuse what is no text
+    output = done.stdout.decode()  # strictly: a terminal may refuse output that is not text
     assert done.returncode == code, output
     assert "Traceback" not in output
     assert "\x1b" not in output and "\x07" not in output
@@ -78,7 +78,7 @@ def command(folder: Path, *words: object, code: int = 0, **environment: str) -> 
 
 @pytest.fixture(scope="module")
 def run(place: Path, weights: Path) -> RunDir:
-    """A whole run with W&B offline."""
+    """A complete run with W&B offline."""
     output = command(
         place,
         ROOT / "agent.py",
@@ -92,7 +92,7 @@ def run(place: Path, weights: Path) -> RunDir:
     return RunDir(result.parent)
 
 
-def test_a_run_keeps_every_name_as_it_is(run: RunDir) -> None:
+def test_a_run_keeps_every_name_unchanged(run: RunDir) -> None:
     result = RunResult.load(run.path)
     assert sorted(map(os.fsencode, result.class_names)) == sorted(CLASSES)
     assert len(result.unreadable) == 1
@@ -103,13 +103,13 @@ def test_a_run_keeps_every_name_as_it_is(run: RunDir) -> None:
     assert all(Path(path).exists() for path in paths)
 
 
-def test_check_gives_them_back_as_json(place: Path) -> None:
+def test_check_returns_the_names_as_json(place: Path) -> None:
     content = command(place, "-m", "finetune", "check", "--data_dir", "data", "--json", code=1)
     held = json.loads(content)["counts"]["val"]
     assert sorted(map(os.fsencode, held)) == sorted(CLASSES)
 
 
-def test_predict_gives_them_back_as_json(place: Path, run: RunDir) -> None:
+def test_predict_returns_the_names_as_json(place: Path, run: RunDir) -> None:
     answers = json.loads(
         command(place, "-m", "finetune", "predict", run.path, "data/val", "--json")
     )
@@ -118,20 +118,20 @@ def test_predict_gives_them_back_as_json(place: Path, run: RunDir) -> None:
     assert all((place / answer["path"]).exists() for answer in answers)
 
 
-def test_evaluate_records_and_shows_them(place: Path, run: RunDir) -> None:
+def test_evaluate_records_and_shows_the_names(place: Path, run: RunDir) -> None:
     assert "accuracy" in command(place, "-m", "finetune", "evaluate", run.path)
     (record,) = run.read_evaluations()
     assert sorted(os.fsencode(one["class"]) for one in record["per_class"]) == sorted(CLASSES)
 
 
-def test_export_keeps_them(place: Path, run: RunDir, tmp_path: Path) -> None:
+def test_export_keeps_the_names(place: Path, run: RunDir, tmp_path: Path) -> None:
     out = tmp_path / "$(touch owned)[/x].onnx"
     command(place, "-m", "finetune", "export", run.path, "--format", "onnx", "--out", out)
     held = onnxruntime.InferenceSession(str(out)).get_modelmeta().custom_metadata_map
     assert sorted(map(os.fsencode, json.loads(held["class_names"]))) == sorted(CLASSES)
 
 
-def test_the_page_shows_them_as_text_and_runs_nothing(place: Path, run: RunDir) -> None:
+def test_the_page_shows_the_names_as_text_and_executes_nothing(place: Path, run: RunDir) -> None:
     output = command(place, "-m", "finetune", "report", "runs")
     assert "report.html" in output
     with Browser() as browser:
@@ -145,7 +145,7 @@ def test_the_page_shows_them_as_text_and_runs_nothing(place: Path, run: RunDir) 
     assert "[bold]red[nothing]" in shown
 
 
-def test_a_sweep_shows_brackets_as_they_are(place: Path, weights: Path) -> None:
+def test_a_sweep_shows_brackets_unchanged(place: Path, weights: Path) -> None:
     fields = {
         "data_dir": "data",
         "weights": str(weights),
@@ -171,9 +171,7 @@ def test_a_sweep_shows_brackets_as_they_are(place: Path, weights: Path) -> None:
     assert len(list((place / "[/swept]?x=1").glob("*/result.json"))) == 2
 
 
-def test_a_class_name_from_a_strangers_checkpoint_is_shown_as_text(
-    place: Path, tmp_path: Path
-) -> None:
+def test_a_class_name_of_a_checkpoint_is_shown_as_text(place: Path, tmp_path: Path) -> None:
     content = {
         "state_dict": build(2, seed=3).state_dict(),
         "class_names": ["\x1b[31m", "two\nlines"],

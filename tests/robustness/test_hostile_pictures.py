@@ -1,4 +1,4 @@
-"""Pictures that want a crash, a hang or all the memory are refused by name, one by one."""
+"""Pictures that would crash, hang or exhaust memory are refused, each by its name."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def spoilt_tree(
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
-def test_a_run_stops_at_damaged_pictures_or_goes_on_without_them(
+def test_a_run_stops_at_damaged_pictures_or_skips_them(
     cache: str, spoilt_tree: Path, fields: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields |= {"data_dir": spoilt_tree, "strategy": "freeze", "epochs": 1, "image_size": 32}
@@ -144,7 +144,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_costs_no_memory(name: str, tmp_path: Path) -> None:
+def test_a_decompression_bomb_uses_no_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(BOMBS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -153,8 +153,8 @@ def test_a_bomb_costs_no_memory(name: str, tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
-def test_a_picture_of_another_kind_is_read_and_a_program_is_not_run(tmp_path: Path) -> None:
-    """Pillow would hand an EPS to Ghostscript, whatever its file is called."""
+def test_a_picture_of_another_format_is_read_and_no_program_is_executed(tmp_path: Path) -> None:
+    """Pillow would pass an EPS to Ghostscript, whatever the name of its file."""
     gif, eps = tmp_path / "a.jpg", tmp_path / "b.jpg"
     Image.new("RGB", (9, 9), (200, 0, 0)).save(gif, "GIF")
     assert decode(gif, 32)[0, 0].tolist() == [200, 0, 0]
@@ -163,7 +163,7 @@ def test_a_picture_of_another_kind_is_read_and_a_program_is_not_run(tmp_path: Pa
         decode(eps, 32)
 
 
-def test_loops_of_links_end_everywhere(
+def test_no_command_follows_loops_of_links(
     fields: dict[str, Any], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loop, tree = tmp_path / "loop", tmp_path / "tree"

@@ -1,4 +1,4 @@
-"""Runs that are killed, again and again, end as if nothing had happened."""
+"""Runs that are killed repeatedly have the results of uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLOCKS = {"run_id", "train_seconds", "cache_seconds", "images_per_second", "vers
 
 
 def carry_out(fields: dict[str, Any], place: Path) -> None:
-    """In a child: start the run, or go on with it."""
+    """In a child process: start the run, or resume it."""
     os.environ["WANDB_MODE"] = "disabled"
     os.environ["WANDB_RUN_ID"] = place.name
     with (place.parent / f"{place.name}.log").open("a") as log:
@@ -41,7 +41,7 @@ def carry_out(fields: dict[str, Any], place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def children() -> Iterator[Any]:
-    """Children start in a moment: their imports are done."""
+    """Children start quickly: the imports are already done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["finetune.sweep.preload", "tests.robustness.test_interrupted"])
     yield context
@@ -54,7 +54,7 @@ def start(children: Any, fields: dict[str, Any], place: Path) -> BaseProcess:
 
 
 def outcome(place: Path) -> dict[str, Any]:
-    """All that must not depend on interruptions."""
+    """Everything that must not depend on interruptions."""
     rows = read_metrics(place / "metrics.csv")
     for row in rows:
         del row["images_per_second"]
@@ -74,7 +74,7 @@ def outcome(place: Path) -> dict[str, Any]:
 
 
 def killed_while(process: BaseProcess, place: Path, when: str, rng: random.Random) -> bool:
-    """Kill at the moment that `when` names; whether there was one before the run ended."""
+    """Kill at the moment that `when` names; returns False if the run ended before."""
 
     def wait(until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
@@ -86,11 +86,11 @@ def killed_while(process: BaseProcess, place: Path, when: str, rng: random.Rando
     else:
         file = "last.ckpt" if when == "about an unfreezing" else when.removeprefix("within ")
         aside = place / f".{file}.{process.pid}.tmp"
-        for _ in range(rng.randrange(3)):  # these writes may end
+        for _ in range(rng.randrange(3)):  # these writes may finish
             wait(aside.exists)
             wait(lambda: not aside.exists())
         wait(aside.exists)
-        if when == "about an unfreezing":  # an epoch's last.ckpt is the last thing before it
+        if when == "about an unfreezing":  # it follows an epoch's last.ckpt directly
             wait(lambda: not aside.exists())
         process.join(rng.uniform(0, 0.04))
     alive = process.is_alive()
@@ -115,7 +115,7 @@ KILLED = [
         *(pytest.param(*killed, MANY_KILLS, marks=pytest.mark.long) for killed in KILLED),
     ],
 )
-def test_a_run_killed_over_and_over_ends_like_one_that_never_was(
+def test_a_run_killed_repeatedly_has_the_result_of_an_uninterrupted_run(
     strategy: str, when: str, num_kills: int, children: Any, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     fields = fields | {"strategy": strategy, "lr_schedule": "cosine", "data_aug": "y"}

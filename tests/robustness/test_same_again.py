@@ -1,4 +1,4 @@
-"""The same config gives the same bits, however many workers, wherever, whatever the cache holds."""
+"""The same config gives the same bits for any number of workers, folder and cache content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.runs.run_dir import RunDir, read_metrics
 def swept(
     place: Path, cache_dir: Path, fields: dict[str, Any], workers: int, num_threads: int
 ) -> dict[str, Any]:
-    """What each strategy's run in a sweep comes to, clocks apart."""
+    """The result of each strategy's run in a sweep, without times."""
     place.mkdir()
     shared = fields | {"epochs": 3, "image_size": 32, "cache_dir": cache_dir, "out": place / "runs"}
     parameters: dict[str, Any] = {
@@ -53,7 +53,7 @@ def swept(
 
 
 @pytest.mark.slow
-def test_one_or_two_workers_cold_or_warm_here_or_there_give_the_same_bits(
+def test_results_do_not_depend_on_workers_caches_or_folders(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     one = swept(tmp_path / "one", tmp_path / "cache", fields, workers=1, num_threads=1)

@@ -1,4 +1,4 @@
-"""Keys, passwords and the environment stay where they are: in no file and in no message."""
+"""Keys, passwords and the environment appear in no file and in no message."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_sweep_offline_writes_no_secret_anywhere(fields: dict[str, Any], tmp_p
     parameters: dict[str, Any] = {
         k: {"value": str(v) if isinstance(v, Path) else v} for k, v in small.items()
     }
-    # The second one fails, with whatever it then says.
+    # The second call fails with some message.
     parameters["learning_rate"] = {"values": [0.01, 1e30]}
     parameters["strategy"] = {"value": "scratch"}
     content = {"program": "agent.py", "method": "grid", "parameters": parameters}
@@ -72,7 +72,7 @@ def test_a_sweep_offline_writes_no_secret_anywhere(fields: dict[str, Any], tmp_p
         "me:{}@host",
     ],
 )
-def test_no_message_about_a_storage_tells_its_password(
+def test_no_message_about_a_storage_has_its_password(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finetune.sweep.storage._TRIES", 1)

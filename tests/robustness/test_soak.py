@@ -1,4 +1,4 @@
-"""The local sweep for long: what it holds at its end is what it held after its first trials."""
+"""A long local sweep: memory, handles and files at its end are those after its first trials."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tests.sweep.test_runner import METRIC, base, children, environment
 __all__ = ["base"]
 
 SOAK_SECONDS = float(os.environ.get("SOAK_SECONDS", "40"))
-"""SOAK_SECONDS=3600 is the long way."""
+"""SOAK_SECONDS=3600 is the long version."""
 
 NUM_FIRST = 6
-"""Trials after which everything that is held for good is held."""
+"""Number of trials after which all permanent memory is allocated."""
 
 NUM_SEEN = 9
-"""Looks at the least, three for each third."""
+"""The least number of samples, three for each third."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the sweep's process, its fork server and their temporary files come to."""
+    """Memory, handles and files of the sweep's process and its fork server."""
 
     num_trials: int
     memory_mb: tuple[float, float]
@@ -48,7 +48,7 @@ def anonymous_mb(pid: int) -> float:
 
 
 def num_files(folder: Path) -> int:
-    """Those below that stay long enough to be listed: os.walk passes over a folder that goes."""
+    """The files below that exist long enough to be listed: os.walk skips a folder that vanishes."""
     return sum(len(files) for _, _, files in os.walk(folder))
 
 
@@ -70,20 +70,20 @@ def look(process: subprocess.Popen[bytes], server: int, folder: Path, num_trials
 
 
 def requeue(run_dir: Path) -> None:
-    """Checkpoints of finished runs: an hour's would fill the disk."""
+    """Remove checkpoints of finished runs: those of an hour would fill the disk."""
     for name in ("best.ckpt", "last.ckpt"):
         (run_dir / name).unlink(missing_ok=True)
 
 
 @pytest.mark.long
-def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) -> None:
+def test_memory_and_files_do_not_grow_during_a_long_sweep(base: Any, tmp_path: Path) -> None:
     parameters = {name: {"value": value} for name, value in (base | {"epochs": 1}).items()}
     parameters |= {"strategy": {"value": "freeze"}, "learning_rate": {"min": 1e-4, "max": 1e-2}}
     given = {"name": "soak", "program": "agent.py", "method": "random", "metric": METRIC}
     given["parameters"] = parameters
     (tmp_path / "soak.yaml").write_text(yaml.safe_dump(given))
     (tmp_path / "tmp").mkdir()
-    # Offline, W&B keeps there what `wandb sync` sends later; it grows by design.
+    # Offline, W&B keeps here what `wandb sync` sends later; this grows by design.
     wandb_dirs = {f"WANDB_{name}_DIR": str(tmp_path / "wandb") for name in ("CACHE", "CONFIG", "DATA")}  # noqa: E501  # fmt: skip
     said = tmp_path / "said"
     with said.open("w") as file:
@@ -101,7 +101,7 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
         process.wait()
     print(*(seen[i] for i in (0, len(seen) // 2, -1)), sep="\n")
     check_steady(seen)
-    # A process that its signal ends leaves the folder of multiprocessing's socket.
+    # A process ended by a signal leaves the folder of multiprocessing's socket.
     assert {path.name[:5] for path in (tmp_path / "tmp").iterdir()} <= {"pymp-"}
     assert not list(tmp_path.glob("runs/*/.*.tmp")) and not list(tmp_path.glob("cache/.*"))
     for run_dir in finished:
@@ -111,7 +111,7 @@ def test_nothing_grows_while_a_sweep_runs_for_long(base: Any, tmp_path: Path) ->
 def watch(
     process: subprocess.Popen[bytes], folder: Path, said: Path
 ) -> tuple[list[Held], set[Path]]:
-    """A look after each trial for SOAK_SECONDS, and the directories of those that finished."""
+    """Samples after each trial for SOAK_SECONDS, and the directories of finished trials."""
     seen: list[Held] = []
     finished: set[Path] = set()
     latest = ends = time.monotonic() + 600 + SOAK_SECONDS
@@ -132,8 +132,8 @@ def watch(
 
 
 def check_steady(seen: list[Held]) -> None:
-    """The least of each in the last third is no more than the most in the first, memory apart."""
-    assert len(seen) >= NUM_SEEN, f"only {len(seen)} were seen in time"
+    """The minimum in the last third is at most the maximum in the first, except for memory."""
+    assert len(seen) >= NUM_SEEN, f"only {len(seen)} were sampled in time"
     third = len(seen) // 3
     first, last = seen[:third], seen[-third:]
     num_between = last[0].num_trials - first[-1].num_trials

@@ -1,4 +1,4 @@
-"""Memory, disk and file handles that run out: a clear message, and going on once there is room."""
+"""Lack of memory, disk space and file handles: one clear message, and a resume once it is fixed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ run_cli(agent.main)
 
 
 def with_little_memory(num_mb: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    """agent.py with so much memory beyond what it holds after its imports."""
+    """agent.py with this much memory beyond what its imports need."""
     return subprocess.run(
         [sys.executable, "-c", WITH_LITTLE_MEMORY, str(num_mb), *flags],
         cwd=ROOT,
@@ -63,7 +63,7 @@ def with_little_memory(num_mb: int, *flags: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_too_little_memory_names_the_batch_size_and_the_run_goes_on_with_more(
+def test_lack_of_memory_names_the_batch_size_and_the_run_can_be_resumed(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     changed = {"strategy": "scratch", "image_size": 256, "batch_size": 20, "epochs": 1}
@@ -79,7 +79,7 @@ def test_too_little_memory_names_the_batch_size_and_the_run_goes_on_with_more(
     assert not (place / "failure.json").exists()
 
 
-def test_a_full_gpu_is_told_in_the_same_words(config: RunConfig, tmp_path: Path) -> None:
+def test_lack_of_gpu_memory_gives_the_same_message(config: RunConfig, tmp_path: Path) -> None:
     def run_out(row: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -103,7 +103,7 @@ def mount(disk: Path, *options: str) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own, so far without room to speak of."""
+    """A separate disk, so far with almost no space."""
     place = tmp_path / "disk"
     place.mkdir()
     mount(place, "size=4k")
@@ -132,7 +132,7 @@ def one_message(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
 def undisturbed(
     digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of a short run, and all that it must come to."""
+    """The fields of a short run, and its expected result."""
     place = tmp_path_factory.mktemp("undisturbed")
     fields = {
         "data_dir": digits, "weights": weights, "val_fraction": 0, "image_size": 64,
@@ -154,7 +154,7 @@ def undisturbed(
         ("400m", 2, "result.json"),
     ],
 )
-def test_a_run_goes_on_once_its_full_disk_has_room_to_the_same_end(
+def test_a_run_stopped_by_a_full_disk_resumes_with_the_same_result(
     size: str,
     full_after: int | None,
     what: str,
@@ -186,7 +186,7 @@ def test_a_run_goes_on_once_its_full_disk_has_room_to_the_same_end(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_message_that_names_the_way_on(
+def test_a_full_disk_gives_one_message_that_says_how_to_resume(
     disk: Path, undisturbed: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path
 ) -> None:
     fields, expected = undisturbed
@@ -201,7 +201,7 @@ def test_a_full_disk_is_one_message_that_names_the_way_on(
     assert outcome(place) == expected
 
 
-def test_output_that_finds_no_room_is_one_message(digits: Path) -> None:
+def test_output_to_a_full_disk_gives_one_message(digits: Path) -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(
             [sys.executable, "-m", "finetune", "check", "--data_dir", str(digits)],
@@ -211,7 +211,7 @@ def test_output_that_finds_no_room_is_one_message(digits: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["8k", "400k", "1m", "read-only"])
-def test_a_cache_without_room_changes_nothing_but_time(
+def test_a_cache_without_space_changes_no_result(
     size: str,
     disk: Path,
     undisturbed: tuple[dict[str, Any], dict[str, Any]],
@@ -236,7 +236,7 @@ def test_a_cache_without_room_changes_nothing_but_time(
     assert not list(disk.glob("cache/.*"))
 
 
-def test_a_read_only_place_is_one_message_and_what_is_there_can_be_used(
+def test_a_read_only_folder_gives_one_message_and_can_be_read(
     disk: Path, train: Train, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_room(disk)
@@ -268,7 +268,7 @@ def end_of_each(folder: Path) -> dict[int, dict[str, Any]]:
         ("130m", 2, 2, "free some disk space (the sweep has ended; start it again"),
     ],
 )
-def test_a_sweep_goes_on_once_its_full_disk_has_room(
+def test_a_sweep_stopped_by_a_full_disk_resumes(
     size: str, workers: int, num_before: int, words: str, base: Any, disk: Path, tmp_path: Path
 ) -> None:
     given = content(base | {"strategy": "freeze"}, seed=range(4))
@@ -288,7 +288,7 @@ def test_a_sweep_goes_on_once_its_full_disk_has_room(
     assert end_of_each(disk) == end_of_each(tmp_path)
 
 
-def test_a_journal_that_met_a_full_disk_goes_on_without_its_last_half_line(
+def test_a_journal_cut_short_by_a_full_disk_resumes_without_its_partial_line(
     disk: Path, tmp_path: Path
 ) -> None:
     where = f"journal:{disk}/grid.journal"
@@ -326,7 +326,7 @@ def few_handles(spare: int) -> Iterator[None]:
             os.close(plug)
 
 
-def test_a_cache_entry_that_finds_no_file_handle_is_not_taken_for_damaged(
+def test_a_cache_entry_is_not_called_damaged_for_lack_of_file_handles(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found(ask(tmp_path))
@@ -338,7 +338,7 @@ def test_a_cache_entry_that_finds_no_file_handle_is_not_taken_for_damaged(
     found(ask(tmp_path, build=forbidden))
 
 
-def test_pictures_that_find_no_file_handle_are_not_taken_for_unreadable_or_missing(
+def test_pictures_are_not_called_unreadable_or_missing_for_lack_of_file_handles(
     digits: Path, tmp_path: Path
 ) -> None:
     pictures = find_pictures(digits / "train")
@@ -376,7 +376,7 @@ def with_few_handles(count: int, *words: str, **changed: str) -> subprocess.Comp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "mode"), [(0, "disabled"), (1, "offline"), (12, "offline")])
-def test_a_run_without_file_handles_is_one_message_and_goes_on_with_more(
+def test_a_run_without_file_handles_gives_one_message_and_can_be_resumed(
     count: int,
     mode: str,
     undisturbed: tuple[dict[str, Any], dict[str, Any]],
@@ -395,7 +395,7 @@ def test_a_run_without_file_handles_is_one_message_and_goes_on_with_more(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 12])
-def test_a_sweep_without_file_handles_is_one_message_and_goes_on_with_more(
+def test_a_sweep_without_file_handles_gives_one_message_and_can_be_resumed(
     count: int, base: Any, tmp_path: Path
 ) -> None:
     given = content(base, seed=range(3))
