@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support import processes
 
 
 def agent(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "agent.py"), *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        timeout=300,
-        check=False,
-    )
+    return processes.run("agent.py", *flags, env=os.environ | environment)
 
 
 def as_flags(fields: dict[str, Any]) -> list[str]:

@@ -105,3 +105,12 @@ def test_nothing_outside_the_table_compares_a_strategys_name() -> None:
 def test_every_module_has_a_docstring() -> None:
     for path in PATHS:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), relative(path)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=relative)
+def test_no_file_is_over_300_lines_and_no_function_over_50(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 50, node.name

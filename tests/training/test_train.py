@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from finetune.runs.result import METRICS, RunResult, best_epoch
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.system.errors import ConfigError, Diverged, RunDirError, Stopped, WeightsError
 from finetune.training.train import run
-from tests.conftest import ROOT, Train
+from tests.conftest import Train
+from tests.support import processes
 
 TIMES = {"images_per_second"}
 VARYING = {
@@ -319,21 +318,11 @@ def test_a_signal_ends_the_process_after_its_files_are_written(
     signum: signal.Signals, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     flags = [f"--{k}={v}" for k, v in (fields | {"epochs": 500, "patience": 0}).items()]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "agent.py"), "--strategy=partial", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("epoch  1"):
-            break
+    process = processes.start("agent.py", "--strategy=partial", *flags)
+    process.wait_for_output("epoch  1")
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signum
-    assert errors.strip().splitlines()[-1] == f"stopped by {signum.name}"
+    assert process.wait(60) == -signum
+    assert process.stderr.strip().splitlines()[-1] == f"stopped by {signum.name}"
     (run_dir,) = (tmp_path / "runs").iterdir()
     failure = json.loads((run_dir / "failure.json").read_text())
     assert failure["state"] == "stopped"
