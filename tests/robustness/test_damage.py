@@ -75,7 +75,7 @@ def damage(path: Path, how: str, seed: int = 0) -> None:
     path.write_bytes(DAMAGES[how](path.read_bytes(), random.Random(f"{path.name} {how} {seed}")))
 
 
-def told(*command: object) -> str:
+def output_of(*command: object) -> str:
     """What a command prints, without its times; or its one message."""
     try:
         main([*map(str, command)])
@@ -95,7 +95,7 @@ def answers(run: RunDir, digits: Path, capsys: pytest.CaptureFixture[str]) -> di
     found = {}
     for name, command in commands.items():
         capsys.readouterr()
-        error = told(*command)
+        error = output_of(*command)
         found[name] = error or capsys.readouterr().out.replace(str(run.path), "RUN")
     try:
         found["confirm"] = json.dumps(confirmation(run.path.parent, 1).source, sort_keys=True)

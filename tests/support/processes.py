@@ -175,7 +175,7 @@ def _serve(connection: socket.socket) -> None:
         while len(message) < length:
             message += connection.recv(length - len(message))
         teller = socket.socket(fileno=fds[0])
-        if os.fork() == 0:  # it waits for the process, so that the server can go on
+        if os.fork() == 0:  # it waits for the process, so that the server can continue
             connection.close()
             _watch(teller, *json.loads(message))
             os._exit(0)

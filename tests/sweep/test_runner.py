@@ -296,8 +296,8 @@ def test_an_interrupted_trial_resumes_after_its_last_epoch(
         process.send_signal(expected)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == -expected, output
-        told = "trials requeued: 1; run the same command to resume them" in output
-        assert told == (how != "kill parent"), output
+        is_printed = "trials requeued: 1; run the same command to resume them" in output
+        assert is_printed == (how != "kill parent"), output
         if how != "kill parent":
             assert not any(Path(f"/proc/{worker}/fd").exists() for worker in workers)
         await_end(workers)
