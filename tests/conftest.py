@@ -12,6 +12,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable, Generator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from tests.support import network_choice
 ROOT = Path(__file__).parent.parent
 CHILD_PATH = ROOT / "tests" / "support" / "child_path"
 
-os.environ[network_choice.NETWORK] = "tiny"
+os.environ.setdefault(
+    network_choice.NETWORK, "tiny"
+)  # a fork server that imports this keeps its own
 os.environ["PYTHONPATH"] = os.pathsep.join([str(CHILD_PATH), str(ROOT)])
 network_choice.stand_in(finetune.model.network)
 
@@ -54,7 +57,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Choose the network before the first fixture of the test is made."""
-    os.environ[network_choice.NETWORK] = network_of(item)
+    if os.environ[network_choice.NETWORK] != network_of(item):
+        os.environ[network_choice.NETWORK] = network_of(item)
+        # A fork server keeps the environment of its start; the next process starts another one.
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(wrapper=True)
