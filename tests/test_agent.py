@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 
-from tests.support import processes
+from tests.conftest import ROOT
+from tests.support.process_server import fast_python
 
 
 def agent(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return processes.run("agent.py", *flags, env=os.environ | environment)
+    return subprocess.run(
+        [fast_python(), "agent.py", *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+        check=False,
+    )
 
 
 def as_flags(fields: dict[str, Any]) -> list[str]:

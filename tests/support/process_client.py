@@ -16,7 +16,7 @@ LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS, res
 
 def main() -> None:
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    server.connect(os.environ["PROCESS_SERVER"])
+    server.connect(os.path.join(os.path.dirname(__file__), "server"))  # noqa: PTH118, PTH120
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, lambda signum, frame: server.sendall(bytes([signum])))
     files = [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208

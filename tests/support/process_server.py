@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import multiprocessing
+import multiprocessing.util
 import os
 import resource
 import runpy
@@ -21,6 +23,8 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -50,7 +54,6 @@ def fast_python() -> str:
     )
     assert server.stdout is not None and server.stdin is not None
     assert server.stdout.readline() == b"ready\n"
-    os.environ["PROCESS_SERVER"] = str(address)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.wait, 10)
     atexit.register(server.stdin.close)  # called first; it ends then
@@ -153,6 +156,11 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     for number in numbers:
         if number > 2:
             os.set_inheritable(number, True)
+    # What the imports registered belongs to the server, such as W&B's folder for media.
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    atexit.register(multiprocessing.util._exit_function)
+    tempfile.tempdir = None
     _REQUESTS.append(request["arguments"])
 
 
@@ -197,6 +205,7 @@ if __name__ == "__main__":
     code = exit_code_of(_REQUESTS[0])
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(ValueError):  # closed
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # freeing torch's modules would take a second

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from finetune.runs.result import METRICS, RunResult, best_epoch
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.system.errors import ConfigError, Diverged, RunDirError, Stopped, WeightsError
 from finetune.training.train import run
-from tests.conftest import Train
-from tests.support import processes
+from tests.conftest import ROOT, Train
+from tests.support.process_server import fast_python
 
 TIMES = {"images_per_second"}
 VARYING = {
@@ -318,11 +319,19 @@ def test_a_signal_ends_the_process_after_its_files_are_written(
     signum: signal.Signals, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     flags = [f"--{k}={v}" for k, v in (fields | {"epochs": 500, "patience": 0}).items()]
-    process = processes.start("agent.py", "--strategy=partial", *flags)
-    process.wait_for_output("epoch  1")
+    process = subprocess.Popen(
+        [fast_python(), "agent.py", "--strategy=partial", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("epoch  1"))
     process.send_signal(signum)
-    assert process.wait(60) == -signum
-    assert process.stderr.strip().splitlines()[-1] == f"stopped by {signum.name}"
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signum
+    assert errors.strip().splitlines()[-1] == f"stopped by {signum.name}"
     (run_dir,) = (tmp_path / "runs").iterdir()
     failure = json.loads((run_dir / "failure.json").read_text())
     assert failure["state"] == "stopped"
