@@ -7,19 +7,19 @@ import json
 import os
 import shutil
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.data.layout import is_picture_name
+from finetune.datasets.fetch import check_free_space
 from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive, select_members
 from finetune.system.errors import DataError
 from finetune.system.progress import bar
 
 MANIFEST = "manifest.json"
-_MANIFEST_TYPES = {"source": str, "pictures": dict, "files": dict}
 Counts = Mapping[str, Mapping[str, int]]
 """Number of pictures by split and class."""
 
@@ -29,8 +29,7 @@ class ExpectedDataset:
     """What the archive of a known data set must hold."""
 
     class_names: frozenset[str]
-    num_pictures: Mapping[str, int]
-    """By split."""
+    num_pictures: Mapping[str, int]  # by split
 
     def difference(self, counts: Counts) -> str | None:
         """How the counts differ from the expected ones; None if they do not."""
@@ -75,8 +74,8 @@ def unpack(
     except ArchiveError as error:
         raise type(error)(f"{archive}: {error}") from None
     except OSError as error:
-        place = error.filename or data_dir
-        raise DataError(f"{place}: {error.strerror or error}; cannot unpack {archive}") from None
+        reason = f"{error.filename or data_dir}: {error.strerror or error}"
+        raise DataError(f"{reason}; cannot unpack {archive}") from None
     finally:
         shutil.rmtree(unpacking, ignore_errors=True)
 
@@ -87,9 +86,8 @@ def _open_zip(archive: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(archive)
     except Exception as error:  # of many types, for damaged archives
-        raise ArchiveError(
-            f"is damaged or not a zip file ({error}); it starts with {start!r}"
-        ) from None
+        reason = f"is damaged or not a zip file ({error}); it starts with {start!r}"
+        raise ArchiveError(reason) from None
 
 
 def _extract(
@@ -127,10 +125,10 @@ def _content(opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
 
 def read_manifest(data_dir: Path) -> Mapping[str, Any] | None:
     """The manifest that `unpack` wrote; None if there is none. Raises `DataError`."""
-    path = data_dir / MANIFEST
+    path, types = data_dir / MANIFEST, {"source": str, "pictures": dict, "files": dict}
     try:
         manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-        if {key: type(manifest[key]) for key in _MANIFEST_TYPES} == _MANIFEST_TYPES:
+        if {key: type(manifest[key]) for key in types} == types:
             return dict(manifest)
     except FileNotFoundError:
         return None
@@ -139,35 +137,16 @@ def read_manifest(data_dir: Path) -> Mapping[str, Any] | None:
     raise DataError(f"{path} is damaged or of another program; pass another --data_dir")
 
 
-def changed_files(data_dir: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Files that are missing or have another size than in the manifest."""
-
-    def size(name: str) -> int | None:
-        return (data_dir / name).stat().st_size if (data_dir / name).is_file() else None
-
-    return [name for name, (num_bytes, _) in manifest["files"].items() if size(name) != num_bytes]
-
-
 def count_pictures(names: Iterable[str]) -> dict[str, dict[str, int]]:
     """Number of pictures among SPLIT/CLASS/... by split and class."""
-    counts: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for name in names:
         parts = name.split("/")
         if len(parts) > 2 and is_picture_name(name):
-            counts.setdefault(parts[0], Counter())[parts[1]] += 1
+            counts[parts[0]][parts[1]] += 1
     return {split: dict(sorted(classes.items())) for split, classes in sorted(counts.items())}
 
 
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_free_space(folder: Path, num_bytes: float) -> None:
-    """Raises `DataError` unless `num_bytes` fit on the folder's disk."""
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < num_bytes:
-        raise DataError(
-            f"{folder}: {num_bytes / 1e9:.2f} GB are needed, but only {free_bytes / 1e9:.2f} GB of "
-            "the disk are free; free some space or choose a folder on another disk"
-        )

@@ -23,7 +23,7 @@ from finetune.system.progress import StartProgress, bar, no_progress
 from finetune.system.text import one_line
 
 MAX_IMBALANCE = 3.0
-"""Ratio of the largest to the smallest class from which a warning is printed."""
+"""Ratio of a split's largest to its smallest class from which a warning is printed."""
 _IMAGE_SIZE = 64  # enough to compare pictures, and quick
 _MAX_LISTED = 10
 
@@ -33,8 +33,7 @@ class Picture(NamedTuple):
 
     width: int
     height: int
-    mode: str
-    """Pillow's: RGB, L, P, CMYK ..."""
+    mode: str  # Pillow's: RGB, L, P, CMYK ...
     pixels_hash: str
 
 
@@ -50,11 +49,9 @@ class Findings:
     unreadable: dict[str, str] = field(default_factory=dict)
     """Error by SPLIT/CLASS/FILE. The first stops a run without --skip_unreadable."""
     repeated: list[dict[str, object]] = field(default_factory=list)
-    """The same picture in several splits or classes."""
     ignored: list[str] = field(default_factory=list)
     """Files in class folders that no run reads."""
     imbalance: dict[str, float] = field(default_factory=dict)
-    """Ratio of the largest to the smallest class, by split."""
     modes: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, list[int]] = field(default_factory=dict)
     """Smallest, median and largest width and height."""
@@ -93,12 +90,9 @@ def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
     decode_many([data_dir / name for name in names], _IMAGE_SIZE, add)
     pictures = {name: pictures[name] for name in names if name in pictures}
     findings.unreadable = dict(sorted(findings.unreadable.items()))
-    with_pictures = {_class_of(name) for name in pictures}
-    findings.faults += [
-        f"{name} has no readable picture"  # stops a run with --skip_unreadable too
-        for name in dict.fromkeys(map(_class_of, names))
-        if name not in with_pictures
-    ]
+    classes, readable = (dict.fromkeys(map(_class_of, found)) for found in (names, pictures))
+    # This stops a run with --skip_unreadable too.
+    findings.faults += [f"{c} has no readable picture" for c in classes if c not in readable]
     findings.repeated = _find_repeated(data_dir, pictures)
     findings.modes = dict(Counter(p.mode for p in pictures.values()).most_common())
     for side in ("width", "height"):
@@ -115,20 +109,24 @@ def _list_files(data_dir: Path, findings: Findings) -> list[str]:
             continue
         counts = findings.counts[split] = {}
         for class_dir in layout.class_dirs(data_dir / split):
-            files = sorted(
-                f"{split}/{class_dir.name}/{name}" for name in layout.files_of_class(class_dir)
-            )
+            place = f"{split}/{class_dir.name}"
+            files = sorted(f"{place}/{name}" for name in layout.files_of_class(class_dir))
             pictures = [name for name in files if layout.is_picture_name(name)]
             findings.ignored += [name for name in files if not layout.is_picture_name(name)]
             counts[class_dir.name] = len(pictures)
             names += pictures
             if not pictures:
-                findings.faults.append(f"{split}/{class_dir.name} is a class without pictures")
+                findings.faults.append(f"{place} is a class without pictures")
         if not counts:
             findings.faults.append(f"{split}/ holds no class folders")
         elif min(counts.values()):
             findings.imbalance[split] = round(max(counts.values()) / min(counts.values()), 2)
-    findings.faults += _class_differences(findings.counts)
+    for name in sorted(set().union(*findings.counts.values())):
+        present = [f"{split}/" for split, counts in findings.counts.items() if name in counts]
+        missing = [f"{split}/" for split in findings.counts if f"{split}/" not in present]
+        if missing:
+            where = f"is in {', '.join(present)} but not in {', '.join(missing)}"
+            findings.faults.append(f"class {name!r} {where}")
     fewest = min(number for number in range(9) if num_held_out(number, AUTO_VAL_FRACTION))
     largest_class = max(findings.counts["train"].values(), default=0)
     if "test" not in findings.counts and 0 < largest_class < fewest:
@@ -150,38 +148,18 @@ def _class_of(name: str) -> str:
     return "/".join(name.split("/")[:2])
 
 
-def _class_differences(counts: dict[str, dict[str, int]]) -> list[str]:
-    differences = []
-    for name in sorted(set().union(*counts.values())):
-        present = ", ".join(f"{split}/" for split in counts if name in counts[split])
-        missing = ", ".join(f"{split}/" for split in counts if name not in counts[split])
-        if missing:
-            differences.append(f"class {name!r} is in {present} but not in {missing}")
-    return differences
-
-
 def _find_repeated(data_dir: Path, pictures: dict[str, Picture]) -> list[dict[str, object]]:
-    """Pictures that occur in several splits or classes.
-
-    Pictures are the same if their sizes and decoded pixels are, whatever the file format and
-    metadata. Copies within one class of one split are not listed.
-    """
+    """Pictures that occur in several splits or classes: of the same size and decoded pixels."""
     by_pixels: dict[str, list[str]] = defaultdict(list)
     for name, picture in pictures.items():
         by_pixels[picture.pixels_hash].append(name)
     repeated: list[dict[str, object]] = []
     for names in by_pixels.values():
-        splits, classes = ({name.split("/")[level] for name in names} for level in (0, 1))
-        if len(splits) > 1 or len(classes) > 1:
-            num_contents = len({(data_dir / name).read_bytes() for name in names})
-            repeated.append(
-                {
-                    "files": names,
-                    "in_several_splits": len(splits) > 1,
-                    "under_several_classes": len(classes) > 1,
-                    "same_bytes": num_contents == 1,
-                }
-            )
+        num_splits, num_classes = (len({n.split("/")[level] for n in names}) for level in (0, 1))
+        if num_splits > 1 or num_classes > 1:
+            same_bytes = len({(data_dir / name).read_bytes() for name in names}) == 1
+            where = {"in_several_splits": num_splits > 1, "under_several_classes": num_classes > 1}
+            repeated.append({"files": names, **where, "same_bytes": same_bytes})
     return repeated
 
 

@@ -9,15 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from finetune.datasets.archive import (
-    Counts,
-    ExpectedDataset,
-    changed_files,
-    check_free_space,
-    read_manifest,
-    sha256,
-    unpack,
-)
+from finetune.datasets.archive import Counts, ExpectedDataset, read_manifest, sha256, unpack
 from finetune.datasets.fetch import PartialDownload, fetch
 from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive
 from finetune.system.errors import ConfigError, DataError, WeightsError
@@ -35,15 +27,9 @@ WEIGHTS_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
 
 
 def download(
-    data_dir: Path,
-    url: str | None = None,
-    archive: Path | None = None,
-    weights_only: bool = False,
+    data_dir: Path, url: str | None = None, archive: Path | None = None, weights_only: bool = False
 ) -> None:
-    """Download the data set, from `url` or a local `archive` if given, and the weights.
-
-    Raises `FinetuneError`.
-    """
+    """Download the data set, from `url` or a local `archive`, and the weights."""
     if [url is not None, archive is not None, weights_only].count(True) > 1:
         raise ConfigError("url, archive, weights_only: only one of them may be given")
     if archive is not None:
@@ -62,14 +48,10 @@ def fetch_data(data_dir: Path, url: str, expected: ExpectedDataset | None) -> No
     """
     data_dir = Path(os.path.realpath(data_dir.expanduser()))
     partial = PartialDownload(url, data_dir.parent)
-
-    def check_space(missing_bytes: int) -> None:  # unpacked, pictures are hardly larger
-        check_free_space(data_dir.parent, missing_bytes + 1.05 * (partial.total_bytes or 0))
-
     with _locked(data_dir.parent):
         if _is_complete(data_dir, partial.source, expected):
             return
-        fetch(partial, check_space)
+        fetch(partial, unpacked_ratio=1.05)  # unpacked, pictures are hardly larger
         try:
             counts = unpack(partial.path, data_dir, partial.source, expected)
         except UnexpectedArchive as error:
@@ -79,9 +61,7 @@ def fetch_data(data_dir: Path, url: str, expected: ExpectedDataset | None) -> No
             ) from None
         except ArchiveError as error:
             partial.remove()
-            raise DataError(
-                f"{error}; it was removed: run the same command again to download it again"
-            ) from None
+            raise DataError(f"{error}; it was removed: run the same command again") from None
         partial.remove()
         _print_summary(data_dir, counts)
 
@@ -137,7 +117,12 @@ def _is_complete(data_dir: Path, source: str, expected: ExpectedDataset | None) 
             f"{data_dir} holds the data of {manifest['source']}, not of {source}"
             f"{f' ({difference})' if difference else ''}; pass another --data_dir"
         )
-    if changed := changed_files(data_dir, manifest):
+    changed = [
+        name
+        for name, (num_bytes, _) in manifest["files"].items()
+        if not (path := data_dir / name).is_file() or path.stat().st_size != num_bytes
+    ]
+    if changed:
         raise DataError(
             f"{data_dir} is incomplete: {len(changed)} files are missing or changed, such as "
             f"{changed[0]}; remove the folder and run the same command again"
@@ -148,7 +133,7 @@ def _is_complete(data_dir: Path, source: str, expected: ExpectedDataset | None) 
 
 def _print_summary(data_dir: Path, counts: Counts) -> None:
     listed = ", ".join(f"{split}/ {sum(classes.values())}" for split, classes in counts.items())
-    num_classes = len(counts.get("train", {}))
+    num_classes = len(counts.get("train", ()))
     print(f"{data_dir}: complete; {num_classes} classes; pictures: {listed}", flush=True)
 
 
@@ -160,10 +145,7 @@ def checkpoints_dir() -> Path:
 
 
 def fetch_weights(url: str = WEIGHTS_URL) -> None:
-    """Make torch.hub's file of these weights exist, with the hash that its name promises.
-
-    Raises `DataError` or `WeightsError`.
-    """
+    """Make torch.hub's file of these weights exist, with the hash that its name promises."""
     folder = checkpoints_dir()
     partial = PartialDownload(url, folder)
     path = folder / partial.name
@@ -172,13 +154,13 @@ def fetch_weights(url: str = WEIGHTS_URL) -> None:
         if path.exists() and sha256(path).startswith(promised):
             print(f"weights: {path} exists already")
             return
-        fetch(partial, lambda missing_bytes: check_free_space(folder, missing_bytes))
+        fetch(partial)
         found = sha256(partial.path)
         if not found.startswith(promised):
             partial.remove()
             raise WeightsError(
                 f"weights: {partial.source} has the sha256 {found[:12]}..., but its name promises "
-                f"{promised}; it was removed: run the same command again to download it again"
+                f"{promised}; it was removed: run the same command again"
             )
         partial.path.replace(path)
         partial.remove()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -76,18 +76,28 @@ class _Interrupted(Exception):
     """An attempt failed; a retry may succeed."""
 
 
-def fetch(partial: PartialDownload, check_space: Callable[[int], None]) -> None:
+def check_free_space(folder: Path, num_bytes: float) -> None:
+    """Raises `DataError` unless `num_bytes` fit on the folder's disk."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < num_bytes:
+        raise DataError(
+            f"{folder}: {num_bytes / 1e9:.2f} GB are needed, but only {free_bytes / 1e9:.2f} GB of "
+            "the disk are free; free some space or choose a folder on another disk"
+        )
+
+
+def fetch(partial: PartialDownload, unpacked_ratio: float = 0) -> None:
     """Complete a partial download. Received bytes are kept whatever happens.
 
-    `check_space` gets the number of missing bytes before any of them is received. Raises
-    `DataError` when the server refuses or all retries fail.
+    Raises `DataError` when the server refuses, all retries fail, or the disk has no space for the
+    missing bytes and the unpacked ones, which are `unpacked_ratio` times the file.
     """
     waits = iter(RETRY_WAITS_SECONDS)
     try:
         while not partial.is_complete:
             before = partial.num_bytes
             try:
-                _attempt(partial, check_space)
+                _attempt(partial, unpacked_ratio)
             except _Interrupted as error:
                 if partial.num_bytes > before:
                     waits = iter(RETRY_WAITS_SECONDS)
@@ -107,7 +117,7 @@ def fetch(partial: PartialDownload, check_space: Callable[[int], None]) -> None:
             partial.remove()
 
 
-def _attempt(partial: PartialDownload, check_space: Callable[[int], None]) -> None:
+def _attempt(partial: PartialDownload, unpacked_ratio: float) -> None:
     """Send one request and append what arrives. Raises `_Interrupted` or `DataError`."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "finetune"}
     if partial.num_bytes:
@@ -126,13 +136,13 @@ def _attempt(partial: PartialDownload, check_space: Callable[[int], None]) -> No
         if response.status_code not in (200, 206, 416):
             raise DataError(f"{partial.source}: {status}")
         _check_response(partial, response)
-        if partial.total_bytes is not None:
-            check_space(partial.total_bytes - partial.num_bytes)
+        if (total := partial.total_bytes) is not None:
+            num_bytes = total - partial.num_bytes + unpacked_ratio * total
+            check_free_space(partial.path.parent, num_bytes)
         if response.status_code != 416:
             _append(partial, response)
     if not partial.is_complete:
-        total = "unknown" if partial.total_bytes is None else partial.total_bytes
-        raise _Interrupted(f"cut off at {partial.num_bytes} of {total} bytes")
+        raise _Interrupted(f"cut off at {partial.num_bytes} of {total or 'unknown'} bytes")
 
 
 def _check_response(partial: PartialDownload, response: requests.Response) -> None:

@@ -27,8 +27,7 @@ from finetune.system.errors import DataError
 from finetune.system.progress import bar, no_progress
 from finetune.system.text import listed, one_line
 
-MAX_SHOWN_CLASSES = 12
-"""The most classes for which the complete confusion matrix is printed."""
+MAX_SHOWN_CLASSES = 12  # in a complete confusion matrix
 
 Evaluation = dict[str, Any]
 
@@ -40,7 +39,13 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     that can't be read unless the run skips such pictures.
     """
     run, predictor = RunDir(run_dir), load_predictor(run_dir)
-    pictures = find_pictures(folder) if folder else _find_test_set(run, predictor)
+    config = predictor.config
+    pictures = find_pictures(folder) if folder else find_splits(config or run.read_config()).test
+    if pictures is None:
+        raise DataError(
+            f"{run.path} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "
+            "pass a labelled folder, or train with a val_fraction above 0, which keeps val/"
+        )
     check_classes(pictures, predictor.class_names)
     about = {
         "folder": str(pictures.folder.absolute()),
@@ -50,7 +55,7 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     records = run.read_evaluations()
     record = next((r for r in records if about.items() <= r.items()), None)
     if record is None:
-        skip_unreadable = predictor.config is not None and predictor.config.skip_unreadable
+        skip_unreadable = config is not None and config.skip_unreadable
         record = about | measure(predictor, pictures, skip_unreadable)
         run.write_evaluations([*records, record])
     elif not as_json:
@@ -59,25 +64,13 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     return 0
 
 
-def _find_test_set(run: RunDir, predictor: Predictor) -> Pictures:
-    test = find_splits(predictor.config or run.read_config()).test
-    if test is None:
-        raise DataError(
-            f"{run.path} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "
-            "pass a labelled folder, or train with a val_fraction above 0, which keeps val/"
-        )
-    return test
-
-
 def check_classes(pictures: Pictures, class_names: list[str]) -> None:
     """Raises `DataError` unless the pictures have the run's classes, all of them and no others."""
-    found = pictures.class_names
-    problems = {
-        "missing": [name for name in class_names if name not in found],
-        "unknown to the run": [name for name in found if name not in class_names],
-    }
-    if any(problems.values()):
-        differences = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    missing = [name for name in class_names if name not in pictures.class_names]
+    unknown = [name for name in pictures.class_names if name not in class_names]
+    problems = {"missing": missing, "unknown to the run": unknown}
+    differences = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+    if differences:
         raise DataError(
             f"{pictures.folder}: its classes are not the run's ({'; '.join(differences)}). "
             f"It needs one folder for each of: {listed(class_names)}"
@@ -103,9 +96,7 @@ def measure(predictor: Predictor, pictures: Pictures, skip_unreadable: bool) -> 
         "accuracy": num_correct / len(guesses),
         "accuracy_interval": list(wilson_interval(num_correct, len(guesses))),
         "num_pictures": len(guesses),
-        "per_class": [
-            {"class": name, **_class_figures(confusion, i)} for i, name in enumerate(names)
-        ],
+        "per_class": [{"class": n, **_class_figures(confusion, i)} for i, n in enumerate(names)],
         "class_names": names,
         "confusion": confusion.tolist(),
         "unreadable": unreadable,
@@ -135,7 +126,6 @@ def wilson_interval(num_correct: int, num_pictures: int) -> tuple[float, float]:
 
 
 def describe(evaluation: Evaluation) -> str:
-    """An evaluation as text for the terminal."""
     low, high = evaluation["accuracy_interval"]
     lines = [
         f"accuracy {evaluation['accuracy']:.4f} on {evaluation['num_pictures']} pictures of "
@@ -165,8 +155,8 @@ def _confusion_lines(confusion: list[list[int]], names: list[str], width: int) -
             if mistakes[i, j]
         ]
     cell = max(4, *(len(str(count)) + 1 for row in confusion for count in row))
-    lines = ["confusion (rows: labels, columns: predictions)"]
-    lines.append(" " * (width + 3) + "".join(f"{i:{cell}}" for i in range(len(names))))
-    for i, (name, row) in enumerate(zip(names, confusion, strict=True)):
-        lines.append(f"{name:{width}} {i:2}" + "".join(f"{count:{cell}}" for count in row))
-    return lines
+    starts = [" " * (width + 3), *(f"{name:{width}} {i:2}" for i, name in enumerate(names))]
+    return ["confusion (rows: labels, columns: predictions)"] + [
+        start + "".join(f"{count:{cell}}" for count in row)
+        for start, row in zip(starts, [range(len(names)), *confusion], strict=True)
+    ]

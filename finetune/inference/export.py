@@ -24,8 +24,7 @@ from finetune.model.weights import read_checkpoint, write_checkpoint
 from finetune.system.errors import MissingPackage, RunDirError, WeightsError
 from finetune.system.files import remove_leftovers
 
-TOLERANCE = 1e-4
-"""The largest allowed difference between a logit of the exported file and of the model."""
+TOLERANCE = 1e-4  # the largest allowed difference of a logit
 
 ExportedModel = Callable[[Tensor], Tensor]
 """The logits, (B, K), that a written file gives for uint8 pictures, (B, H, W, 3)."""
@@ -40,16 +39,23 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
     path = out or run_dir / f"model{suffix}"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     model: Any = load_best(run_dir)
-    about = _about(model.class_names, model.image_size, run_dir)
+    size = model.image_size
+    about = {
+        "class_names": model.class_names,
+        "image_size": size,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "preprocessing": f"RGB picture, resized to {size}x{size} without keeping its aspect, "
+        "bilinear with antialiasing; divided by 255; mean subtracted; divided by std",
+        "run": run_dir.absolute().name,
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        difference = _difference(model, model.image_size, write(model, about, temporary))
+        difference = _difference(model, size, write(model, about, temporary))
         if not difference <= TOLERANCE:
-            raise WeightsError(
-                f"{path}: its logits would differ from the model's by {difference:g}, more than "
-                f"{TOLERANCE:g}"
-            )
+            words = f"its logits would differ from the model's by {difference:g}"
+            raise WeightsError(f"{path}: {words}, more than {TOLERANCE:g}")
         temporary.replace(path)
     except OSError as error:
         raise RunDirError(f"{path} can't be written: {error.strerror or error}") from None
@@ -59,19 +65,6 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
     print(f"{path}: {num_bytes / 1e6:.1f} MB; its logits equal the model's within {difference:.1g}")
     print(f"input: {about['input']}\noutput: {about['output']}")
     return 0
-
-
-def _about(class_names: list[str], size: int, run_dir: Path) -> dict[str, Any]:
-    """What is written into the file besides the network; a format adds its input and output."""
-    return {
-        "class_names": class_names,
-        "image_size": size,
-        "mean": list(MEAN),
-        "std": list(STD),
-        "preprocessing": f"RGB picture, resized to {size}x{size} without keeping its aspect, "
-        "bilinear with antialiasing; divided by 255; mean subtracted; divided by std",
-        "run": run_dir.absolute().name,
-    }
 
 
 @torch.inference_mode()
@@ -91,15 +84,9 @@ def _write_state_dict(model: ResNet, about: dict[str, Any], path: Path) -> Expor
     about["output"] = f"logits of {', '.join(about['class_names'])}"
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     write_checkpoint(about | {"state_dict": state}, path)
-    rebuilt = _rebuilt(read_checkpoint(path))
+    rebuilt = on_meta(len(about["class_names"])).eval()
+    rebuilt.load_state_dict(read_checkpoint(path)["state_dict"], assign=True)
     return lambda images_BHWC: rebuilt(normalise(images_BHWC, None))
-
-
-def _rebuilt(content: dict[str, Any]) -> ResNet:
-    """The network with an exported state dict, in eval mode."""
-    model = on_meta(len(content["class_names"]))
-    model.load_state_dict(content["state_dict"], assign=True)
-    return model.eval()
 
 
 class _FromPixels(nn.Module):
@@ -109,12 +96,9 @@ class _FromPixels(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, pictures: Tensor) -> Any:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        logits: Tensor = self.model(
-            pictures.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std)
-        )
-        return logits
+        return self.model(pictures.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std))
 
 
 def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedModel:
@@ -123,9 +107,8 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedMod
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
-        raise MissingPackage(
-            "onnx onnxscript onnxruntime", "export", f"export to ONNX ({error.name} is missing)"
-        ) from None
+        purpose = f"export to ONNX ({error.name} is missing)"
+        raise MissingPackage("onnx onnxscript onnxruntime", "export", purpose) from None
     size = about["image_size"]
     about["input"] = (
         f"pictures: uint8, (batch, {size}, {size}, 3), RGB, resized without keeping the aspect, "
@@ -138,9 +121,7 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedMod
         program.metadata_props.add(key=key, value=text)
     onnx.save(program, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images_BHWC: torch.from_numpy(
-        session.run(["logits"], {"pictures": images_BHWC.numpy()})[0]
-    )
+    return lambda images: torch.from_numpy(session.run(None, {"pictures": images.numpy()})[0])
 
 
 def _onnx_program(model: ResNet, size: int) -> Any:

@@ -67,7 +67,7 @@ class Predictor:
 
 
 def load_predictor(run_dir: Path) -> Predictor:
-    """A run's best model on the device type of the run if available, else on the CPU.
+    """A run's best model on its device type if available, else on the CPU.
 
     Raises `WeightsError` and `RunDirError`.
     """
@@ -77,8 +77,7 @@ def load_predictor(run_dir: Path) -> Predictor:
     device = torch.accelerator.current_accelerator(check_available=True)
     if config is None or device is None or device.type != config.accelerator:
         device = torch.device("cpu")
-    is_same = config is not None and device.type == config.accelerator
-    dtype = _DTYPES.get(config.precision) if config and is_same else None
+    dtype = _DTYPES.get(config.precision) if config and device.type == config.accelerator else None
     return Predictor(model.to(device), model.class_names, model.image_size, config, device, dtype)
 
 
@@ -109,44 +108,37 @@ def predict_logits(
         return [outcome for batch in pool.map(predict_batch, bounds) for outcome in batch]
 
 
-Found = tuple[Path, DataError | None]
-"""A picture, or a folder that gives none and the reason."""
+def find_images(given: Path) -> list[tuple[Path, DataError | None]]:
+    """A file as it is; a folder as its pictures, ordered by class as in validation.
 
-
-def find_images(given: Sequence[Path]) -> list[Found]:
-    """Each file as it is, each folder as its pictures, ordered by class as in validation."""
-    return [
-        found for path in given for found in (_below(path) if path.is_dir() else [(path, None)])
-    ]
-
-
-def _below(folder: Path) -> list[Found]:
+    A folder without pictures, or that can't be read, comes with the reason.
+    """
+    if not given.is_dir():
+        return [(given, None)]
     errors: list[OSError] = []
     names = [
-        (place / name).relative_to(folder)
-        for place, _, files in walk(folder, errors.append)
+        (place / name).relative_to(given)
+        for place, _, files in walk(given, errors.append)
         for name in files
         if is_picture_name(name)
     ]
     names.sort(key=lambda name: (name.parts[0], name.as_posix()))
-    found: list[Found] = [(folder / name, None) for name in names]
-    for error in errors:
-        reason = DataError(f"{error.filename} can't be read: {error.strerror}")
-        found.append((Path(error.filename), reason))
-    suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-    return found or [(folder, DataError(f"{folder} holds no pictures (looked for {suffixes})"))]
+    reasons = [(e.filename, DataError(f"{e.filename} can't be read: {e.strerror}")) for e in errors]
+    if not names and not reasons:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        reasons = [(given, DataError(f"{given} holds no pictures (looked for {suffixes})"))]
+    return [(given / name, None) for name in names] + [(Path(p), error) for p, error in reasons]
 
 
 def predict(run_dir: Path, given: Sequence[Path], top: int = 3, as_json: bool = False) -> int:
     """Print the `top` classes of each picture; 1 if one of them can't be predicted, else 0."""
     predictor = load_predictor(run_dir)
-    found = find_images(given)
+    found = [image for path in given for image in find_images(path)]
     paths = [path for path, error in found if error is None]
     progress = bar if sys.stderr.isatty() and not as_json else no_progress
     logits = iter(predict_logits(predictor, paths, progress))
-    answers = [
-        _answer(path, error or next(logits), predictor.class_names, top) for path, error in found
-    ]
+    names = predictor.class_names
+    answers = [_answer(path, error or next(logits), names, top) for path, error in found]
     bad = [answer for answer in answers if "error" in answer]
     if as_json:
         print(json.dumps(answers, ensure_ascii=False, indent=2))

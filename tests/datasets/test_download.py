@@ -469,7 +469,7 @@ def test_each_retry_waits_longer_until_bytes_arrive(
     server.statuses = [500, 500, 200, 500, 500, 200]
     server.cuts = [100]
     monkeypatch.setattr(fetch_module, "RETRY_WAITS_SECONDS", (1, 2, 4))
-    fetch(PartialDownload(server.url, tmp_path), lambda missing_bytes: None)
+    fetch(PartialDownload(server.url, tmp_path))
     assert waits == [1, 2, 1, 2, 4], "the waits must start again after bytes have arrived"
 
 

@@ -65,9 +65,8 @@ def test_a_state_dict_loads_into_torchvisions_resnet18_and_describes_its_input(
 def test_a_file_with_other_logits_is_refused_and_removed(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "finetune.inference.export._rebuilt", lambda content: build(5, seed=4).eval()
-    )
+    read = {"state_dict": build(5, seed=4).state_dict()}
+    monkeypatch.setattr("finetune.inference.export.read_checkpoint", lambda path: read)
     with pytest.raises(WeightsError, match="differ from the model's"):
         main(["export", str(run_dir), "--format", "state_dict"])
     assert not (run_dir / "model.pth").exists()
