@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import PurePath
 from typing import Any
 
@@ -15,7 +16,7 @@ from finetune.analysis.statistics import MIN_SEEDS
 from finetune.config.field_tables import fields_with_role, in_order
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import STRATEGIES
-from finetune.runs.settings import best_setting
+from finetune.runs.settings import best_setting, setting_of
 
 FITTED_TRAIN_ACC = 0.9
 """Training accuracy below which a strategy has not fitted the training pictures."""
@@ -47,30 +48,30 @@ def value_of(run: RunRecord, field: str) -> Any:
     return PurePath(value).name if isinstance(value, str) and "/" in value else value
 
 
-def varied_fields(runs: Iterable[RunRecord]) -> dict[str, list[Any]]:
+@cache
+def _defaults(strategy: str, lr_schedule: str | None) -> dict[str, Any]:
+    """The fields of a run of which only these two are given: the other defaults depend on them."""
+    return RunConfig.from_fields({"strategy": strategy, "lr_schedule": lr_schedule}).to_fields()
+
+
+def varied_fields(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """The searched fields that differ between runs, each with its values in order.
 
     The strategy is left out, and so is a field that differs only by the strategies' defaults. None,
     the value of a field that the strategy ignores, is not listed.
     """
-    names = [name for name in fields_with_role("searched") if name != "strategy"]
-    chosen: dict[str, set[Any]] = {name: set() for name in names}
-    values: dict[str, set[Any]] = {name: set() for name in names}
-    defaults: dict[tuple[str, Any], dict[str, Any]] = {}
-    for run in runs:
-        key = (run.strategy, run.config.get("lr_schedule"))  # what defaults depend on
-        if key not in defaults:
-            given = dict(zip(("strategy", "lr_schedule"), key, strict=True))
-            defaults[key] = RunConfig.from_fields(given).to_fields()
-        for name in names:
-            value = value_of(run, name)
-            if value is not None:
-                values[name].add(value)
-                chosen[name].add("default" if value == defaults[key][name] else value)
-    return {name: in_order(name, values[name]) for name in names if len(chosen[name]) > 1}
+    varied = {}
+    defaults = [_defaults(run.strategy, run.config.get("lr_schedule")) for run in runs]
+    for name in fields_with_role("searched"):
+        values = [value_of(run, name) for run in runs]
+        pairs = zip(values, defaults, strict=True)
+        chosen = {"default" if v == default[name] else v for v, default in pairs if v is not None}
+        if name != "strategy" and len(chosen) > 1:
+            varied[name] = in_order(name, {value for value in values if value is not None})
+    return varied
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StrategySummary:
     """One strategy: the runs of its best setting, and what limits a statement about it."""
 
@@ -113,42 +114,42 @@ class StrategySummary:
         """What a statement that this strategy is worse is limited to, if it has caveats."""
         return f" within {self.best.config['epochs']} epochs" if self.caveats else ""
 
-    @property
-    def with_best_run_only(self) -> StrategySummary:
-        """The same strategy with the best run of the best setting alone."""
-        if not self.fresh:
-            return self
-        return _summary(self.strategy, self.runs, confirmed={})
-
 
 def summarize_strategies(
-    comparable: Sequence[RunRecord], runs: Sequence[RunRecord]
+    comparable: Sequence[RunRecord], runs: Sequence[RunRecord], best_runs_only: bool = False
 ) -> list[StrategySummary]:
-    """A summary of each strategy with comparable runs, the most accurate first."""
-    compared = {id(run) for run in comparable}
-    kept = by_strategy(run for run in runs if run.result is None or id(run) in compared)
+    """A summary of each strategy with comparable runs, the most accurate first.
+
+    With `best_runs_only`, fresh seeds don't count.
+    """
+    compared = set(comparable)
+    kept = by_strategy(run for run in runs if run.result is None or run in compared)
     summaries = [
-        _summary(strategy, tuple(kept[strategy]), _confirmed_settings(finished))
+        _summary(strategy, tuple(kept[strategy]), finished, best_runs_only)
         for strategy, finished in by_strategy(comparable).items()
     ]
     return sorted(summaries, key=lambda summary: -summary.accuracy)
 
 
-Confirmed = dict[str, tuple[RunRecord, ...]]
-"""Setting -> its runs with fresh seeds."""
-
-
-def _summary(strategy: str, runs: tuple[RunRecord, ...], confirmed: Confirmed) -> StrategySummary:
+def _summary(
+    strategy: str,
+    runs: tuple[RunRecord, ...],
+    finished: Sequence[RunRecord],
+    best_runs_only: bool,
+) -> StrategySummary:
     """If several settings are confirmed, the best one in the search is chosen."""
-    finished = [run for run in runs if run.result is not None]
-    searched = by_setting(_searched(finished))
-    settings = [s for s in confirmed if s in searched or len(confirmed) == 1]
-    if settings:
-        setting = settings[0] if len(settings) == 1 else _best({s: searched[s] for s in settings})
+    confirmed = _confirmed_settings(finished)
+    fresh = {(run.setting, run.finished_result.seed) for runs in confirmed.values() for run in runs}
+    # the runs that can have helped to choose a setting
+    searched = by_setting(r for r in finished if (r.setting, r.finished_result.seed) not in fresh)
+    candidates = [s for s in confirmed if s in searched or len(confirmed) == 1]
+    if candidates and not best_runs_only:
+        setting = _best({s: searched.get(s, confirmed[s]) for s in candidates})
         summary = StrategySummary(strategy, runs, confirmed[setting], fresh=True)
     else:
-        setting = _best(searched or by_setting(finished))
-        best = max(by_setting(finished)[setting], key=lambda run: run.accuracy)
+        groups = by_setting(finished)
+        setting = _best(searched or groups)
+        best = max(groups[setting], key=lambda run: run.accuracy)
         summary = StrategySummary(strategy, runs, (best,), fresh=False)
     caveats = _caveats(summary)
     if summary.fresh and setting in searched and _best(searched) != setting:
@@ -156,11 +157,11 @@ def _summary(strategy: str, runs: tuple[RunRecord, ...], confirmed: Confirmed) -
     return replace(summary, caveats=tuple(caveats))
 
 
-def _best(groups: dict[str, list[RunRecord]]) -> str:
+def _best(groups: Mapping[str, Sequence[RunRecord]]) -> str:
     return best_setting({s: [run.finished_result for run in runs] for s, runs in groups.items()})
 
 
-def _confirmed_settings(finished: Sequence[RunRecord]) -> Confirmed:
+def _confirmed_settings(finished: Sequence[RunRecord]) -> dict[str, tuple[RunRecord, ...]]:
     """The settings with enough fresh seeds, each with one run per seed.
 
     A run is fresh if it can't have helped to choose its setting: no other setting of the strategy
@@ -182,26 +183,14 @@ def _origins(run: RunRecord) -> list[tuple[str, object]]:
     return [("seed", run.finished_result.seed), *([("sweep", group)] if group else [])]
 
 
-def _searched(finished: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs that can have helped to choose a setting."""
-    confirmed = _confirmed_settings(finished)
-    fresh_seeds = {(s, run.finished_result.seed) for s, runs in confirmed.items() for run in runs}
-    return [run for run in finished if (run.setting, run.finished_result.seed) not in fresh_seeds]
-
-
 def _caveats(summary: StrategySummary) -> list[str]:
     caveats = []
     chosen = summary.chosen
-    rates = sorted(
-        {
-            float(run.config["learning_rate"])
-            for run in summary.runs
-            if run.result or run.diverged or run.state == "pruned"
-        }
-    )
+    tried = [run for run in summary.runs if run.result or run.diverged or run.state == "pruned"]
+    rates = {float(run.config["learning_rate"]) for run in tried}
     rate = float(chosen[0].config["learning_rate"])
-    if len(rates) > 1 and rate in (rates[0], rates[-1]):
-        side = "smallest" if rate == rates[0] else "largest"
+    if len(rates) > 1 and rate in (min(rates), max(rates)):
+        side = "smallest" if rate == min(rates) else "largest"
         caveats.append(f"its best learning rate, {rate:g}, is the {side} that was tried")
     results = [run.finished_result for run in chosen]
     improving = [result for result in results if result.best_epoch == result.epochs_run - 1]
@@ -210,11 +199,9 @@ def _caveats(summary: StrategySummary) -> list[str]:
     reached = np.mean([max(run.metric("train_acc"), default=1.0) for run in chosen])
     if reached < FITTED_TRAIN_ACC:
         caveats.append(f"training accuracy stayed at {reached:.0%}")
-    return caveats + _divergences(summary)
-
-
-def _divergences(summary: StrategySummary) -> list[str]:
-    """Diverged runs have no weights fingerprint, so that settings are compared without it."""
-    settings = {run.setting_by_path for run in summary.chosen}
-    count = sum(run.diverged and run.setting_by_path in settings for run in summary.runs)
-    return [f"{count} more of this setting diverged and are not in the mean"] if count else []
+    # diverged runs have no weights fingerprint, so that settings are compared without it
+    settings = {setting_of(run.config) for run in chosen}
+    diverged = [r for r in summary.runs if r.diverged and setting_of(r.config) in settings]
+    if diverged:
+        caveats.append(f"{len(diverged)} more of this setting diverged and are not in the mean")
+    return caveats

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
+from finetune.analysis import statistics
 from finetune.analysis.by_strategy import StrategySummary, summarize_strategies
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.statistics import (
-    MIN_SEEDS,
-    Correct,
-    Corrected,
-    Difference,
-    group_differences,
-    model_differences,
-    selection_corrected,
-)
+from finetune.analysis.statistics import MIN_SEEDS, Corrected, Difference
 from finetune.config.field_tables import shown
 from finetune.system.text import listed
 
@@ -48,16 +40,7 @@ class Comparison:
     def winner(self) -> RunRecord | None:
         return self.summaries[0].best if self.summaries else None
 
-    def between(self, first: str, second: str) -> Difference | None:
-        """The difference of two strategies, in either direction."""
-        return next((d for d in self.differences if {d.first, d.second} == {first, second}), None)
-
-    @cached_property
-    def headline(self) -> str:
-        """The conclusion in one or two sentences."""
-        return _headline(self)
-
-    @cached_property
+    @property
     def advice(self) -> str:
         """What a comparison of the strategies still needs; empty if nothing."""
         if self.about_strategies or len(self.summaries) < 2:
@@ -68,6 +51,36 @@ class Comparison:
             f"strategy's best setting: {CONFIRM}"
         )
 
+    @property
+    def headline(self) -> str:
+        """The conclusion in one or two sentences."""
+        if not self.summaries:
+            return "No run that can be compared has finished yet."
+        leader, *rivals = self.summaries
+        best = f"{leader.best.name} at {percent(leader.best.accuracy)}"
+        if not rivals:
+            return f"Only {leader.strategy} has finished runs; its best model is {best}."
+        differences = {d.second: d for d in self.differences if d.first == leader.strategy}
+        compared = [rival for rival in rivals if rival.strategy in differences]
+        similar = [rival for rival in compared if not differences[rival.strategy].significant]
+        worse = {s: differences[s.strategy] for s in compared if s not in similar}
+        if self.about_strategies:
+            return _verdict(leader, worse, similar)
+        highest = max(run.accuracy for run in self.compared)
+        what = "model found" if leader.best.accuracy == highest else "setting's best model"
+        text = f"The best {what} is {best}"
+        if self.corrected and self.num_candidates > 1:
+            corrected = percent(self.corrected.accuracy)
+            text += f" ({corrected} corrected for selection from {self.num_candidates} runs)"
+        if not worse:
+            return f"{text}; no significant difference from the other strategies' best models."
+        limitation = max([rival.limitation for rival in worse], key=len)
+        text += f"; it beats the best model of {listed([s.strategy for s in worse])}{limitation}"
+        if similar:
+            names = listed([rival.strategy for rival in similar])
+            text += f", with no significant difference from {names}"
+        return f"{text}."
+
 
 def compare(runs: Sequence[RunRecord]) -> Comparison:
     """The comparison of these runs: of strategies if two or more have enough fresh seeds, else of
@@ -77,53 +90,39 @@ def compare(runs: Sequence[RunRecord]) -> Comparison:
     confirmed = [summary for summary in summaries if summary.fresh]
     about_strategies = len(confirmed) > 1
     if about_strategies:
-        unconfirmed = [summary for summary in summaries if not summary.fresh]
-        if unconfirmed:
+        if unconfirmed := [summary for summary in summaries if not summary.fresh]:
             warnings.append(
                 f"{', '.join(s.strategy for s in unconfirmed)}: fewer than {MIN_SEEDS} fresh "
                 "seeds of one setting, so not part of the comparison"
             )
         summaries = [*confirmed, *unconfirmed]
         candidates = [(run, s.strategy) for s in confirmed for run in s.chosen]
+        groups = {s.strategy: np.stack([run.correct for run in s.chosen]) for s in confirmed}
+        differences = statistics.group_differences(groups)
     else:
         if len(summaries) > 1:  # the mean of several seeds is not comparable with a best run
-            summaries = [summary.with_best_run_only for summary in summaries]
-            summaries.sort(key=lambda summary: -summary.accuracy)
+            summaries = summarize_strategies(comparable, runs, best_runs_only=True)
         candidates = [(run, "") for run in comparable]
-    compared = {id(run) for run in comparable}
+        models = {summary.strategy: summary.best.correct for summary in summaries}
+        differences = statistics.model_differences(models)
+    compared = set(comparable)
     return Comparison(
         summaries=tuple(summaries),
-        differences=tuple(_differences(confirmed if about_strategies else summaries)),
+        differences=tuple(differences),
         about_strategies=about_strategies,
         corrected=_corrected(candidates),
         num_candidates=len(candidates),
         warnings=tuple(warnings),
         compared=tuple(comparable),
-        excluded=tuple(run for run in runs if id(run) not in compared),
+        excluded=tuple(run for run in runs if run not in compared),
     )
-
-
-def _correct(run: RunRecord) -> Correct:
-    assert run.correct is not None
-    return run.correct
-
-
-def _differences(summaries: Sequence[StrategySummary]) -> list[Difference]:
-    if len(summaries) < 2:
-        return []
-    if all(summary.fresh for summary in summaries):
-        groups = {s.strategy: np.stack([_correct(run) for run in s.chosen]) for s in summaries}
-        return group_differences(groups)
-    models = {summary.strategy: _correct(summary.best) for summary in summaries}
-    num_pictures = len(_correct(summaries[0].best))
-    return model_differences(models) if num_pictures > 1 else []
 
 
 def _corrected(candidates: Sequence[tuple[RunRecord, str]]) -> Corrected | None:
     if not candidates:
         return None
-    return selection_corrected(
-        np.stack([_correct(run) for run, _ in candidates]),
+    return statistics.selection_corrected(
+        np.stack([run.correct for run, _ in candidates]),
         [group for _, group in candidates],
         num_resamples=500 if len(candidates) <= 100 else 200,
     )
@@ -132,12 +131,11 @@ def _corrected(candidates: Sequence[tuple[RunRecord, str]]) -> Corrected | None:
 def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
     """The largest set of runs on the same validation pictures, and warnings."""
     warnings = []
-    without = [run for run in finished if run.correct is None]
-    if without:
+    if without := [run for run in finished if not run.correct.size]:
         warnings.append(f"{_named(without)}: no predictions.npz, so not compared")
     groups: dict[tuple[str, str, bytes], list[RunRecord]] = defaultdict(list)
     for run in finished:
-        if run.labels is not None:
+        if run.correct.size:
             result = run.finished_result
             key = (result.dataset_fingerprint, result.split_fingerprint, run.labels.tobytes())
             groups[key].append(run)
@@ -161,19 +159,19 @@ def _inequalities(runs: Sequence[RunRecord]) -> list[str]:
         counts[name] = Counter(shown(name, value) for value in recorded)
     return [
         f"the runs have different {name}: "
-        + ", ".join(f"{value[:12]} ({_num_runs(n)})" for value, n in found.most_common())
+        + ", ".join(f"{value[:12]} ({num_runs(n)})" for value, n in found.most_common())
         for name, found in counts.items()
         if len(found) > 1
     ]
 
 
-def _num_runs(count: int) -> str:
+def num_runs(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
 def _named(runs: Sequence[RunRecord]) -> str:
     names = ", ".join(run.run_id for run in runs[:3])
-    return f"{_num_runs(len(runs))} ({names}{', …' * (len(runs) > 3)})"
+    return f"{num_runs(len(runs))} ({names}{', …' * (len(runs) > 3)})"
 
 
 def percent(accuracy: float) -> str:
@@ -188,56 +186,23 @@ def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _headline(comparison: Comparison) -> str:
-    if not comparison.summaries:
-        return "No run that can be compared has finished yet."
-    leader, *rivals = comparison.summaries
-    best = f"{leader.best.name} at {percent(leader.best.accuracy)}"
-    if not rivals:
-        return f"Only {leader.strategy} has finished runs; its best model is {best}."
-    worse: list[StrategySummary] = []
-    similar: list[StrategySummary] = []
-    for rival in rivals:
-        if difference := comparison.between(leader.strategy, rival.strategy):
-            (worse if difference.significant else similar).append(rival)
-    if comparison.about_strategies:
-        return _verdict(leader, worse, similar, comparison)
-    highest = max(run.accuracy for run in comparison.compared)
-    what = "model found" if leader.best.accuracy == highest else "setting's best model"
-    opening = f"The best {what} is {best}"
-    if comparison.corrected and comparison.num_candidates > 1:
-        corrected = percent(comparison.corrected.accuracy)
-        opening += f" ({corrected} corrected for selection from {comparison.num_candidates} runs)"
-    if not worse:
-        return f"{opening}; no significant difference from the other strategies' best models."
-    limitation = max([rival.limitation for rival in worse], key=len)
-    beaten = listed([rival.strategy for rival in worse])
-    closing = f"; it beats the best model of {beaten}{limitation}"
-    if similar:
-        closing += f", with no significant difference from {listed([s.strategy for s in similar])}"
-    return f"{opening}{closing}."
-
-
 def _verdict(
     leader: StrategySummary,
-    worse: Sequence[StrategySummary],
+    worse: Mapping[StrategySummary, Difference],
     similar: Sequence[StrategySummary],
-    comparison: Comparison,
 ) -> str:
+    seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
+    accuracy = percent(leader.accuracy)
     if similar:
-        seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
         others = listed([f"{s.strategy} ({percent(s.accuracy)})" for s in similar])
         parts = [
-            f"No significant difference between {leader.strategy} ({percent(leader.accuracy)}) and "
-            f"{others} over {seeds} fresh seeds"
+            f"No significant difference between {leader.strategy} ({accuracy}) and {others} over "
+            f"{seeds} fresh seeds"
         ]
     else:
-        accuracy = percent(leader.accuracy)
         seeds = len(leader.chosen)
         parts = [f"{leader.strategy} wins with {accuracy}, the mean of {seeds} fresh seeds"]
-    for rival in worse:
-        difference = comparison.between(leader.strategy, rival.strategy)
-        assert difference is not None
+    for rival, difference in worse.items():
         less = points(abs(difference.estimate))
         parts.append(f"{rival.strategy} is {less} points worse{rival.limitation}")
     return f"{'; '.join(parts)}."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from finetune.analysis.by_strategy import by_setting, mean_accuracy, value_of, varied_fields
@@ -36,30 +36,19 @@ def field_importances(runs: Sequence[RunRecord]) -> dict[str, float]:
         import optuna
     except ImportError:
         return {}
-    return _importances(optuna, finished.values(), values)
-
-
-def _importances(
-    optuna: Any, settings: Iterable[Sequence[RunRecord]], values: dict[str, set[Any]]
-) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = {name: _distribution(optuna, found) for name, found in values.items()}
     study = optuna.create_study(direction="maximize")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for runs in settings:
+        for repeats in finished.values():
+            params = {name: value_of(repeats[0], name) for name in values}
+            value = mean_accuracy(repeats)
             study.add_trial(
-                optuna.trial.create_trial(
-                    params={name: value_of(runs[0], name) for name in values},
-                    distributions=distributions,
-                    value=mean_accuracy(runs),
-                )
+                optuna.trial.create_trial(params=params, distributions=distributions, value=value)
             )
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        shares: dict[str, float] = optuna.importance.get_param_importances(
-            study, evaluator=evaluator
-        )
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
 def _distribution(optuna: Any, values: Collection[Any]) -> Any:

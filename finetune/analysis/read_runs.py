@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from finetune.system.errors import FinetuneError, RunDirError
 from finetune.system.files import walk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunRecord:
     """The content of a run directory, as far as it exists."""
 
@@ -32,9 +32,10 @@ class RunRecord:
     result: RunResult | None = None
     start_epochs: Mapping[str, int] = field(default_factory=dict)
     """The epoch at which each part started to train."""
-    correct: Correct | None = None
+    labels: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, int))
+    """The classes of the validation pictures; empty without predictions.npz."""
+    correct: Correct = field(default_factory=lambda: np.empty(0, bool))
     """Whether each validation picture was classified correctly at the best epoch."""
-    labels: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
     @property
     def run_id(self) -> str:
@@ -66,11 +67,6 @@ class RunRecord:
         """A key that finished runs share if they differ only in seed, name and machine."""
         return setting_of(self.config, self.finished_result.weights_fingerprint)
 
-    @cached_property
-    def setting_by_path(self) -> str:
-        """Like `setting`, but with the path of the weights: for runs without a result."""
-        return setting_of(self.config)
-
     def metric(self, name: str) -> list[float]:
         """The recorded values of a metric, one per epoch that has it."""
         values = [row.get(name, np.nan) for row in self.rows]
@@ -85,7 +81,14 @@ def read_runs(runs_dir: Path) -> list[RunRecord]:
     """
     if not runs_dir.is_dir():
         raise RunDirError(f"{runs_dir} does not exist; pass the folder of the runs (--out)")
-    runs = [_read(folder) for folder in _run_dirs(runs_dir)]
+    runs = []
+    try:
+        for folder, subfolders, files in walk(runs_dir):
+            if "config.yaml" in files:
+                subfolders.clear()
+                runs.append(_read(RunDir(folder)))
+    except OSError as error:
+        raise RunDirError(f"{error.filename} can't be read: {error.strerror}") from None
     if not runs:
         raise RunDirError(
             f"{runs_dir} holds no run directories (folders with a config.yaml, at any depth); "
@@ -94,40 +97,30 @@ def read_runs(runs_dir: Path) -> list[RunRecord]:
     return runs
 
 
-def _run_dirs(root: Path) -> Iterator[Path]:
-    try:
-        for folder, subfolders, files in walk(root):
-            if "config.yaml" in files:
-                subfolders.clear()
-                yield folder
-    except OSError as error:
-        raise RunDirError(f"{error.filename} can't be read: {error.strerror}") from None
-
-
-def _read(folder: Path) -> RunRecord:
-    run_dir = RunDir(folder)
+def _read(run_dir: RunDir) -> RunRecord:
+    path = run_dir.path
     try:
         if run_dir.finished:
             return _read_finished(run_dir)
         config = run_dir.read_config().to_fields()
         rows = tuple(read_metrics(run_dir.metrics_path))
     except (FinetuneError, OSError) as error:
-        return RunRecord(folder, {}, (), "unreadable", str(error))
-    failure = read_failure(run_dir.failure_path)
-    if failure is None:
-        reason = f"still running, or killed; continue it with --resume {folder}"
-        return RunRecord(folder, config, rows, "unfinished", reason)
-    return RunRecord(folder, config, rows, str(failure["state"]), str(failure["reason"]))
+        return RunRecord(path, {}, (), "unreadable", str(error))
+    failure = read_failure(run_dir.failure_path) or {
+        "state": "unfinished",
+        "reason": f"still running, or killed; continue it with --resume {path}",
+    }
+    return RunRecord(path, config, rows, str(failure["state"]), str(failure["reason"]))
 
 
 def _read_finished(run_dir: RunDir) -> RunRecord:
     result = RunResult.load(run_dir.path)
     known = {k: v for k, v in result.config.items() if k in RunConfig.model_fields}
     config = RunConfig.from_fields(known)  # raises for values that are not allowed
-    correct = labels = None
+    predictions: dict[str, Any] = {}
     if run_dir.predictions_path.exists():
         logits, labels, _ = run_dir.read_predictions()
-        correct = logits.argmax(axis=1) == labels
+        predictions = {"labels": labels, "correct": logits.argmax(axis=1) == labels}
     return RunRecord(
         run_dir.path,
         config.to_fields() | result.config,
@@ -136,6 +129,5 @@ def _read_finished(run_dir: RunDir) -> RunRecord:
         result=result,
         # version 0.1.0 didn't record them
         start_epochs=result.start_epochs or config.plan.start_epochs,
-        correct=correct,
-        labels=labels,
+        **predictions,
     )

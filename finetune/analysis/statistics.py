@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special, stats
 
 CONFIDENCE = 0.95
@@ -44,35 +45,6 @@ class Difference:
         return self.p_holm < 1 - CONFIDENCE
 
 
-@dataclass(frozen=True)
-class _Spread:
-    """The mean accuracy of a group of runs, and its variances."""
-
-    mean: float
-    per_picture: Floats
-    num_runs: int
-    run_variance: float
-    """Variance of a run's accuracy between seeds."""
-    residual_variance: float
-    """The part of `run_variance` that is random per picture; the variance between pictures contains
-    it too."""
-
-    @classmethod
-    def of(cls, correct_RN: Correct) -> _Spread:
-        right = correct_RN.astype(np.float64)
-        num_runs, num_pictures = right.shape
-        accuracies, per_picture = right.mean(axis=1), right.mean(axis=0)
-        residuals = right - accuracies[:, None] - per_picture + right.mean()
-        freedom = (num_runs - 1) * (num_pictures - 1)
-        return cls(
-            mean=float(right.mean()),
-            per_picture=per_picture,
-            num_runs=num_runs,
-            run_variance=float(accuracies.var(ddof=1)),
-            residual_variance=float((residuals**2).sum() / freedom) / num_pictures,
-        )
-
-
 def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
     """The difference of every pair of groups, for other seeds and other pictures.
 
@@ -84,34 +56,39 @@ def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
     https://doi.org/10.2202/1544-6115.1027). The interval uses Student's quantile with
     Satterthwaite's degrees of freedom. p-values are corrected over all pairs (`holm`).
     """
-    assert all(len(correct_RN) >= MIN_SEEDS for correct_RN in groups.values())
-    spreads = {name: _Spread.of(correct_RN) for name, correct_RN in groups.items()}
+    rights = [correct_RN.astype(np.float64) for correct_RN in groups.values()]
+    num_runs = np.array([len(right_RN) for right_RN in rights])
+    assert min(num_runs) >= MIN_SEEDS
+    per_picture = [right_RN.mean(axis=0) for right_RN in rights]
+    residuals = np.array([_residual_variance(right_RN) for right_RN in rights])
     seeds = moderated(
-        [spread.run_variance for spread in spreads.values()],
-        [spread.num_runs - 1 for spread in spreads.values()],
-        floor=1 / (12 * next(iter(groups.values())).shape[1] ** 2),  # of rounding to one picture
+        [float(right_RN.mean(axis=1).var(ddof=1)) for right_RN in rights],
+        num_runs - 1,
+        floor=1 / (12 * rights[0].shape[1] ** 2),  # of rounding to one picture
     )
-    pairs = [
-        _group_difference(spreads, seeds, [i, j]) for i, j in combinations(range(len(groups)), 2)
-    ]
+    pairs = []
+    for (i, a), (j, b) in combinations(enumerate(groups), 2):
+        both = [i, j]
+        paired_N = per_picture[i] - per_picture[j]
+        pictures = float(paired_N.var(ddof=1)) / len(paired_N)
+        between, residual = seeds.variances[both], residuals[both]
+        variance = pictures + max(float(((between - residual) / num_runs[both]).sum()), 0.0)
+        # an estimate below its residual is not more certain than the residual
+        uncertain = seeds.uncertainty(both, np.maximum(between, residual) / num_runs[both])
+        freedom = variance**2 / uncertain if uncertain else math.inf
+        estimate = float(rights[i].mean()) - float(rights[j].mean())
+        pairs.append(_difference(a, b, estimate, variance, freedom))
     return _with_holm(pairs, len(groups))
 
 
-def _group_difference(
-    spreads: Mapping[str, _Spread], seeds: Moderated, both: list[int]
-) -> Difference:
-    a, b = (list(spreads)[i] for i in both)
-    first, second = spreads[a], spreads[b]
-    paired_N = first.per_picture - second.per_picture
-    pictures = float(paired_N.var(ddof=1)) / len(paired_N)
-    runs = np.array([first.num_runs, second.num_runs])
-    residuals = np.array([first.residual_variance, second.residual_variance])
-    between = seeds.variances[both]
-    variance = pictures + max(float(((between - residuals) / runs).sum()), 0.0)
-    # an estimate below its residual is not more certain than the residual
-    uncertain = seeds.uncertainty(both, np.maximum(between, residuals) / runs)
-    freedom = variance**2 / uncertain if uncertain else math.inf
-    return _difference(a, b, first.mean - second.mean, variance, freedom)
+def _residual_variance(right_RN: Floats) -> float:
+    """The part of the variance between runs that is random per picture; the variance between
+    pictures contains it too."""
+    num_runs, num_pictures = right_RN.shape
+    accuracies, per_picture = right_RN.mean(axis=1), right_RN.mean(axis=0)
+    residuals = right_RN - accuracies[:, None] - per_picture + right_RN.mean()
+    freedom = (num_runs - 1) * (num_pictures - 1)
+    return float((residuals**2).sum()) / freedom / num_pictures
 
 
 def _difference(
@@ -148,7 +125,7 @@ class Moderated:
         return independent + (common**2 + 2 * common * float(own.sum())) / total
 
 
-def moderated(variances: Sequence[float], freedoms: Sequence[int], floor: float) -> Moderated:
+def moderated(variances: Sequence[float], freedoms: ArrayLike, floor: float) -> Moderated:
     """Variances shrunk towards a common one as far as they agree (Smyth 2004, empirical Bayes)."""
     found = np.maximum(np.asarray(variances, dtype=float), floor)
     own = np.asarray(freedoms, dtype=float)
@@ -183,10 +160,15 @@ def _trigamma_inverse(value: float) -> float:
 
 
 def model_differences(models: Mapping[str, Correct]) -> list[Difference]:
-    """The difference of every pair of single models, for other pictures but not for other seeds."""
+    """The difference of every pair of single models, for other pictures but not for other seeds.
+
+    Empty for a single picture.
+    """
     pairs = []
     for a, b in combinations(models, 2):
         paired_N = models[a].astype(np.float64) - models[b]
+        if len(paired_N) < 2:
+            return []
         variance = float(paired_N.var(ddof=1)) / len(paired_N)
         pair = _difference(a, b, float(paired_N.mean()), variance, len(paired_N) - 1)
         pairs.append(replace(pair, p_mcnemar=mcnemar(models[a], models[b])))

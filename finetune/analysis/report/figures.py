@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from finetune.analysis.by_strategy import StrategySummary, by_strategy
-from finetune.analysis.comparison import Comparison
 from finetune.analysis.read_runs import RunRecord
+from finetune.analysis.statistics import Difference
 from finetune.config.strategies import STRATEGIES
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
 
 _PALETTE = ("#4393e6", "#e58637", "#35ad86", "#c26ccc", "#b59b2e", "#e0606b", "#7f8c9b")
-_SIGNIFICANT, _GREY = "#35ad86", "#94a0b0"
+_GREY = "#94a0b0"
 PLAIN_MARGIN = {"l": 56, "r": 8, "t": 12, "b": 48}
 """The margin of a figure without a legend."""
 _MAX_CURVES = 5
@@ -29,8 +29,7 @@ _MAX_CURVES = 5
 
 
 def colour_of(strategy: str) -> str:
-    names = list(STRATEGIES)
-    index = names.index(strategy) if strategy in names else len(names)
+    index = [*STRATEGIES, strategy].index(strategy)
     return _PALETTE[index % len(_PALETTE)]
 
 
@@ -67,46 +66,51 @@ def bars(x: Sequence[float], y: Sequence[str], hover: str, **options: Any) -> Tr
     return {"type": "bar", "orientation": "h", "x": x, "y": y, **shown, **options}
 
 
-def difference_intervals(comparison: Comparison) -> Figure:
+def difference_intervals(differences: Sequence[Difference]) -> Figure:
     """Each pair's difference in percentage points, with its interval."""
-    pairs = list(reversed(comparison.differences))
+    pairs = {text(f"{d.first} − {d.second}"): d for d in reversed(differences)}
     traces = []
-    for significant, colour in ((True, _SIGNIFICANT), (False, _GREY)):
-        shown = [pair for pair in pairs if pair.significant == significant]
+    for name, colour in (("significant", "#35ad86"), ("not significant", _GREY)):
+        shown = {k: d for k, d in pairs.items() if d.significant == (name == "significant")}
+        lengths = [100 * (d.high - d.estimate) for d in shown.values()]
         trace = scatter(
             "markers",
-            "significant" if significant else "not significant",
-            [100 * pair.estimate for pair in shown],
-            [text(f"{pair.first} − {pair.second}") for pair in shown],
+            name,
+            [100 * d.estimate for d in shown.values()],
+            list(shown),
             hover="%{y}: %{x:.1f} points",
             marker={"color": colour, "size": 10},
-            error_x={
-                "type": "data",
-                "array": [100 * (pair.high - pair.estimate) for pair in shown],
-                "color": colour,
-                "thickness": 2,
-                "width": 5,
-            },
+            error_x={"type": "data", "array": lengths, "color": colour, "thickness": 2, "width": 5},
         )
         traces += [trace] if shown else []
-    order = [text(f"{pair.first} − {pair.second}") for pair in pairs]
     return figure(
         traces,
         130 + 34 * len(pairs),
         xaxis=axis("percentage points", zeroline=True, zerolinewidth=2),
-        yaxis={"categoryorder": "array", "categoryarray": order},
+        yaxis={"categoryorder": "array", "categoryarray": list(pairs)},
         showlegend=True,
     )
 
 
 def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
     """Accuracy and training time of each run, and the frontier of the most accurate ones."""
-    minutes = {id(run): run.finished_result.train_seconds / 60 for run in finished}
-    traces = [
+    minutes = {run: run.finished_result.train_seconds / 60 for run in finished}
+    best: list[tuple[float, float]] = []
+    for time, accuracy in sorted((minutes[run], run.accuracy) for run in finished):
+        if not best or accuracy > best[-1][1]:
+            best.append((time, accuracy))
+    frontier = scatter(
+        "lines",
+        "frontier",
+        [time for time, _ in best],
+        [100 * accuracy for _, accuracy in best],
+        line={"shape": "hv", "color": _GREY, "width": 1.5, "dash": "dot"},
+    )
+    points = [
         scatter(
             "markers",
             strategy,
-            [round(minutes[id(run)], 4) for run in runs],
+            [round(minutes[run], 4) for run in runs],
             [100 * run.accuracy for run in runs],
             hover="%{text}<br>%{y:.1f} % in %{x:.2f} min",
             text=[text(run.name) for run in runs],
@@ -114,93 +118,78 @@ def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
         )
         for strategy, runs in by_strategy(finished).items()
     ]
-    best: list[tuple[float, float]] = []
-    for time, accuracy in sorted((minutes[id(run)], run.accuracy) for run in finished):
-        if not best or accuracy > best[-1][1]:
-            best.append((time, accuracy))
-    line = scatter(
-        "lines",
-        "frontier",
-        [time for time, _ in best],
-        [100 * accuracy for _, accuracy in best],
-        line={"shape": "hv", "color": _GREY, "width": 1.5, "dash": "dot"},
-    )
     return figure(
-        [line, *traces],
+        [frontier, *points],
         400,
         xaxis=log_axis("training time, minutes", min(minutes.values()), max(minutes.values())),
         yaxis=axis("validation accuracy, %"),
     )
 
 
-def learning_curves(comparison: Comparison) -> Figure:
+def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
     """Accuracy by epoch of each strategy's chosen runs, with a diamond at each unfreezing."""
-    runs = [(s, run) for s in comparison.summaries for run in s.chosen[:_MAX_CURVES]]
-    diamonds = [_diamonds(summary, run) for summary, run in runs if unfreezings(run)]
-    num_epochs = max((len(summary.best.rows) for summary in comparison.summaries), default=0)
+    traces, diamonds = [], []
+    for summary in summaries:
+        for i, run in enumerate(summary.chosen[:_MAX_CURVES]):
+            traces += _curves(run, is_first=i == 0)
+            diamonds += [_diamonds(run)] if unfreezings(run) else []
+    num_epochs = max((len(summary.best.rows) for summary in summaries), default=0)
     return figure(
-        [trace for summary, run in runs for trace in _curves(summary, run)] + diamonds,
+        traces + diamonds,
         420,
         xaxis=axis("epoch", dtick=1 if num_epochs <= 20 else None),
         yaxis=axis("accuracy, %"),
     )
 
 
-def _curves(summary: StrategySummary, run: RunRecord) -> list[Trace]:
-    is_first = run is summary.chosen[0]
-    colour = colour_of(summary.strategy)
-    validation = scatter(
+def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **options: Any) -> Trace:
+    """A metric by epoch, in percent."""
+    rows = [row for row in run.rows if not np.isnan(row.get(metric, np.nan))]
+    return scatter(
+        mode,
+        name,
+        [row["epoch"] for row in rows],
+        [100 * row[metric] for row in rows],
+        hover=f"{text(run.name)}, seed {run.config.get('seed')}<br>{hover}",
+        **{"legendgroup": run.strategy, "showlegend": False} | options,
+    )
+
+
+def _curves(run: RunRecord, is_first: bool) -> list[Trace]:
+    colour = colour_of(run.strategy)
+    validation = _curve(
+        run,
         "lines+markers",
-        summary.strategy,
-        *_epochs_and_percentages(run, "val_acc"),
-        hover=f"{_label(run)}<br>%{{y:.1f}} % validation, epoch %{{x}}",
-        legendgroup=summary.strategy,
+        run.strategy,
+        "val_acc",
+        "%{y:.1f} % validation, epoch %{x}",
         showlegend=is_first,
         line={"color": colour, "width": 2.5 if is_first else 1.2},
         opacity=1 if is_first else 0.6,
         marker={"size": 4},
     )
-    training = scatter(
-        "lines",
-        "training",
-        *_epochs_and_percentages(run, "train_acc"),
-        hover=f"{_label(run)}<br>%{{y:.1f}} % training",
-        legendgroup=summary.strategy,
-        showlegend=False,
-        line={"color": colour, "width": 1.2, "dash": "dot"},
-    )
+    line = {"color": colour, "width": 1.2, "dash": "dot"}
+    hover = "%{y:.1f} % training"
+    training = _curve(run, "lines", "training", "train_acc", hover, line=line)
     return [validation, training] if is_first else [validation]
 
 
-def _diamonds(summary: StrategySummary, run: RunRecord) -> Trace:
+def _diamonds(run: RunRecord) -> Trace:
     starts = unfreezings(run)
-    accuracies = dict(zip(*_epochs_and_percentages(run, "val_acc"), strict=True))
-    return scatter(
-        "markers",
-        "unfreezing",
-        list(starts),
-        [accuracies.get(epoch) for epoch in starts],
-        hover=f"{_label(run)}<br>%{{text}} starts to train in epoch %{{x}}",
-        text=[" and ".join(parts) for parts in starts.values()],
-        legendgroup=summary.strategy,
-        showlegend=False,
-        marker={
+    hover = "%{text} starts to train in epoch %{x}"
+    trace = _curve(run, "markers", "unfreezing", "val_acc", hover)
+    accuracies = dict(zip(trace["x"], trace["y"], strict=True))
+    return trace | {
+        "x": list(starts),
+        "y": [accuracies.get(epoch) for epoch in starts],
+        "text": [" and ".join(parts) for parts in starts.values()],
+        "marker": {
             "symbol": "diamond",
             "size": 11,
-            "color": colour_of(summary.strategy),
+            "color": colour_of(run.strategy),
             "line": {"width": 1, "color": "#ffffff"},
         },
-    )
-
-
-def _label(run: RunRecord) -> str:
-    return f"{text(run.name)}, seed {run.config.get('seed')}"
-
-
-def _epochs_and_percentages(run: RunRecord, metric: str) -> tuple[list[float], list[float]]:
-    """The epochs that have the metric, and its values in percent."""
-    rows = [row for row in run.rows if not np.isnan(row.get(metric, np.nan))]
-    return [row["epoch"] for row in rows], [100 * row[metric] for row in rows]
+    }
 
 
 def unfreezings(run: RunRecord) -> dict[int, list[str]]:

@@ -1,10 +1,11 @@
-"""Parts of the page: sections, notes, sortable tables, and the figures with their places."""
+"""Parts of the page: sections, notes, sortable tables, and places of figures."""
 
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from finetune.analysis.report.figures import Figure, colour_of
@@ -45,59 +46,63 @@ class Column:
     """The value of a row, by which the table is sorted; None leaves the cell empty."""
     shown: Callable[[Any], str] = plain
     """The HTML of a value."""
-    always: bool = False
-    """Show the column even if all its values are the same."""
 
-    def html(self, row: Any) -> str:
+    def cell(self, row: Any) -> str:
         value = self.value(row)
         return "–" if value is None else self.shown(value)
 
 
 def table(columns: Sequence[Column], rows: Sequence[Any], tall: bool = False) -> str:
     """A sortable table."""
-    numeric = [
-        any(isinstance(column.value(row), int | float) for row in rows) for column in columns
-    ]
-    css = [' class="number"' if is_number else "" for is_number in numeric]
-    head = "".join(
-        f'<th{c} scope="col"><button>{esc(column.head)}</button></th>'
-        for column, c in zip(columns, css, strict=True)
-    )
-    body = "".join(
-        f"<tr>{''.join(map(_cell, columns, css, [row] * len(css)))}</tr>" for row in rows
-    )
+    heads, cells = "", [""] * len(rows)
+    for column in columns:
+        values = [column.value(row) for row in rows]
+        numeric = any(isinstance(value, int | float) for value in values)
+        css = ' class="number"' if numeric else ""
+        heads += f'<th{css} scope="col"><button>{esc(column.head)}</button></th>'
+        for i, value in enumerate(values):
+            data = f' data-value="{"" if value is None else esc(value)}"' if numeric else ""
+            cells[i] += f"<td{css}{data}>{column.cell(rows[i])}</td>"
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return (
-        f'<div class="scroll{" tall" * tall}"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll{" tall" * tall}"><table><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _cell(column: Column, css: str, row: Any) -> str:
-    value = "" if (found := column.value(row)) is None else found
-    data = f' data-value="{esc(value)}"' if css else ""
-    return f"<td{css}{data}>{column.html(row)}</td>"
+def table_section(
+    title: str,
+    about: str,
+    columns: Sequence[Column],
+    rows: Sequence[Any],
+    above: str = "",
+    tall: bool = False,
+    num_fixed: int | None = None,
+) -> str:
+    """A section with a table, or nothing without rows.
+
+    Of the columns after the first `num_fixed`, those that are the same in all rows become a
+    sentence.
+    """
+    if not rows:
+        return ""
+    kept, constant = list(columns[:num_fixed]), []
+    for column in columns[len(kept) :]:
+        cells = {column.cell(row) for row in rows}
+        if len(cells) > 1:
+            kept.append(column)
+        elif cells != {"–"}:
+            constant.append(f"{column.head} {html.unescape(cells.pop())}")
+    if constant:
+        about += f"The same for all: {', '.join(constant)}."
+    return section(title, about, above, table(kept, rows, tall))
 
 
-def split_constant_columns(
-    columns: Sequence[Column], rows: Sequence[Any]
-) -> tuple[str, list[Column]]:
-    """The columns that are the same in all rows as a sentence, and the other columns."""
-    values = {column.head: {column.html(row) for row in rows} for column in columns}
-    kept = [column for column in columns if column.always or len(values[column.head]) > 1]
-    constant = {c.head: min(values[c.head]) for c in columns if c not in kept}
-    words = [f"{head} {html.unescape(cell)}" for head, cell in constant.items() if cell != "–"]
-    return (f"The same for all: {', '.join(words)}." if words else ""), kept
-
-
-@dataclass
-class PageFigures:
-    """The figures of a page by the ids of their places."""
-
-    figures: dict[str, Figure] = field(default_factory=dict)
-
-    def add(self, name: str, figure: Figure, wide: bool = False) -> str:
-        """The HTML of a figure's place; on a phone a wide one scrolls."""
-        self.figures[name] = figure
-        height = figure["layout"]["height"]
-        place = f'<div id="{name}" class="figure{" wide" * wide}" style="height:{height}px"></div>'
-        return f'<div class="scroll">{place}</div>'
+def place(name: str, figure: Figure, wide: bool = False) -> str:
+    """A figure's place, in which page.js draws it; on a phone a wide one scrolls."""
+    data = html.escape(json.dumps(figure, separators=(",", ":")), quote=False).replace("'", "&#39;")
+    height = figure["layout"]["height"]
+    return (
+        f'<div class="scroll"><div id="{name}" class="figure{" wide" * wide}" '
+        f"style=\"height:{height}px\" data-figure='{data}'></div></div>"
+    )

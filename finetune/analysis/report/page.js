@@ -1,5 +1,4 @@
 "use strict";
-const figures = JSON.parse(document.getElementById("figures").textContent);
 
 function themed(layout) {
   const style = getComputedStyle(document.documentElement);
@@ -10,7 +9,7 @@ function themed(layout) {
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"),
                   font: { color: colour("--ink") } },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
-    ...structuredClone(layout),
+    ...layout,
   };
   made.font = { family: getComputedStyle(document.body).fontFamily, size: 13,
                 color: colour("--ink"), ...(layout.font || {}) };
@@ -30,8 +29,9 @@ function coloured(data) {
 }
 
 function draw() {
-  for (const [id, figure] of Object.entries(figures)) {
-    Plotly.react(id, coloured(structuredClone(figure.data)), themed(figure.layout),
+  for (const place of document.querySelectorAll(".figure")) {
+    const figure = JSON.parse(place.dataset.figure);
+    Plotly.react(place, coloured(figure.data), themed(figure.layout),
                  { displayModeBar: false, responsive: true });
   }
 }

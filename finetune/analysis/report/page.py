@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 
 from finetune.analysis.by_strategy import StrategySummary, varied_fields
-from finetune.analysis.comparison import CONFIRM, Comparison, p_value, percent, points
+from finetune.analysis.comparison import CONFIRM, Comparison, num_runs, p_value, percent, points
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report import figures, search_figures
-from finetune.analysis.report.markup import (
-    Column,
-    PageFigures,
-    esc,
-    section,
-    split_constant_columns,
-    strategy_label,
-    table,
-    warning,
-)
-from finetune.analysis.report.run_tables import (
-    data_and_software,
-    excluded_runs,
-    field_columns,
-    finished_runs,
-)
+from finetune.analysis.report import figures, run_tables, search_figures
+from finetune.analysis.report.markup import Column, esc, place, section, table_section, warning
 from finetune.analysis.report.winner import winner_section
 from finetune.system.errors import MissingPackage
 
@@ -36,42 +20,40 @@ def page(
     runs: Sequence[RunRecord],
     comparison: Comparison,
     source: str,
-    importances: Mapping[str, float] | None = None,
+    importances: Mapping[str, float],
 ) -> str:
     """The page's HTML; `source` says where the runs are from. Raises `MissingPackage` without
     plotly."""
-    page_figures = PageFigures()
     sections = [_overview(runs, comparison, source)]
     if comparison.winner:
         sections += [
-            _strategies(comparison),
-            _differences(comparison, page_figures),
+            run_tables.strategies(comparison),
+            _differences(comparison),
             section(
                 "Accuracy and training time",
                 "One point per run, at its best epoch. No run is both quicker and more accurate "
                 "than those on the dotted frontier.",
-                page_figures.add("frontier", figures.accuracy_against_time(comparison.compared)),
+                place("frontier", figures.accuracy_against_time(comparison.compared)),
             ),
             section(
                 "Learning curves",
                 "Validation accuracy of each strategy's compared runs; dotted: training accuracy."
-                f"{_unfreezings(comparison)}",
-                page_figures.add("curves", figures.learning_curves(comparison)),
+                f"{_unfreezings(comparison.summaries)}",
+                place("curves", figures.learning_curves(comparison.summaries)),
             ),
-            _search(comparison.compared, importances or {}, page_figures),
-            winner_section(comparison.winner, page_figures),
+            _search(comparison.compared, importances),
+            winner_section(comparison.winner),
         ]
     sections += [
-        finished_runs(comparison.compared),
-        excluded_runs(comparison.excluded),
-        data_and_software(runs),
+        run_tables.finished_runs(comparison.compared),
+        run_tables.excluded_runs(comparison.excluded),
+        run_tables.data_and_software(runs),
     ]
-    return _document("".join(sections), page_figures)
+    return _document("".join(sections))
 
 
-def _document(body: str, page_figures: PageFigures) -> str:
+def _document(body: str) -> str:
     files = resources.files("finetune.analysis.report")
-    data = json.dumps(page_figures.figures, separators=(",", ":")).replace("<", "\\u003c")
     policy = (
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
         "img-src data: blob:"
@@ -88,7 +70,6 @@ def _document(body: str, page_figures: PageFigures) -> str:
 </head>
 <body>
 <main>{body}</main>
-<script id="figures" type="application/json">{data}</script>
 <script>{_plotly()}</script>
 <script>{files.joinpath("page.js").read_text(encoding="utf-8")}</script>
 </body>
@@ -111,7 +92,7 @@ def _overview(runs: Sequence[RunRecord], comparison: Comparison, source: str) ->
     parts = [
         f"<h1>{esc(comparison.headline)}</h1>",
         f"<p>{advice}</p>" if advice else "",
-        f'<p class="soft">{len(runs)} run{"s" * (len(runs) != 1)} of {strategies} '
+        f'<p class="soft">{num_runs(len(runs))} of {strategies} '
         f"strateg{'y' if strategies == 1 else 'ies'} in {esc(source)}, "
         f"{datetime.now():%Y-%m-%d %H:%M}</p>",
         *map(warning, comparison.warnings),
@@ -144,62 +125,11 @@ def _tiles(
     return tiles
 
 
-def _strategies(comparison: Comparison) -> str:
-    fresh = comparison.about_strategies
-    about = (
-        "Accuracy is the mean over the fresh seeds of the best setting. "
-        if fresh
-        else "Accuracy is that of the best run, which is too optimistic, the more so the more runs "
-        "there are. "
-    )
-    columns = [
-        Column("strategy", _strategy_cell, str, always=True),
-        Column("accuracy", lambda s: s.accuracy, percent, always=True),
-        Column("runs", lambda s: len(s.runs), always=True),
-        Column("lowest", lambda s: min(_seed_accuracies(s), default=None), percent),
-        Column("highest", lambda s: max(_seed_accuracies(s), default=None), percent),
-        Column("seeds", lambda s: len(s.chosen)),
-        Column("diverged", lambda s: s.num_diverged),
-        *field_columns(comparison.compared, lambda s: s.best),
-        Column("best epoch", lambda s: s.best.finished_result.best_epoch),
-        Column(
-            "minutes", lambda s: s.train_minutes, lambda m: f"{m:.1f}" if m >= 1 else f"{m:.2f}"
-        ),
-        Column("trained weights", lambda s: s.trainable_parameters, _in_millions),
-    ]
-    constant, columns = split_constant_columns(columns, comparison.summaries)
-    return section("Strategies", about + constant, table(columns, comparison.summaries))
-
-
-def _strategy_cell(summary: StrategySummary) -> str:
-    caveats = "".join(f'<span class="caveat">{esc(text)}</span>' for text in summary.caveats)
-    return strategy_label(summary.strategy) + caveats
-
-
-def _seed_accuracies(summary: StrategySummary) -> list[float]:
-    return [run.accuracy for run in summary.chosen] if len(summary.chosen) > 1 else []
-
-
-def _in_millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
-
-
-def _differences(comparison: Comparison, page_figures: PageFigures) -> str:
-    if not comparison.differences:
-        return ""
+def _differences(comparison: Comparison) -> str:
     corrected = (
         "p-values are corrected for the number of pairs (Holm, with Shaffer's counts); below 0.05 "
         "a difference is significant."
     )
-    if comparison.about_strategies:
-        title = "Differences between strategies"
-        about = f"95 % intervals for other seeds and other pictures. {corrected}"
-    else:
-        title = "Differences between these models"
-        about = (
-            "95 % intervals for other pictures but only for these trained models: with other seeds "
-            f"the order could change. {corrected}"
-        )
     columns = [
         Column("pair", lambda d: f"{d.first} − {d.second}"),
         Column(
@@ -214,41 +144,42 @@ def _differences(comparison: Comparison, page_figures: PageFigures) -> str:
         Column("to", lambda d: d.high, points),
         Column("p (Holm)", lambda d: d.p_holm, p_value),
     ]
+    title, limits = "Differences between strategies", "other seeds and other pictures"
     if not comparison.about_strategies:
+        title = "Differences between these models"
+        limits = (
+            "other pictures but only for these trained models: with other seeds the order could "
+            "change"
+        )
         columns.append(Column("p (McNemar)", lambda d: d.p_mcnemar, p_value))
-    drawing = page_figures.add("intervals", figures.difference_intervals(comparison))
-    return section(title, about, drawing, table(columns, comparison.differences))
+    drawing = place("intervals", figures.difference_intervals(comparison.differences))
+    about = f"95 % intervals for {limits}. {corrected}"
+    return table_section(title, about, columns, comparison.differences, above=drawing)
 
 
-def _unfreezings(comparison: Comparison) -> str:
+def _unfreezings(summaries: Sequence[StrategySummary]) -> str:
     """When more parts of each strategy's network start to train, as a sentence."""
     sentences = []
-    for summary in comparison.summaries:
+    for summary in summaries:
         if starts := figures.unfreezings(summary.chosen[0]):
             epochs = [f"{' and '.join(parts)} from epoch {e}" for e, parts in starts.items()]
             sentences.append(f"{summary.strategy} trains {', '.join(epochs)}")
     return f" A diamond marks an unfreezing: {'; '.join(sentences)}." if sentences else ""
 
 
-def _search(
-    finished: Sequence[RunRecord], importances: Mapping[str, float], page_figures: PageFigures
-) -> str:
+def _search(finished: Sequence[RunRecord], importances: Mapping[str, float]) -> str:
     varied = varied_fields(finished)
     if not varied:
         return ""
-    parallel = search_figures.parallel_coordinates(finished)
+    marginal_means = [
+        place(f"marginal-{name}", search_figures.marginal_means(finished, name, values))
+        for name, values in varied.items()
+    ]
     parts = [
-        page_figures.add("parallel", parallel, wide=True),
+        place("parallel", search_figures.parallel_coordinates(finished, varied), wide=True),
         "<h3>Marginal means</h3>",
         '<p class="soft">Mean accuracy at each value, over all values of the other fields.</p>',
-        '<div class="columns">',
-        *(
-            page_figures.add(
-                f"marginal-{name}", search_figures.marginal_means(finished, name, values)
-            )
-            for name, values in varied.items()
-        ),
-        "</div>",
+        f'<div class="columns">{"".join(marginal_means)}</div>',
     ]
     if importances:
         parts += [
@@ -256,7 +187,7 @@ def _search(
             '<p class="soft">How much each field affects the accuracy, estimated by Optuna. Not '
             "every combination was tried, so that a marginal mean may also show the effect of "
             "other fields.</p>",
-            page_figures.add("importances", search_figures.importance_bars(importances)),
+            place("importances", search_figures.importance_bars(importances)),
         ]
     about = "One line per run: its strategy, its settings, and its accuracy on the right."
     return section("The search", about, *parts)

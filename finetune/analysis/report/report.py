@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.analysis.comparison import Comparison, compare, p_value, percent, points
+from finetune.analysis.comparison import Comparison, compare, num_runs, p_value, percent, points
 from finetune.analysis.read_runs import RunRecord, read_runs
 from finetune.system.errors import RunDirError
 from finetune.system.files import write_atomically
@@ -95,41 +95,41 @@ def terminal_summary(comparison: Comparison) -> str:
     lines += ["", *(f"warning: {line}" for line in comparison.warnings)]
     unfinished = [run for run in comparison.excluded if run.result is None]
     if unfinished:
-        runs = "1 run" if len(unfinished) == 1 else f"{len(unfinished)} runs"
         first = f"{unfinished[0].run_id}: {unfinished[0].reason}"
-        lines.append(f"{runs} did not finish; the first is {first}")
+        lines.append(f"{num_runs(len(unfinished))} did not finish; the first is {first}")
     return "\n".join(map(one_line, lines)).rstrip()
 
 
 def _strategy_lines(comparison: Comparison) -> list[str]:
-    rows = [("strategy", "accuracy", "seeds", "runs", "diverged", "best run")]
-    rows += [
-        (
-            summary.strategy,
-            percent(summary.accuracy),
-            str(len(summary.chosen)),
-            str(len(summary.runs)),
-            str(summary.num_diverged),
-            "; ".join([summary.best.name, *summary.caveats]),
-        )
-        for summary in comparison.summaries
+    rows: list[tuple[str, ...]] = [
+        ("strategy", "accuracy", "seeds", "runs", "diverged", "best run")
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]])
-        for row in rows
-    ]
+    for summary in comparison.summaries:
+        numbers = (len(summary.chosen), len(summary.runs), summary.num_diverged)
+        notes = "; ".join([summary.best.name, *summary.caveats])
+        rows.append((summary.strategy, percent(summary.accuracy), *map(str, numbers), notes))
+    return _aligned(rows)
 
 
 def _difference_lines(comparison: Comparison) -> list[str]:
     what = "strategies" if comparison.about_strategies else "these models"
-    pairs = [(f"{d.first} - {d.second}", d) for d in comparison.differences]
-    width = max(len(pair) for pair, _ in pairs)
+    rows = [
+        (
+            f"  {d.first} - {d.second}",
+            points(d.estimate),
+            f"({points(d.low)} to {points(d.high)})",
+            f"p {p_value(d.p_holm)}",
+            "significant" if d.significant else "not significant",
+        )
+        for d in comparison.differences
+    ]
+    return [f"differences between {what}, in percentage points (95 % interval)", *_aligned(rows)]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, all but the first and the last column aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        f"differences between {what}, in percentage points (95 % interval)",
-        *(
-            f"  {pair:{width}} {points(d.estimate):>6} ({points(d.low):>5} to {points(d.high):>5})"
-            f"  p {p_value(d.p_holm):>7}  {'significant' if d.significant else 'not significant'}"
-            for pair, d in pairs
-        ),
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]])
+        for row in rows
     ]

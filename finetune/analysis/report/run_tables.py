@@ -1,4 +1,4 @@
-"""The page's tables of runs, and of the data and software that they used."""
+"""The page's tables of strategies and runs, and of the data and software that they used."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetune.analysis.by_strategy import value_of, varied_fields
-from finetune.analysis.comparison import percent
+from finetune.analysis.by_strategy import StrategySummary, value_of, varied_fields
+from finetune.analysis.comparison import Comparison, num_runs, percent
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report.markup import (
-    Column,
-    code,
-    esc,
-    section,
-    split_constant_columns,
-    strategy_label,
-    table,
-)
+from finetune.analysis.report.markup import Column, code, esc, strategy_label, table_section
 from finetune.config.field_tables import shown, title
 
 
@@ -27,22 +19,58 @@ def field_columns(
     """One column per field that differs between these runs; `run_of` gives the run of a row."""
 
     def column(name: str) -> Column:
-        return Column(
-            title(name),
-            lambda row: value_of(run_of(row), name),
-            lambda value: esc(shown(name, value)),
-        )
+        def value(row: Any) -> Any:
+            return value_of(run_of(row), name)
+
+        return Column(title(name), value, lambda value: esc(shown(name, value)))
 
     return [column(name) for name in varied_fields(runs)]
 
 
-def finished_runs(runs: Sequence[RunRecord]) -> str:
-    if not runs:
-        return ""
+def strategies(comparison: Comparison) -> str:
+    about = (
+        "Accuracy is the mean over the fresh seeds of the best setting. "
+        if comparison.about_strategies
+        else "Accuracy is that of the best run, which is too optimistic, the more so the more runs "
+        "there are. "
+    )
     columns = [
-        Column("run", lambda run: run.run_id, code, always=True),
-        Column("strategy", lambda run: run.strategy, strategy_label, always=True),
-        Column("accuracy", lambda run: run.accuracy, percent, always=True),
+        Column("strategy", _strategy_cell, str),
+        Column("accuracy", lambda s: s.accuracy, percent),
+        Column("runs", lambda s: len(s.runs)),
+        Column("lowest", lambda s: _of_several(min, s), percent),
+        Column("highest", lambda s: _of_several(max, s), percent),
+        Column("seeds", lambda s: len(s.chosen)),
+        Column("diverged", lambda s: s.num_diverged),
+        *field_columns(comparison.compared, lambda s: s.best),
+        Column("best epoch", lambda s: s.best.finished_result.best_epoch),
+        Column(
+            "minutes", lambda s: s.train_minutes, lambda m: f"{m:.1f}" if m >= 1 else f"{m:.2f}"
+        ),
+        Column(
+            "trained weights",
+            lambda s: s.trainable_parameters,
+            lambda n: f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}",
+        ),
+    ]
+    return table_section("Strategies", about, columns, comparison.summaries, num_fixed=3)
+
+
+def _strategy_cell(summary: StrategySummary) -> str:
+    caveats = "".join(f'<span class="caveat">{esc(text)}</span>' for text in summary.caveats)
+    return strategy_label(summary.strategy) + caveats
+
+
+def _of_several(extreme: Callable[[list[float]], float], summary: StrategySummary) -> float | None:
+    accuracies = [run.accuracy for run in summary.chosen]
+    return extreme(accuracies) if len(accuracies) > 1 else None
+
+
+def finished_runs(runs: Sequence[RunRecord]) -> str:
+    columns = [
+        Column("run", lambda run: run.run_id, code),
+        Column("strategy", lambda run: run.strategy, strategy_label),
+        Column("accuracy", lambda run: run.accuracy, percent),
         Column("loss", lambda run: run.finished_result.best_val_loss, "{:.3f}".format),
         *field_columns(runs),
         Column("seed", lambda run: run.finished_result.seed, str),
@@ -52,15 +80,11 @@ def finished_runs(runs: Sequence[RunRecord]) -> str:
         Column("pictures/s", lambda run: run.finished_result.images_per_second, "{:.0f}".format),
     ]
     rows = sorted(runs, key=lambda run: -run.accuracy)
-    constant, columns = split_constant_columns(columns, rows)
-    about = f"{len(rows)} run{'s' * (len(rows) != 1)}. {constant}"
-    return section("Finished runs", about, table(columns, rows, tall=True))
+    about = f"{num_runs(len(rows))}. "
+    return table_section("Finished runs", about, columns, rows, tall=True, num_fixed=3)
 
 
 def excluded_runs(runs: Sequence[RunRecord]) -> str:
-    if not runs:
-        return ""
-
     def state(run: RunRecord) -> str:
         return "diverged" if run.diverged else run.state if run.result is None else "not compared"
 
@@ -71,7 +95,8 @@ def excluded_runs(runs: Sequence[RunRecord]) -> str:
         Column("name", lambda run: run.name),
         Column("reason", lambda run: run.reason or "see the warnings above"),
     ]
-    return section("Runs that did not finish or are not compared", "", table(columns, runs, True))
+    title = "Runs that did not finish or are not compared"
+    return table_section(title, "", columns, runs, tall=True)
 
 
 def data_and_software(runs: Sequence[RunRecord]) -> str:
@@ -88,13 +113,11 @@ def data_and_software(runs: Sequence[RunRecord]) -> str:
         }
         for what, value in used.items():
             counts[what][str(value)] += 1
-    rows = [(what, *pair) for what, values in counts.items() for pair in values.most_common(8)]
-    if not rows:
-        return ""
     columns = [
         Column("what", lambda row: row[0]),
         Column("value", lambda row: row[1], code),
         Column("runs", lambda row: row[2]),
     ]
+    rows = [(what, *pair) for what, values in counts.items() for pair in values.most_common(8)]
     about = "Fingerprints and versions that the finished runs recorded."
-    return section("Data and software", about, table(columns, rows))
+    return table_section("Data and software", about, columns, rows)

@@ -9,26 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.analysis.by_strategy import (
-    by_setting,
-    by_strategy,
-    mean_accuracy,
-    value_of,
-    varied_fields,
-)
+from finetune.analysis.by_strategy import by_setting, by_strategy, mean_accuracy, value_of
 from finetune.analysis.comparison import percent
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report.figures import (
-    PLAIN_MARGIN,
-    Figure,
-    axis,
-    bars,
-    colour_of,
-    figure,
-    log_axis,
-    scatter,
-    text,
-)
+from finetune.analysis.report import figures
+from finetune.analysis.report.figures import PLAIN_MARGIN, Figure, axis, colour_of, figure, scatter
 from finetune.config.field_tables import shown, title
 
 _MAX_LEVELS = 8
@@ -46,26 +31,27 @@ class _Axis:
     """A vertical axis of the parallel coordinates, from 0 at the bottom to 1."""
 
     title: str
-    value: Callable[[RunRecord], Any]
-    height: Callable[[Any], float]
+    height: Callable[[RunRecord], float]
     ticks: Sequence[tuple[float, str]]
     spread: float = 0.0
     """How far lines through the same value may be moved apart."""
 
 
 def _field_axis(name: str, values: Sequence[Any], finished: Sequence[RunRecord]) -> _Axis:
-    def value(run: RunRecord) -> Any:
-        return value_of(run, name)
-
-    has_none = any(value(run) is None for run in finished)
-    none_ticks = [(_NONE_HEIGHT, "–")] if has_none else []
-    if _is_continuous(values):
+    if is_continuous := _is_continuous(values):
         scale, ticks = _scale(float(values[0]), float(values[-1]))
-        return _Axis(title(name), value, scale, [*none_ticks, *ticks])
-    top = max(len(values) - 1, 1)
-    heights = {v: i / top if len(values) > 1 else 0.5 for i, v in enumerate(values)}
-    ticks = [(height, shown(name, v)) for v, height in heights.items()]
-    return _Axis(title(name), value, heights.__getitem__, [*none_ticks, *ticks], spread=0.05)
+    else:
+        top = max(len(values) - 1, 1)
+        heights = {v: i / top if len(values) > 1 else 0.5 for i, v in enumerate(values)}
+        scale, ticks = heights.__getitem__, [(h, shown(name, v)) for v, h in heights.items()]
+    if any(value_of(run, name) is None for run in finished):
+        ticks.insert(0, (_NONE_HEIGHT, "–"))
+
+    def height(run: RunRecord) -> float:
+        value = value_of(run, name)
+        return _NONE_HEIGHT if value is None else scale(value)
+
+    return _Axis(title(name), height, ticks, spread=0 if is_continuous else 0.05)
 
 
 def _scale(low: float, high: float) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
@@ -83,29 +69,29 @@ def _accuracy_axis(finished: Sequence[RunRecord]) -> _Axis:
     accuracies = [run.accuracy for run in finished]
     low, span = min(accuracies), max(accuracies) - min(accuracies)
     ticks = [(share, percent(low + share * span)) for share in ((0, 0.5, 1) if span else (0,))]
-    return _Axis("accuracy", lambda r: r.accuracy, lambda a: (a - low) / (span or 1), ticks)
+    return _Axis("accuracy", lambda run: (run.accuracy - low) / (span or 1), ticks)
 
 
-def parallel_coordinates(finished: Sequence[RunRecord]) -> Figure:
+def parallel_coordinates(
+    finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]
+) -> Figure:
     """One line per run over its strategy, every varied field, and its accuracy.
 
     The lines are SVG: plotly's own parallel coordinates need WebGL, which not every browser has.
     """
-    fields = {"strategy": list(by_strategy(finished)), **varied_fields(finished)}
+    fields = {"strategy": list(by_strategy(finished)), **varied}
     axes = [_field_axis(name, values, finished) for name, values in fields.items()]
     axes.append(_accuracy_axis(finished))
     rng = np.random.default_rng(0)
     traces = []
     for strategy, runs in by_strategy(finished).items():
-        xs: list[int | None] = []
         ys: list[float | None] = []
         for run in runs:
             offset = rng.uniform(-1, 1)  # so that runs of one setting don't hide each other
-            xs += [*range(len(axes)), None]
-            ys += [round(_height(a, run) + a.spread * offset, 4) for a in axes]
-            ys.append(None)
+            ys += [*(round(a.height(run) + a.spread * offset, 4) for a in axes), None]
         line = {"color": colour_of(strategy), "width": 1.3}
         opacity = 0.7 if len(finished) <= 200 else 0.3
+        xs = [*range(len(axes)), None] * len(runs)
         traces.append(scatter("lines", strategy, xs, ys, line=line, opacity=opacity))
     return figure(
         traces,
@@ -122,16 +108,11 @@ def parallel_coordinates(finished: Sequence[RunRecord]) -> Figure:
     )
 
 
-def _height(a: _Axis, run: RunRecord) -> float:
-    value = a.value(run)
-    return _NONE_HEIGHT if value is None else a.height(value)
-
-
 def _tick(x: float, y: float, label: str) -> dict[str, Any]:
     return {
         "x": x,
         "y": y,
-        "text": f"<b>{text(label)}</b>",
+        "text": f"<b>{figures.text(label)}</b>",
         "bgcolor": "card",
         "borderpad": 1,
         "showarrow": False,
@@ -165,7 +146,7 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
         )
         traces += [trace] if found else []
     if continuous:
-        xaxis = log_axis(title(name), values[0], values[-1])
+        xaxis = figures.log_axis(title(name), values[0], values[-1])
     else:
         names = [shown(name, value) for value in values]
         order = {"categoryorder": "array", "categoryarray": names}
@@ -177,7 +158,9 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
 def importance_bars(importances: Mapping[str, float]) -> Figure:
     """The share of each field in the variation of the accuracy."""
     names = list(importances)[::-1]
-    trace = bars([importances[n] for n in names], [title(n) for n in names], "%{y}: %{x:.0%}")
+    trace = figures.bars(
+        [importances[n] for n in names], [title(n) for n in names], "%{y}: %{x:.0%}"
+    )
     return figure(
         [trace],
         80 + 30 * len(names),

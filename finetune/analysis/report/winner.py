@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from finetune.analysis.comparison import percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report import figures
-from finetune.analysis.report.markup import Column, PageFigures, code, esc, table, warning
+from finetune.analysis.report.markup import Column, code, esc, place, table, warning
 from finetune.config.field_tables import fields_with_role, shown, title
 from finetune.data.layout import PICTURE_FORMATS
-from finetune.runs.predictions import confident_mistakes
+from finetune.runs.predictions import Array, confident_mistakes, confusion_counts
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import RunDirError
 
@@ -23,24 +21,23 @@ NUM_MISTAKES = 12
 _THUMBNAIL_PIXELS = 160
 
 
-def winner_section(winner: RunRecord, page_figures: PageFigures) -> str:
+def winner_section(winner: RunRecord) -> str:
     result = winner.finished_result
     logits, labels, paths = RunDir(winner.run_dir).read_predictions()
     num_classes = logits.shape[1]
     names = result.class_names
     if len(names) != num_classes:
         names = [str(i) for i in range(num_classes)]
-    counts = np.zeros((num_classes, num_classes), dtype=int)
-    np.add.at(counts, (labels, logits.argmax(axis=1)), 1)
+    counts = confusion_counts(labels, logits.argmax(axis=1), num_classes)
     parts = [
         f"<h2>The winner: {esc(winner.name)}</h2>",
         f'<p class="soft">Run {code(winner.run_dir)} at its best epoch ({result.best_epoch}), on '
         f"its {len(labels)} validation pictures. {esc(_settings(winner))}.</p>",
-        _evaluations(winner.run_dir),
+        _evaluations(RunDir(winner.run_dir)),
         '<div class="columns"><div><h3>Confusion</h3>',
-        page_figures.add("confusion", figures.confusion(counts, names)),
+        place("confusion", figures.confusion(counts, names)),
         "</div><div><h3>Accuracy per class</h3>",
-        page_figures.add("classes", figures.accuracy_per_class(counts, names)),
+        place("classes", figures.accuracy_per_class(counts, names)),
         "</div></div>",
         _mistakes(logits, labels, paths, names),
     ]
@@ -52,10 +49,9 @@ def _settings(winner: RunRecord) -> str:
     return ", ".join(f"{title(k)} {shown(k, v)}" for k, v in values.items() if v is not None)
 
 
-def _evaluations(run_dir: Path) -> str:
-    """The results of `evaluate` that the run directory holds."""
+def _evaluations(run_dir: RunDir) -> str:
     try:
-        records = RunDir(run_dir).read_evaluations()
+        records = run_dir.read_evaluations()
     except RunDirError as error:
         return warning(error)
     columns = [
@@ -67,16 +63,11 @@ def _evaluations(run_dir: Path) -> str:
     return "<h3>Evaluations</h3>" + table(columns, records) if records else ""
 
 
-def _mistakes(
-    logits: np.ndarray[Any, Any],
-    labels: np.ndarray[Any, Any],
-    paths: np.ndarray[Any, Any],
-    names: list[str],
-) -> str:
-    num_wrong = int((logits.argmax(axis=1) != labels).sum())
-    if not num_wrong:
-        return '<h3>Mistakes</h3><p class="soft">None.</p>'
+def _mistakes(logits: Array, labels: Array, paths: Array, names: Sequence[str]) -> str:
     mistakes = confident_mistakes(logits, labels, NUM_MISTAKES)
+    if not mistakes:
+        return '<h3>Mistakes</h3><p class="soft">None.</p>'
+    num_wrong = int((logits.argmax(axis=1) != labels).sum())
     shown = "".join(
         f"<figure>{_thumbnail(Path(str(paths[i])))}<figcaption>{esc(names[labels[i]])}, "
         f"predicted as <b>{esc(names[guess])}</b> with {probability:.0%}</figcaption></figure>"
@@ -89,17 +80,16 @@ def _mistakes(
 
 
 def _thumbnail(path: Path) -> str:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    size = (_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS)
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
-            image.draft("RGB", (_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+            image.draft("RGB", size)
             small = image.convert("RGB")
         if max(small.size) < _THUMBNAIL_PIXELS:
-            scale = _THUMBNAIL_PIXELS / max(small.size)
-            size = (max(1, round(small.width * scale)), max(1, round(small.height * scale)))
-            small = small.resize(size, Image.Resampling.NEAREST)
-        small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+            small = ImageOps.contain(small, size, Image.Resampling.NEAREST)
+        small.thumbnail(size)
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=82)
     except Exception:  # decoders raise errors of any type
