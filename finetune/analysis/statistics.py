@@ -88,7 +88,7 @@ def _residual_variance(right_RN: Floats) -> float:
     accuracies, per_picture = right_RN.mean(axis=1), right_RN.mean(axis=0)
     residuals = right_RN - accuracies[:, None] - per_picture + right_RN.mean()
     freedom = (num_runs - 1) * (num_pictures - 1)
-    return float((residuals**2).sum()) / freedom / num_pictures
+    return float((residuals**2).sum() / freedom / num_pictures)
 
 
 def _difference(
