@@ -4,11 +4,9 @@
 ('augmentation', 'flip', '0.001')
 """
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any
 
 from finetune.config.field_types import Role
 from finetune.config.fields import RunConfig
@@ -28,9 +26,9 @@ def title(name: str) -> str:
 
 def shown(name: str, value: object) -> str:
     """A field's value in a table or figure; "–" for None."""
-    words = _words(name)
+    words = _about(name)["shown"]
     if isinstance(value, str | bool) and value in words:
-        return words[value]
+        return str(words[value])
     if isinstance(value, float):
         return f"{value:g}"
     return "–" if value is None else str(value)
@@ -38,7 +36,7 @@ def shown(name: str, value: object) -> str:
 
 def in_order(name: str, values: Iterable[Any]) -> list[Any]:
     """A field's values as a figure lists them: numbers by size, words as the field lists them."""
-    known = list(_words(name))
+    known = list(_about(name)["shown"])
 
     def rank(value: Any) -> tuple[int, Any]:
         if value in known:
@@ -48,29 +46,15 @@ def in_order(name: str, values: Iterable[Any]) -> list[Any]:
     return sorted(values, key=rank)
 
 
-def _about(name: str) -> Mapping[str, Any]:
+def _about(name: str) -> Any:
     field = RunConfig.model_fields.get(name)
-    extra = field.json_schema_extra if field else {}
-    assert isinstance(extra, dict)
-    return extra
-
-
-def _words(name: str) -> Mapping[Any, str]:
-    words: Mapping[Any, str] = _about(name).get("shown", {})
-    return words
-
-
-def _types(annotation: Any) -> Iterator[Any]:
-    """The plain types within unions and `Annotated`."""
-    yield annotation
-    for argument in get_args(annotation):
-        yield from _types(argument)
+    return field.json_schema_extra if field else {"shown": {}}
 
 
 NUMERIC_FIELDS = frozenset(
     name
-    for name, field in RunConfig.model_fields.items()
-    if {int, float} & {kind for kind in _types(field.annotation) if isinstance(kind, type)}
+    for name, schema in RunConfig.model_json_schema()["properties"].items()
+    if {"integer", "number"} & {kind.get("type") for kind in (schema, *schema.get("anyOf", ()))}
 )
 """The fields that hold a number."""
 

@@ -1,8 +1,6 @@
 """The types of a config's values, and what each field says about itself."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,11 +17,7 @@ how it is named and filed; the seed makes a repeat of the same setting."""
 
 
 def field(
-    role: Role,
-    default: Any,
-    description: str,
-    title: str | None = None,
-    shown: Mapping[Any, str] | None = None,
+    role: Role, default: Any, description: str, title: str = "", shown: dict[Any, str] | None = None
 ) -> Any:
     """A field with its role.
 
@@ -31,7 +25,7 @@ def field(
     has the words for its values, in the order in which figures list them.
     """
     extra: dict[str, Any] = {"role": role, "shown": shown or {}}
-    return Field(default, description=description, title=title, json_schema_extra=extra)
+    return Field(default, description=description, title=title or None, json_schema_extra=extra)
 
 
 searched = partial(field, "searched")
@@ -85,6 +79,8 @@ _number = BeforeValidator(_refuse_boolean)
 Integer = Annotated[int, _number]
 Count = Annotated[Integer, at.Ge(1)]
 Number = Annotated[float, _number, Field(allow_inf_nan=False)]
+Positive = Annotated[Number, at.Gt(0)]
+Share = Annotated[Number, at.Ge(0), at.Lt(1)]
 AutoOrNumber = Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_number)]
 Directory = Annotated[Path, AfterValidator(absolute)]
 Augmentation = Annotated[Literal["y", "n", "strong"], BeforeValidator(_augmentation)]

@@ -7,8 +7,6 @@ before anything is recorded.
     0.5
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,28 +15,12 @@ from typing import Annotated, Any, Literal, Self
 import annotated_types as at
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from finetune.config.field_types import (
-    Augmentation,
-    AutoOrNumber,
-    AutoOrOff,
-    Count,
-    Directory,
-    Integer,
-    Number,
-    Precision,
-    Weights,
-    environment,
-    field,
-    label,
-    one_of,
-    searched,
-)
+from finetune.config import field_types as types
+from finetune.config.field_types import environment, field, label, one_of, searched
 from finetune.config.strategies import PARTS, SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
 from finetune.system.files import load_yaml
 from finetune.system.text import nearest
-
-SCHEDULED_PATIENCE, CONSTANT_PATIENCE = 0, 3
 
 
 class RunConfig(BaseModel):
@@ -55,21 +37,19 @@ class RunConfig(BaseModel):
         "; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items()),
         shown={name: name for name in STRATEGIES},
     )
-    epochs: Count = searched(10, "maximum number of passes over the training pictures")
-    batch_size: Count = searched(
+    epochs: types.Count = searched(10, "maximum number of passes over the training pictures")
+    batch_size: types.Count = searched(
         32, "pictures per step; a last batch of a single picture is merged with the previous one"
     )
-    data_aug: Augmentation = searched(
+    data_aug: types.Augmentation = searched(
         "y",
         "y: flip each picture horizontally with probability 1/2; n: none; strong: random resized "
         "crop (scale 0.35 to 1), flip, TrivialAugment",
         title="augmentation",
         shown={"n": "none", "y": "flip", "strong": "strong"},
     )
-    learning_rate: Annotated[Number, at.Gt(0)] = searched(
-        0.001, "SGD's learning rate of the head, fc"
-    )
-    lr_decay: Annotated[Number, at.Gt(0), at.Le(1)] | None = searched(
+    learning_rate: types.Positive = searched(0.001, "SGD's learning rate of the head, fc")
+    lr_decay: Annotated[types.Positive, at.Le(1)] | None = searched(
         None,
         "factor from a part's learning rate to that of the next part towards the input; default: "
         "0.5 for gradual, else 1.0",
@@ -80,9 +60,9 @@ class RunConfig(BaseModel):
         f"multiplier of all learning rates over the run: {', '.join(SCHEDULES)}",
         title="schedule",
     )
-    momentum: Annotated[Number, at.Ge(0), at.Lt(1)] = searched(0.9, "SGD's momentum")
-    weight_decay: Annotated[Number, at.Ge(0)] = searched(0.0, "SGD's L2 penalty")
-    label_smoothing: Annotated[Number, at.Ge(0), at.Lt(1)] = searched(
+    momentum: types.Share = searched(0.9, "SGD's momentum")
+    weight_decay: Annotated[types.Number, at.Ge(0)] = searched(0.0, "SGD's L2 penalty")
+    label_smoothing: types.Share = searched(
         0.0, "share of the target that is spread over all classes, in training only"
     )
     unfreeze_from: Annotated[str, one_of(PARTS[:-1])] | None = searched(
@@ -90,17 +70,16 @@ class RunConfig(BaseModel):
         f"the part nearest the input that trains: {', '.join(PARTS[:-1])}; default: layer3 for "
         "partial, layer2 for gradual",
     )
-    unfreeze_every: Count | None = searched(
+    unfreeze_every: types.Count | None = searched(
         None, "gradual: epochs from one unfreezing to the next; default: 1"
     )
-    image_size: Annotated[Integer, at.Ge(32), at.Le(1024)] = searched(
+    image_size: Annotated[types.Integer, at.Ge(32), at.Le(1024)] = searched(
         256, "pixels per side; pictures are resized to a square without keeping their aspect ratio"
     )
-    data_dir: Directory = environment(
-        Path("data/inaturalist_12K"),
-        "holds train/CLASS/* and val/CLASS/*, and optionally test/CLASS/*",
+    data_dir: types.Directory = environment(
+        Path("data/inaturalist_12K"), "holds train/CLASS/*, val/CLASS/* and optionally test/CLASS/*"
     )
-    val_fraction: AutoOrNumber = searched(
+    val_fraction: types.AutoOrNumber = searched(
         "auto",
         "0 to 0.9; above 0: this stratified share of train/ is the validation set and val/ is kept "
         "as the test set; 0: val/ is the validation set; auto: 0 where test/ exists, else 0.2",
@@ -108,27 +87,27 @@ class RunConfig(BaseModel):
     skip_unreadable: bool = environment(
         False, "continue without the pictures that can't be read, and record them"
     )
-    weights: Weights | None = searched(
+    weights: types.Weights | None = searched(
         None,
         "imagenet (torchvision's ResNet18 weights, the default), or the path of a state dict "
         "(.pth, .safetensors) or of a run directory",
     )
-    patience: Annotated[Integer, at.Ge(0)] | None = searched(
+    patience: Annotated[types.Integer, at.Ge(0)] | None = searched(
         None,
         "stop after this many epochs without a better val_loss, counted from the epoch at which "
         "every part that will train is training; 0: never; default: 3, with a schedule 0",
     )
-    seed: Annotated[Integer, at.Ge(0), at.Lt(2**32)] = field(
+    seed: Annotated[types.Integer, at.Ge(0), at.Lt(2**32)] = field(
         "seed", 42, "seed of the new layers, the order of the pictures and their augmentation"
     )
-    cache: AutoOrOff = environment(
+    cache: types.AutoOrOff = environment(
         "auto",
         "auto or off; auto keeps decoded pictures and the outputs of the frozen layers, and shares "
         "them between runs",
         shown={True: "auto", False: "off"},
     )
-    cache_dir: Directory = environment(Path(".cache"), "directory of the cache")
-    cache_gb: Annotated[Number, at.Ge(0)] | None = environment(
+    cache_dir: types.Directory = environment(Path(".cache"), "directory of the cache")
+    cache_gb: Annotated[types.Number, at.Ge(0)] | None = environment(
         None, "maximum size of the cache in gigabytes; default: 20, at most half of the free space"
     )
     cache_format: Literal["float32", "float16"] = environment(
@@ -139,12 +118,10 @@ class RunConfig(BaseModel):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = environment(
         "auto", "Lightning's accelerator; a run uses one device"
     )
-    precision: Precision = environment(
-        "auto",
-        "auto: bf16-mixed on CUDA from compute capability 8.0, 16-mixed on older GPUs, else "
-        "32-true",
+    precision: types.Precision = environment(
+        "auto", "auto: bf16-mixed on CUDA from capability 8.0, 16-mixed on older GPUs, else 32-true"
     )
-    out: Directory = environment(Path("runs"), "parent of the run directories")
+    out: types.Directory = environment(Path("runs"), "parent of the run directories")
     project: str | None = label(None, "W&B's project; default: WANDB_PROJECT, else finetune")
     entity: str | None = label(None, "W&B's entity; default: WANDB_ENTITY")
     group: str | None = label(None, "W&B's group; default: WANDB_RUN_GROUP")
@@ -166,7 +143,7 @@ class RunConfig(BaseModel):
             "unfreeze_from": entry.deepest_part,
             "unfreeze_every": 1,
             "weights": "imagenet",
-            "patience": SCHEDULED_PATIENCE if scheduled else CONSTANT_PATIENCE,
+            "patience": 0 if scheduled else 3,
             "project": os.environ.get("WANDB_PROJECT") or "finetune",
             "entity": os.environ.get("WANDB_ENTITY") or None,
             "group": os.environ.get("WANDB_RUN_GROUP") or None,
@@ -178,13 +155,9 @@ class RunConfig(BaseModel):
     def _check_together(self) -> Self:
         if not (self.val_fraction == "auto" or 0 <= self.val_fraction <= 0.9):
             raise ValueError(f"val_fraction: got {self.val_fraction}; must be auto or 0 to 0.9")
-        if (
-            self.batch_size == 1
-            and self.image_size <= 32
-            and self.plan.start_epochs.keys() != {"fc"}
-        ):
+        if self.batch_size == 1 and self.image_size <= 32 and set(self.plan.start_epochs) != {"fc"}:
             raise ValueError(
-                "batch_size: got 1 with image_size 32: layer4's BatchNorm would see one value per "
+                "batch_size: got 1 with image_size 32, where layer4's BatchNorm has one value per "
                 "channel; pass a batch_size of 2 or more or a larger image_size"
             )
         if self.name is None:
@@ -210,31 +183,18 @@ class RunConfig(BaseModel):
     def plan(self) -> Plan:
         return plan(self.strategy, self.unfreeze_from, self.unfreeze_every, self.lr_decay)
 
-    @property
-    def pretrained(self) -> bool:
-        return STRATEGIES[self.strategy].pretrained
-
-    @property
-    def patience_epochs(self) -> int:
-        return self.patience or 0
-
     def _readable_name(self) -> str:
         words = [self.strategy]
-        entry = STRATEGIES[self.strategy]
-        if self.unfreeze_from not in (None, entry.deepest_part):
+        if self.unfreeze_from not in (None, STRATEGIES[self.strategy].deepest_part):
             words.append(f"from-{self.unfreeze_from}")
         words += [f"lr{self.learning_rate:g}", f"bs{self.batch_size}"]
         words += {"y": ["aug"], "n": [], "strong": ["strong"]}[self.data_aug]
         return "-".join(words)
 
 
-PLACES = frozenset({"config", "resume"})
-"""Flags and keyword arguments that are not fields but say where a config comes from."""
-
-
 def unknown_field(name: str) -> str:
     """The message for a name that is not a field, with the most similar fields."""
-    names = [*RunConfig.model_fields, *sorted(PLACES)]
+    names = [*RunConfig.model_fields, "config", "resume"]  # flags that are not fields
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
 
 
@@ -249,13 +209,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def advice(given: Mapping[str, Any], config: RunConfig) -> list[str]:
     """Notes on the given values: fields that have no effect, too few epochs."""
     lines = []
-    ignored = sorted(
-        name for name in STRATEGIES[config.strategy].ignores if given.get(name) is not None
-    )
-    if ignored:
-        lines.append(f"{', '.join(ignored)}: no effect with strategy {config.strategy}; ignored")
-    late = config.plan.opened_too_late(config.epochs)
-    if late:
+    ignored = STRATEGIES[config.strategy].ignores
+    if names := sorted(name for name in ignored if given.get(name) is not None):
+        lines.append(f"{', '.join(names)}: no effect with strategy {config.strategy}; ignored")
+    if late := config.plan.opened_too_late(config.epochs):
         starts = ", ".join(f"{part} at epoch {start}" for part, start in late.items())
         lines.append(
             f"epochs={config.epochs} is too few to unfreeze every part: {starts} would come "
@@ -268,11 +225,8 @@ def differences(ours: RunConfig, given: Mapping[str, Any]) -> dict[str, tuple[An
     """The fields of `given` whose value differs from `ours`, as (ours, given)."""
     asked = {k: v for k, v in given.items() if v is not None and v != "auto"}
     theirs = RunConfig.from_fields(ours.to_fields() | asked)
-    return {
-        name: (getattr(ours, name), getattr(theirs, name))
-        for name in asked
-        if getattr(ours, name) != getattr(theirs, name)
-    }
+    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in asked}
+    return {name: (mine, other) for name, (mine, other) in pairs.items() if mine != other}
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

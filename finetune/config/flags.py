@@ -3,8 +3,6 @@
 Values stay text here; `RunConfig` checks them, however a run is started.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -44,16 +42,12 @@ def parser(program: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, field in RunConfig.model_fields.items():
-        notes = [field.description or ""]
-        if bounds := _bounds(field):
-            notes.append(f"[{bounds}]")
-        if field.default is not None:
-            notes.append(f"(default: {field.default})")
+        bounds = f" [{found}]" if (found := _bounds(field)) else ""
+        default = "" if field.default is None else f" (default: {field.default})"
         made.add_argument(
             f"--{name}",
             metavar="VALUE",
-            help=" ".join(notes).replace("%", "%%"),
-            default=None,
+            help=f"{field.description}{bounds}{default}".replace("%", "%%"),
             # `--skip_unreadable` without a value means true
             nargs="?" if field.annotation is bool else None,
             const="true" if field.annotation is bool else None,

@@ -10,10 +10,8 @@ by part, with smaller learning rates towards the input, follows Howard & Ruder 2
 (https://arxiv.org/abs/1801.06146).
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -31,7 +29,6 @@ class Strategy:
     lr_decay: float = 1.0
     stepwise: bool = False
     """The parts are unfrozen one by one, fc first, instead of all at once."""
-    pretrained: bool = True
     ignores: frozenset[str] = frozenset()
 
 
@@ -56,7 +53,6 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "scratch": Strategy(
             "random weights, everything trains",
             deepest_part="stem",
-            pretrained=False,
             ignores=frozenset({"weights", "unfreeze_from", "unfreeze_every"}),
         ),
     }
@@ -108,27 +104,20 @@ def plan(
     )
 
 
-ONECYCLE_WARMUP_FRACTION = 0.3
-ONECYCLE_FIRST, ONECYCLE_LAST = 1 / 25, 1 / 250_000
-
-
-def _constant(progress: float) -> float:
-    return 1.0
-
-
 def _cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
 def _onecycle(progress: float) -> float:
-    if progress < ONECYCLE_WARMUP_FRACTION:
-        rise = 1 - _cosine(progress / ONECYCLE_WARMUP_FRACTION)
-        return ONECYCLE_FIRST + (1 - ONECYCLE_FIRST) * rise
-    fall = _cosine((progress - ONECYCLE_WARMUP_FRACTION) / (1 - ONECYCLE_WARMUP_FRACTION))
-    return ONECYCLE_LAST + (1 - ONECYCLE_LAST) * fall
+    warmup, first, last = 0.3, 1 / 25, 1 / 250_000
+    if progress < warmup:
+        return first + (1 - first) * (1 - _cosine(progress / warmup))
+    return last + (1 - last) * _cosine((progress - warmup) / (1 - warmup))
 
 
-SCHEDULES = MappingProxyType({"constant": _constant, "cosine": _cosine, "onecycle": _onecycle})
+SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {"constant": lambda progress: 1.0, "cosine": _cosine, "onecycle": _onecycle}
+)
 """Schedule -> multiplier of all learning rates after a share (0 to 1) of the run's steps.
 
 `cosine` is SGDR without restarts (https://arxiv.org/abs/1608.03983); `onecycle` has the shape and

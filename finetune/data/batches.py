@@ -3,9 +3,9 @@
 Legend: B batch, H height, W width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -51,31 +51,28 @@ class Batch(NamedTuple):
     """The part of the network that takes `inputs`."""
 
 
+@dataclass(frozen=True)
 class EpochBatches:
     """The batches of one epoch in this order; `fetch` returns the inputs and flips of each."""
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        order: Indices,
-        batch_size: int,
-        part: str,
-        fetch: Callable[[Indices], tuple[Tensor, Tensor | None]],
-    ) -> None:
-        self._pictures = pictures
-        self._order = order
-        self._bounds = batch_bounds(len(order), batch_size)
-        self._part = part
-        self._fetch = fetch
+    pictures: Pictures
+    order: Indices
+    batch_size: int
+    part: str
+    fetch: Callable[[Indices], tuple[Tensor, Tensor | None]]
+
+    @cached_property
+    def _bounds(self) -> list[tuple[int, int]]:
+        return batch_bounds(len(self.order), self.batch_size)
 
     def __len__(self) -> int:
         return len(self._bounds)
 
     def __getitem__(self, index: int) -> Batch:
         start, end = self._bounds[index]
-        indices = self._order[start:end]
-        inputs, flips = self._fetch(indices)
-        return Batch(inputs, flips, torch.from_numpy(self._pictures.labels[indices]), self._part)
+        indices = self.order[start:end]
+        inputs, flips = self.fetch(indices)
+        return Batch(inputs, flips, torch.from_numpy(self.pictures.labels[indices]), self.part)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))

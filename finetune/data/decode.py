@@ -3,14 +3,11 @@
 Legend: H height, W width, C=3 channels (RGB).
 """
 
-from __future__ import annotations
-
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,7 +33,7 @@ def decode(path: Path, image_size: int) -> Tensor:
     Bilinear with antialiasing, as torchvision's Resize. Grey, palette, alpha, CMYK and
     16-bit pictures become 8-bit RGB. Raises `DataError`, naming the path.
     """
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of unusual metadata and large sizes
         return _decode(path, image_size)
 
 
@@ -50,22 +47,8 @@ def _decode(path: Path, image_size: int) -> Tensor:
         if is_out_of_memory(error) or shortage(error):  # not the picture's fault
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        reason = _DECODER_PLACE.sub("", reason).replace(f" {str(path)!r}", "")
+        reason = re.sub(r"^decode_jpeg, \S+, ", "", reason).replace(f" {str(path)!r}", "")
         raise DataError(f"{one_line(path)} can't be read as a picture: {reason[:200]}") from None
-
-
-_DECODER_PLACE = re.compile(r"^decode_jpeg, \S+, ")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress Pillow's warnings about large pictures and unusual metadata.
-
-    Python's warning filters are global: they are set before threads start, not within them.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _read_rgb(path: Path) -> Tensor:
@@ -88,15 +71,10 @@ def _read_rgb(path: Path) -> Tensor:
     return torch.from_numpy(array_HWC).permute(2, 0, 1)
 
 
-_strong = lru_cache(maxsize=1)(
-    lambda size: v2.Compose(
-        [
-            v2.RandomResizedCrop((size, size), scale=(0.35, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.TrivialAugmentWide(),
-        ]
-    )
-)
+@lru_cache(maxsize=1)
+def _strong(size: int) -> v2.Compose:
+    crop = v2.RandomResizedCrop((size, size), scale=(0.35, 1.0), antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()])
 
 
 def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
@@ -105,12 +83,9 @@ def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
     Takes and returns uint8 of the same size. The result depends on `seed` alone; the state of
     torch's generator is restored.
     """
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**63)
         augmented: Tensor = _strong(image_HWC.shape[0])(image_HWC.permute(2, 0, 1))
-    finally:
-        torch.set_rng_state(state)
     return augmented.permute(1, 2, 0)
 
 
@@ -128,7 +103,8 @@ def decode_many(
     threads_before = torch.get_num_threads()
     pool = ThreadPoolExecutor(num_cores(), initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with _quiet():
+        # The filters are global: they are set before threads start, not within them.
+        with warnings.catch_warnings(action="ignore"):
             for _ in pool.map(attempt, range(len(paths))):
                 pass
     finally:

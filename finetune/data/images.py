@@ -3,8 +3,8 @@
 Legend: B batch, H height, W width, C=3 channels (RGB), N pictures of a folder.
 """
 
-from __future__ import annotations
-
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Images:
         """uint8, (B, H, W, 3). Raises `DataError` if a picture can't be read."""
         if self._stored_NHWC is not None:
             return torch.from_numpy(self._stored_NHWC.take(self.pictures.rows[indices], axis=0))
-        images: list[Tensor | None] = [None] * len(indices)
+        images: dict[int, Tensor] = {}
 
         def keep(i: int, image: Tensor | DataError) -> None:
             if isinstance(image, DataError):
@@ -42,7 +42,7 @@ class Images:
             images[i] = image
 
         decode_many([self.pictures.path(i) for i in indices], self.image_size, keep)
-        return torch.stack([image for image in images if image is not None])
+        return torch.stack([images[i] for i in range(len(indices))])
 
 
 def open_images(
@@ -57,11 +57,10 @@ def open_images(
     The cache holds all pictures of the split's folder. Without a cache, pictures are decoded each
     time they are needed. Raises `DataError` for an unreadable picture unless `skip_unreadable`.
     """
-    stored = None
+    stored: Any | None = None
     unreadable: dict[str, str] = {}
     if cache is not None:
-        folder = find_pictures(pictures.folder)
-        stored, unreadable = _open_store(folder, image_size, cache, progress)
+        stored, unreadable = _open_store(pictures.folder, image_size, cache, progress)
     if stored is None and skip_unreadable:
         unreadable = _decode_all(pictures, image_size, "reading", progress)
     affected = [name for name in pictures.names if name in unreadable]
@@ -69,40 +68,33 @@ def open_images(
         more = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
         raise DataError(f"{unreadable[affected[0]]}{more}; {_ADVICE}")
     if affected:
-        left_out = set(affected)
-        kept = [i for i, name in enumerate(pictures.names) if name not in left_out]
-        pictures = pictures.subset(np.array(kept, dtype=int))
-        empty = set(range(len(pictures.class_names))) - set(pictures.labels.tolist())
-        if empty:
-            names = ", ".join(pictures.class_names[label] for label in sorted(empty))
-            raise DataError(f"{pictures.folder}: no picture of these classes can be read: {names}")
+        pictures = pictures.subset(np.flatnonzero([n not in unreadable for n in pictures.names]))
+        read = set(pictures.labels.tolist())
+        if empty := [name for i, name in enumerate(pictures.class_names) if i not in read]:
+            raise DataError(
+                f"{pictures.folder}: no picture of these classes can be read: {', '.join(empty)}"
+            )
     return Images(pictures, image_size, stored), affected
 
 
 def _open_store(
-    folder: Pictures, image_size: int, cache: Cache, progress: StartProgress
+    folder: Path, image_size: int, cache: Cache, progress: StartProgress
 ) -> tuple[Any | None, dict[str, str]]:
     """The folder's decoded pictures, (N, H, W, 3), and the errors of those that are missing."""
-
-    def build(images_NHWC: Any) -> dict[str, str]:
-        return _decode_all(folder, image_size, "decoding", progress, images_NHWC)
-
+    pictures = find_pictures(folder)
+    build = partial(_decode_all, pictures, image_size, "decoding", progress)
     description = {
-        "files": folder.identity,
+        "files": pictures.identity,
         "image_size": image_size,
         "decoder": [torchvision.__version__, PIL.__version__],
     }
-    shape = (len(folder), image_size, image_size, 3)
+    shape = (len(pictures), image_size, image_size, 3)
     stored = cache.open_or_build("images", description, shape, "uint8", build)
     return (stored.array, dict(stored.notes)) if stored else (None, {})
 
 
 def _decode_all(
-    pictures: Pictures,
-    image_size: int,
-    what: str,
-    progress: StartProgress,
-    images_NHWC: Any | None = None,
+    pictures: Pictures, image_size: int, what: str, progress: StartProgress, images_NHWC: Any = None
 ) -> dict[str, str]:
     """Decode all pictures, into the array if there is one; errors by name of unreadable ones."""
     done = progress(f"{what} {pictures.folder.name}/", len(pictures))

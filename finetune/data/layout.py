@@ -1,7 +1,5 @@
 """A data set on disk: `train/CLASS/*`, `val/CLASS/*` and optionally `test/CLASS/*`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,34 +43,29 @@ def find_data_dir(data_dir: Path) -> Path:
     if not data_dir.is_dir():
         what = "is not a folder" if data_dir.exists() else "does not exist"
         raise DataError(
-            f"data_dir: {data_dir} {what}. Pass a folder that holds train/CLASS/* and "
-            "val/CLASS/*, or download iNaturalist-12K: python -m finetune download "
-            f"--data_dir {data_dir}"
+            f"data_dir: {data_dir} {what}. Pass a folder with train/CLASS/* and val/CLASS/*, or "
+            f"download iNaturalist-12K: python -m finetune download --data_dir {data_dir}"
         )
     for places in ([data_dir], data_dir.glob("[!.]*"), data_dir.glob("[!.]*/[!.]*")):
         found = [
             place for place in sorted(places) if all((place / s).is_dir() for s in ("train", "val"))
         ]
         if len(found) > 1:
-            raise DataError(
-                f"data_dir: {data_dir} holds several data sets: {', '.join(map(str, found))}; "
-                "pass one of them"
-            )
+            several = ", ".join(map(str, found))
+            raise DataError(f"data_dir: {data_dir} holds several data sets: {several}; pass one")
         if found:
             return found[0]
-    existing = sorted(p.name for p in data_dir.iterdir())[:8]
+    existing = ", ".join(sorted(p.name for p in data_dir.iterdir())[:8]) or "nothing"
     raise DataError(
-        f"data_dir: {data_dir} holds no train/ and val/ folders (found: "
-        f"{', '.join(existing) or 'nothing'}). Each needs one folder per class that holds the "
-        "class's pictures"
+        f"data_dir: {data_dir} holds no train/ and val/ folders (found: {existing}). Each needs "
+        "one folder per class that holds the class's pictures"
     )
 
 
 @_readable()
 def class_dirs(split_dir: Path) -> list[Path]:
     """A split's class folders by name, without hidden ones. Raises `DataError`."""
-    dirs = [p for p in split_dir.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    return sorted(dirs, key=lambda p: p.name)
+    return sorted(p for p in split_dir.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def files_of_class(class_dir: Path) -> Iterator[str]:
@@ -82,8 +75,7 @@ def files_of_class(class_dir: Path) -> Iterator[str]:
     """
     with _readable():
         for place, _, files in walk(class_dir):
-            for name in files:
-                yield (place / name).relative_to(class_dir).as_posix()
+            yield from ((place / name).relative_to(class_dir).as_posix() for name in files)
 
 
 def pictures_of_class(class_dir: Path) -> list[str]:

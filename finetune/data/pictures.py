@@ -1,13 +1,11 @@
 """The labelled pictures of a split's folder, ordered by name, without their content."""
 
-from __future__ import annotations
-
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -37,14 +35,9 @@ class Pictures:
     def path(self, index: int) -> Path:
         return self.folder / self.names[index]
 
-    def subset(self, indices: Indices) -> Pictures:
-        return Pictures(
-            self.folder,
-            tuple(self.names[i] for i in indices),
-            self.labels[indices],
-            self.class_names,
-            self.rows[indices],
-        )
+    def subset(self, indices: Indices) -> Self:
+        names = tuple(self.names[i] for i in indices)
+        return replace(self, names=names, labels=self.labels[indices], rows=self.rows[indices])
 
     @cached_property
     def keys(self) -> Keys:
@@ -58,28 +51,25 @@ class Pictures:
 
         It includes change times (ctime): every write updates them, and no program can reset them.
         """
-        return digest([_file_stamp(str(self.folder / name)) for name in self.names])
+        stamp = ("st_size", "st_mtime_ns", "st_ctime_ns")
+        paths = [self.folder / name for name in self.names]
+        return digest([[str(path), *_file_status(path, *stamp)] for path in paths])
 
     @cached_property
     def sizes(self) -> list[tuple[str, int]]:
         """SPLIT/CLASS/FILE and its size in bytes, -1 for a broken link."""
+        sizes = [(_file_status(self.folder / name, "st_size") or [-1])[0] for name in self.names]
         split = self.folder.name
-        return [(f"{split}/{name}", _num_bytes(self.folder / name)) for name in self.names]
+        return [(f"{split}/{n}", size) for n, size in zip(self.names, sizes, strict=True)]
 
 
-def _file_stamp(path: str) -> list[object]:
+def _file_status(path: Path, *fields: str) -> list[int]:
+    """These fields of `os.stat`; none for a broken link, whose reading will raise."""
     try:
-        found = os.stat(path)
-    except OSError:  # a broken link; reading it will raise
-        return [path]
-    return [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-def _num_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
+        found = path.stat()
     except OSError:
-        return -1
+        return []
+    return [getattr(found, field) for field in fields]
 
 
 def find_pictures(folder: Path) -> Pictures:
@@ -87,24 +77,14 @@ def find_pictures(folder: Path) -> Pictures:
 
     Raises `DataError` for a folder without classes and a class without pictures.
     """
-    classes = class_dirs(folder)
-    if not classes:
+    found = {class_dir.name: pictures_of_class(class_dir) for class_dir in class_dirs(folder)}
+    if not found:
         raise DataError(f"{folder} holds no class folders; each class needs one, with its pictures")
-    names: list[str] = []
-    labels: list[int] = []
-    for label, class_dir in enumerate(classes):
-        found = pictures_of_class(class_dir)
-        if not found:
-            raise DataError(
-                f"{class_dir} is a class without pictures (looked for "
-                f"{' '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder"
-            )
-        names += [f"{class_dir.name}/{name}" for name in found]
-        labels += [label] * len(found)
-    return Pictures(
-        folder,
-        tuple(names),
-        np.array(labels, dtype=np.int64),
-        tuple(p.name for p in classes),
-        np.arange(len(names)),
-    )
+    if empty := [name for name, files in found.items() if not files]:
+        raise DataError(
+            f"{folder / empty[0]} is a class without pictures (looked for "
+            f"{' '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder"
+        )
+    names = tuple(f"{name}/{file}" for name, files in found.items() for file in files)
+    labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
+    return Pictures(folder, names, labels, tuple(found), np.arange(len(names)))

@@ -4,8 +4,6 @@ A resumed run therefore needs no generator's state, and a picture's values don't
 pictures.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The training, validation and test pictures of a run; they depend on the pictures' names alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Legend: K classes.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -16,10 +14,7 @@ Counts = np.ndarray[Any, np.dtype[np.int64]]
 def softmax(logits: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Probabilities over the last axis, in float64."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
-    shares: np.ndarray[Any, np.dtype[np.float64]] = exponentials / exponentials.sum(
-        axis=-1, keepdims=True
-    )
-    return shares
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def confident_mistakes(logits: Array, labels: Array, count: int) -> list[tuple[int, int, float]]:

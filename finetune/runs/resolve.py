@@ -1,7 +1,5 @@
 """A run's config and directory, from what was given and from what the machine and data allow."""
 
-from __future__ import annotations
-
 import os
 import re
 import secrets
@@ -49,10 +47,7 @@ def prepare_run(fields: Mapping[str, Any], log: Callable[[str], None]) -> tuple[
         epochs = changes.pop("epochs")[1]
     if changes:
         listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changes.items())
-        raise ConfigError(
-            f"{run_dir.path} has another config: {listed}; only epochs may change, to a larger "
-            "number"
-        )
+        raise ConfigError(f"{run_dir.path} has another config: {listed}; only epochs may increase")
     return recorded.model_copy(update={"epochs": epochs}), run_dir
 
 

@@ -1,7 +1,5 @@
 """How a run ended: its result, or its failure."""
 
-from __future__ import annotations
-
 import json
 import signal
 import traceback
@@ -19,22 +17,18 @@ from finetune.system.shutdown import PREEMPTION_SIGNAL
 FORMAT_VERSION = 2
 """Of result.json. Version 1, which 0.1.0 wrote, doesn't name its version."""
 
-
 METRICS = (
-    "epoch",
-    "train_loss",
-    "train_acc",
-    "val_loss",
-    "val_acc",
-    "best_val_acc",
-    "trainable_parameters",
-    "images_per_second",
+    *("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "best_val_acc"),
+    *("trainable_parameters", "images_per_second"),
     *(f"lr/{part}" for part in PARTS),
 )
 """The keys that W&B, metrics.csv and the report have once per epoch."""
 
 Row = dict[str, float]
 """One epoch's metrics."""
+
+_UNREADABLE = (OSError, ValueError, TypeError, RecursionError)
+"""What reading a JSON object raises."""
 
 
 class RunResult(BaseModel):
@@ -81,15 +75,13 @@ class RunResult(BaseModel):
         """The result of a run directory. Raises `RunDirError`."""
         try:
             content = json.loads((run_dir / "result.json").read_bytes())
-            if isinstance(content, dict):
-                content = {"format_version": 1, "run_id": run_dir.name} | content
-            return cls.model_validate(content)
+            return cls.model_validate({"format_version": 1, "run_id": run_dir.name, **content})
         except FileNotFoundError:
             raise RunDirError(f"{run_dir} has no result.json: {_unfinished(run_dir)}") from None
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        except (OSError, ValueError, RecursionError) as error:
+        except _UNREADABLE as error:
             reason = str(error)
         raise RunDirError(f"{run_dir}/result.json can't be read: {reason}")
 
@@ -136,13 +128,11 @@ def failure_of(error: BaseException) -> Failure:
 
 def read_failure(path: Path) -> Mapping[str, Any] | None:
     """The content of a failure.json; None if there is none or it can't be read."""
+    defaults = {"state": "failed", "reason": "no reason recorded", "epoch": None}
     try:
-        failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return {**defaults, **json.loads(path.read_bytes())}
+    except _UNREADABLE:
         return None
-    if not isinstance(failure, dict):
-        return None
-    return {"state": "failed", "reason": "no reason recorded", "epoch": None} | failure
 
 
 def _unfinished(run_dir: Path) -> str:

@@ -1,7 +1,5 @@
 """A run's directory: the files that a run leaves, written atomically and checked when read."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import io
@@ -9,18 +7,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 
 from finetune.config.fields import RunConfig, read_mapping
+from finetune.runs.predictions import Array
 from finetune.runs.result import METRICS, Row, RunResult, json_bytes
 from finetune.system.errors import ConfigError, RunDirError
 from finetune.system.files import write_atomically
-
-if TYPE_CHECKING:
-    from finetune.runs.predictions import Array
 
 _EVALUATION: Mapping[str, Any] = {
     "pictures_fingerprint": "",
@@ -110,15 +107,13 @@ class RunDir:
     def _reopen(self, config: RunConfig) -> None:
         """Make a finished run unfinished, for more epochs."""
         result = RunResult.load(self.path)
-        epochs = result.config.get("epochs", result.epochs_run)
+        epochs, reason = result.config.get("epochs", result.epochs_run), ""
         if config.epochs <= epochs:
-            raise RunDirError(
-                f"{self.path} is finished; resume it with a larger --epochs, or start a new run"
-            )
-        if result.stopped_early:
-            raise RunDirError(
-                f"{self.path} stopped early by its patience; more epochs would not change that"
-            )
+            reason = "is finished; resume it with a larger --epochs, or start a new run"
+        elif result.stopped_early:
+            reason = "stopped early by its patience; more epochs would not change that"
+        if reason:
+            raise RunDirError(f"{self.path} {reason}")
         self.result_path.replace(self.path / f"result.{epochs}-epochs.json")
 
     def release(self) -> None:
@@ -170,8 +165,6 @@ class RunDir:
 
     def read_predictions(self) -> tuple[Array, Array, Array]:
         """The best epoch's logits, (N, K), labels and paths, (N,). Raises `RunDirError`."""
-        import numpy as np
-
         try:
             # np.load itself would leave a damaged file open
             with self.predictions_path.open("rb") as file, np.load(file) as predictions:

@@ -1,7 +1,5 @@
 """Which runs repeat the same setting, and which setting of several is the best."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -8,8 +8,6 @@ recently used arrays are deleted first, never one that a process has open.
     CACHE_DIR/locks/KIND-KEY                         shared by readers, exclusive to the builder
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -41,16 +39,6 @@ def digest(content: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-@dataclass(frozen=True)
-class StoredArray:
-    """An array in the cache, opened and checked. It isn't evicted as long as this object lives."""
-
-    array: Array
-    notes: Mapping[str, Any]
-    """What its builder returned."""
-    _lock: _Lock
-
-
 class _Lock:
     """The lock file of one array: shared by readers, exclusive to whoever builds or deletes it."""
 
@@ -68,11 +56,9 @@ class _Lock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a shared lock would block the other
             return False
         return True
-
-    def release(self) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -80,6 +66,16 @@ class _Lock:
             self._descriptor = -1
 
     __del__ = close
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array in the cache, opened and checked. It isn't evicted as long as this object lives."""
+
+    array: Array
+    notes: Mapping[str, Any]
+    """What its builder returned."""
+    _lock: _Lock
 
 
 class Cache:
@@ -123,7 +119,7 @@ class Cache:
         if name in self._opened:
             return self._opened[name]
         try:
-            lock = self._lock(name)
+            lock = _Lock(self.directory / "locks" / name)
             while True:
                 lock.acquire_shared()
                 if stored := self._read(name, lock):
@@ -132,18 +128,13 @@ class Cache:
                     break
                 # Waiting here could take as long as another process reads what it has just built.
                 if not lock.acquire_exclusive():
-                    lock.release()
                     time.sleep(random.uniform(0.01, 0.05))
-                    continue
-                if not (self.directory / name).exists() and not build():
+                elif not (self.directory / name).exists() and not build():
                     break
             lock.close()
         except OSError as error:
             self._log(f"cache: {self.directory} can't be used ({error}); continuing without it")
         return None
-
-    def _lock(self, name: str) -> _Lock:
-        return _Lock(self.directory / "locks" / name)
 
     def _read(self, name: str, lock: _Lock) -> StoredArray | None:
         """Open an array under its shared lock. A damaged one is logged and deleted; as long as the
@@ -175,7 +166,8 @@ class Cache:
         temporary = self._temporary(name)
         num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         try:
-            with self._free_space(num_bytes) as free_bytes:
+            with self._exclusive("room", wait=True):  # the next process counts what is allocated
+                free_bytes = self._free_space(num_bytes)
                 if free_bytes < num_bytes:
                     self._log(
                         f"cache: {name.partition('-')[0]} need {num_bytes / 1e9:.2f} GB, but "
@@ -198,49 +190,34 @@ class Cache:
     def _temporary(self, name: str) -> Path:
         return self.directory / f".{name}.{os.getpid()}.tmp"
 
-    @contextmanager
-    def _free_space(self, num_bytes: int) -> Iterator[float]:
-        """Evict arrays until `num_bytes` fit, and yield the free bytes; one process at a time.
-
-        What is allocated within the context is counted by the next process.
-        """
-        with self._exclusive("room", wait=True):
-            self._delete_leftovers()
-            free_bytes = self.limit_bytes - num_stored_bytes(self.directory)
-            if num_bytes <= self.limit_bytes:
-                for manifest in sorted(self.directory.glob("[!.]*/manifest.json"), key=_last_used):
-                    if free_bytes >= num_bytes:
-                        break
-                    free_bytes += self._evict(manifest.parent)
-            yield min(free_bytes, shutil.disk_usage(self.directory).free)
+    def _free_space(self, num_bytes: int) -> float:
+        """Evict arrays that no process uses until `num_bytes` fit; the free bytes."""
+        for temporary in self.directory.glob(".*-*.tmp"):  # what killed processes have left
+            with self._exclusive(temporary.name[1:].split(".")[0]) as is_unused:
+                if is_unused:
+                    shutil.rmtree(temporary, ignore_errors=True)
+        free_bytes = self.limit_bytes - num_stored_bytes(self.directory)
+        if num_bytes <= self.limit_bytes:
+            for manifest in sorted(self.directory.glob("[!.]*/manifest.json"), key=_last_used):
+                if free_bytes >= num_bytes:
+                    break
+                with self._exclusive(manifest.parent.name) as is_unused:
+                    if is_unused:
+                        free_bytes += _num_bytes(manifest.parent)
+                        self._delete(manifest.parent)
+        return min(free_bytes, shutil.disk_usage(self.directory).free)
 
     @contextmanager
     def _exclusive(self, name: str, wait: bool = False) -> Iterator[bool]:
         """Whether the lock of an array could be acquired; it is released at the end."""
-        lock = self._lock(name)
+        lock = _Lock(self.directory / "locks" / name)
         try:
             yield lock.acquire_exclusive(wait)
         finally:
             lock.close()
 
-    def _delete_leftovers(self) -> None:
-        """Delete what killed processes have left; nobody holds the lock of such an array."""
-        for temporary in self.directory.glob(".*-*.tmp"):
-            with self._exclusive(temporary.name[1:].split(".")[0]) as is_unused:
-                if is_unused:
-                    shutil.rmtree(temporary, ignore_errors=True)
-
-    def _evict(self, place: Path) -> int:
-        """Delete an array unless a process uses it; the number of bytes freed."""
-        with self._exclusive(place.name) as is_unused:
-            num_bytes = _num_bytes(place) if is_unused else 0
-            if is_unused:
-                self._delete(place)
-            return num_bytes
-
     def _delete(self, place: Path) -> None:
-        """Rename first, so that nobody reads a half-deleted array; another process may be
-        faster."""
+        """Rename first: nobody reads a half-deleted array, and another process may be faster."""
         temporary = self._temporary(place.name)
         with suppress(FileNotFoundError):
             place.rename(temporary)
@@ -253,17 +230,15 @@ def num_stored_bytes(directory: Path) -> int:
 
 
 def _num_bytes(place: Path) -> int:
-    try:
+    with suppress(FileNotFoundError):  # evicted or renamed meanwhile
         return sum(file.stat().st_size for file in place.iterdir())
-    except FileNotFoundError:  # evicted or renamed meanwhile
-        return 0
+    return 0
 
 
 def _last_used(manifest: Path) -> float:
-    try:
+    with suppress(FileNotFoundError):
         return manifest.stat().st_mtime
-    except FileNotFoundError:
-        return 0
+    return 0
 
 
 def _manifest(data_path: Path, notes: object) -> dict[str, Any]:
@@ -277,8 +252,7 @@ def _manifest(data_path: Path, notes: object) -> dict[str, Any]:
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap[Any, Any]:
-    """A new .npy whose disk blocks are reserved: a full disk is an error here, not a SIGBUS
-    later."""
+    """A new .npy with its disk blocks reserved: a full disk is an error here, no SIGBUS later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

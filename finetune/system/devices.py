@@ -1,7 +1,5 @@
 """The cores and GPUs that this process may use, found without importing torch."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

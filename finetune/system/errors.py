@@ -13,8 +13,6 @@ Stopped                  the process ends by the signal; not an Exception, so th
                          `except Exception` catches it
 """
 
-from __future__ import annotations
-
 import signal
 
 

@@ -1,7 +1,5 @@
 """Atomic writes, folders without their hidden entries, and YAML files of plain values."""
 
-from __future__ import annotations
-
 import glob
 import os
 from collections.abc import Callable, Iterator

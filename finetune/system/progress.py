@@ -43,22 +43,21 @@ def bar(what: str, total: int) -> Callable[[], None]:
     On a terminal a bar appears after a second. Elsewhere one line at the end says how long it took,
     if it took longer than that.
     """
-    started = time.perf_counter()
-    count = 0
-    lock = threading.Lock()
-    shown: list[Callable[[int], None]] = []
+    started, count, lock = time.perf_counter(), 0, threading.Lock()
+    show: Callable[[int], None] | None = None
 
     def done() -> None:
-        nonlocal count
+        nonlocal count, show
         with lock:
             count += 1
             seconds = time.perf_counter() - started
-            if count == total and not shown and seconds > PATIENCE_SECONDS:
-                print(f"{what}: {total} in {seconds:.0f} s", flush=True)
-            elif not shown and seconds > PATIENCE_SECONDS and sys.stderr.isatty():
-                shown.append(_start_bar(what, total))
-            if shown:
-                shown[0](count)
+            if show is None and seconds > PATIENCE_SECONDS:
+                if count == total:
+                    print(f"{what}: {total} in {seconds:.0f} s", flush=True)
+                elif sys.stderr.isatty():
+                    show = _start_bar(what, total)
+            if show:
+                show(count)
 
     return done
 
@@ -97,17 +96,13 @@ def byte_bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
     A terminal shows a bar with rate and remaining time, elsewhere a line appears now and then.
     """
-    if not sys.stderr.isatty():
-        yield _byte_lines(what)
+    if sys.stderr.isatty():
+        from rich.progress import DownloadColumn, TransferSpeedColumn
+
+        with _new_bar(DownloadColumn(), TransferSpeedColumn()) as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda position, total: progress.update(task, completed=position, total=total)
         return
-    from rich.progress import DownloadColumn, TransferSpeedColumn
-
-    with _new_bar(DownloadColumn(), TransferSpeedColumn()) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda position, total: progress.update(task, completed=position, total=total)
-
-
-def _byte_lines(what: str) -> Callable[[int, int | None], None]:
     printed = time.perf_counter()
 
     def show(position: int, total: int | None) -> None:
@@ -117,4 +112,4 @@ def _byte_lines(what: str) -> Callable[[int, int | None], None]:
             share = f" of {total / 1e6:.1f} MB ({position / total:.0%})" if total else " MB"
             print(f"{what}: {position / 1e6:.1f}{share}", flush=True)
 
-    return show
+    yield show

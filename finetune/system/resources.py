@@ -1,10 +1,7 @@
 """Resources that a process can run out of: memory, disk space, file handles."""
 
-from __future__ import annotations
-
 import errno
 import os
-from itertools import chain
 
 from finetune.system.errors import FinetuneError, Shortage
 
@@ -37,12 +34,12 @@ def shortage(error: BaseException) -> Shortage | None:
 
 def require_handles(count: int) -> None:
     """Raise `OSError` unless `count` more files can be opened; some libraries hang without them."""
-    pipes: list[tuple[int, int]] = []
+    descriptors: list[int] = []
     try:
-        while 2 * len(pipes) < count:
-            pipes.append(os.pipe())
+        while len(descriptors) < count:
+            descriptors += os.pipe()
     finally:
-        for descriptor in chain.from_iterable(pipes):
+        for descriptor in descriptors:
             os.close(descriptor)
 
 

@@ -1,7 +1,5 @@
 """Stop signals, and how a command ends its process: by an exit code or by the signal."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal
@@ -28,7 +26,7 @@ class _Stop:
     has found.
     """
 
-    active: ClassVar[_Stop | None] = None
+    active: ClassVar["_Stop | None"] = None
 
     def __init__(self) -> None:
         self.has_raised = False
@@ -41,18 +39,9 @@ class _Stop:
             self.has_raised = True
             raise Stopped(signum)
 
-    @contextmanager
-    def defer(self) -> Iterator[None]:
-        if self.deferred is not None:
-            yield
-            return
-        signums = self.deferred = []
-        try:
-            yield
-        finally:
-            self.deferred = None
-            for signum in signums:
-                self(signum)
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager
@@ -62,7 +51,7 @@ def stoppable() -> Iterator[None]:
     The previous handlers are restored at the end. Within another `stoppable` it does nothing, nor
     outside the main thread, where Python runs no handlers.
     """
-    if _Stop.active or threading.current_thread() is not threading.main_thread():
+    if _Stop.active or not _in_main_thread():
         yield
         return
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
@@ -81,11 +70,16 @@ def stoppable() -> Iterator[None]:
 def defer_stop() -> Iterator[None]:
     """Within it, a stop is deferred to the end: what belongs together is written together."""
     stop = _Stop.active
-    if stop is None or threading.current_thread() is not threading.main_thread():
+    if stop is None or stop.deferred is not None or not _in_main_thread():
         yield
         return
-    with stop.defer():
+    signums = stop.deferred = []
+    try:
         yield
+    finally:
+        stop.deferred = None
+        for signum in signums:
+            stop(signum)
 
 
 def is_stopping() -> bool:

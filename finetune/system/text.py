@@ -1,7 +1,5 @@
 """Names and messages as a terminal shows them."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 
@@ -23,11 +21,7 @@ def listed(names: Sequence[str], at_most: int = 12) -> str:
 def one_line(name: object) -> str:
     """A name from outside on one line: line breaks, control characters and undecodable bytes are
     escaped."""
-    return "".join(c if c.isprintable() else _escaped(c) for c in str(name))
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def message(error: BaseException) -> str:

@@ -118,7 +118,7 @@ class Recorder(pl.Callback):
     def out_of_patience(self) -> bool:
         """Whether early stopping ends the run."""
         since_best = epochs_since_best([row["val_loss"] for row in self.rows], self.config.plan)
-        return 0 < self.config.patience_epochs <= since_best
+        return 0 < (self.config.patience or 0) <= since_best
 
     @property
     def is_complete(self) -> bool:

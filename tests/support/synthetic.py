@@ -70,7 +70,7 @@ def write_run(
             unreadable=[],
             dataset_fingerprint=fingerprints[0],
             split_fingerprint=fingerprints[1],
-            weights_fingerprint=fingerprints[2] if config.pretrained else None,
+            weights_fingerprint=fingerprints[2] if config.weights else None,
             versions={"python": "3.11.7", "torch": "2.14.1"},
             git_commit="0123456789abcdef",
             prefix_timings={},
