@@ -56,9 +56,7 @@ class RunConfig(BaseModel):
         title="learning rate decay",
     )
     lr_schedule: Annotated[str, one_of(SCHEDULES)] = searched(
-        "constant",
-        f"multiplier of all learning rates over the run: {', '.join(SCHEDULES)}",
-        title="schedule",
+        "constant", f"multiplier of all learning rates: {', '.join(SCHEDULES)}", title="schedule"
     )
     momentum: types.Share = searched(0.9, "SGD's momentum")
     weight_decay: Annotated[types.Number, at.Ge(0)] = searched(0.0, "SGD's L2 penalty")
@@ -125,9 +123,7 @@ class RunConfig(BaseModel):
     project: str | None = label(None, "W&B's project; default: WANDB_PROJECT, else finetune")
     entity: str | None = label(None, "W&B's entity; default: WANDB_ENTITY")
     group: str | None = label(None, "W&B's group; default: WANDB_RUN_GROUP")
-    name: str | None = label(
-        None, "the run's name; default: WANDB_NAME, else made from the settings"
-    )
+    name: str | None = label(None, "the run's name; default: WANDB_NAME, else from the settings")
 
     @model_validator(mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 Legend: B batch, H height, W width, C=3 channels (RGB), N pictures of a folder.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,19 @@ from finetune.system.progress import StartProgress, no_progress
 _ADVICE = "repair or remove it, or pass --skip_unreadable"
 
 
+@dataclass(frozen=True)
 class Images:
     """The decoded pictures of a split, by index."""
 
-    def __init__(self, pictures: Pictures, image_size: int, stored_NHWC: Any | None) -> None:
-        self.pictures = pictures
-        self.image_size = image_size
-        self._stored_NHWC = stored_NHWC
+    pictures: Pictures
+    image_size: int
+    stored: Any | None
+    """All pictures of the folder from the cache, (N, H, W, 3)."""
 
     def batch(self, indices: Indices) -> Tensor:
         """uint8, (B, H, W, 3). Raises `DataError` if a picture can't be read."""
-        if self._stored_NHWC is not None:
-            return torch.from_numpy(self._stored_NHWC.take(self.pictures.rows[indices], axis=0))
+        if self.stored is not None:
+            return torch.from_numpy(self.stored.take(self.pictures.rows[indices], axis=0))
         images: dict[int, Tensor] = {}
 
         def keep(i: int, image: Tensor | DataError) -> None:

@@ -47,9 +47,7 @@ def find_data_dir(data_dir: Path) -> Path:
             f"download iNaturalist-12K: python -m finetune download --data_dir {data_dir}"
         )
     for places in ([data_dir], data_dir.glob("[!.]*"), data_dir.glob("[!.]*/[!.]*")):
-        found = [
-            place for place in sorted(places) if all((place / s).is_dir() for s in ("train", "val"))
-        ]
+        found = [p for p in sorted(places) if all((p / s).is_dir() for s in ("train", "val"))]
         if len(found) > 1:
             several = ", ".join(map(str, found))
             raise DataError(f"data_dir: {data_dir} holds several data sets: {several}; pass one")

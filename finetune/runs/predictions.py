@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def softmax(logits: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -27,7 +26,7 @@ def confident_mistakes(logits: Array, labels: Array, count: int) -> list[tuple[i
     return [(int(i), int(guesses[i]), float(sure[i])) for i in worst]
 
 
-def confusion_counts(labels: Array, guesses: Array, num_classes: int) -> Counts:
+def confusion_counts(labels: Array, guesses: Array, num_classes: int) -> Array:
     """Predictions by true and predicted class, (K, K): rows are truths, columns predictions."""
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(counts, (labels, guesses), 1)

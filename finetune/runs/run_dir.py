@@ -93,16 +93,13 @@ class RunDir:
             self.write_config(config)
         except Timeout:
             raise RunDirError(f"{self.path} is in use by another process") from None
-        except OSError as error:
+        except (OSError, RunDirError) as error:
             self.release()
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # another --out would not help
-                raise
+            if isinstance(error, RunDirError) or error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # without file handles, another --out would not help
             raise RunDirError(
                 f"out: {self.path} can't be written: {error.strerror or error}; pass another --out"
             ) from None
-        except RunDirError:
-            self.release()
-            raise
 
     def _reopen(self, config: RunConfig) -> None:
         """Make a finished run unfinished, for more epochs."""

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ FORMAT = 2
 """Part of every key: increase it when the same description would give other bytes."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Description = Mapping[str, Any]
+"""Everything that an array's bytes depend on."""
 Build = Callable[[Array], Mapping[str, Any]]
 """Fills the array that it is given and returns notes to store with it."""
 
@@ -78,31 +80,23 @@ class StoredArray:
     _lock: _Lock
 
 
+@dataclass(eq=False)
 class Cache:
     """The arrays of one directory, at most `limit_bytes` in total."""
 
-    def __init__(
-        self, directory: Path, limit_bytes: float, log: Callable[[str], None] = print
-    ) -> None:
-        self.directory = directory
-        self.limit_bytes = limit_bytes
-        self._log = log
-        self._opened: dict[str, StoredArray] = {}
+    directory: Path
+    limit_bytes: float
+    log: Callable[[str], None] = print
+    _opened: dict[str, StoredArray] = field(default_factory=dict, init=False)
 
-    def open(self, kind: str, description: Mapping[str, Any]) -> StoredArray | None:
+    def open(self, kind: str, description: Description) -> StoredArray | None:
         """The array of this description, or None if it is missing or damaged."""
         name = self._name(kind, description)
-        if name not in self._opened and not (self.directory / name).exists():
-            return None
-        return self._open(name)
+        exists = name in self._opened or (self.directory / name).exists()
+        return self._open(name) if exists else None
 
     def open_or_build(
-        self,
-        kind: str,
-        description: Mapping[str, Any],
-        shape: tuple[int, ...],
-        dtype: str,
-        build: Build,
+        self, kind: str, description: Description, shape: tuple[int, ...], dtype: str, build: Build
     ) -> StoredArray | None:
         """The array of this description, built by one process while the others wait.
 
@@ -112,7 +106,7 @@ class Cache:
         name = self._name(kind, description)
         return self._open(name, partial(self._build, name, shape, dtype, build))
 
-    def _name(self, kind: str, description: Mapping[str, Any]) -> str:
+    def _name(self, kind: str, description: Description) -> str:
         return f"{kind}-{digest({'format': FORMAT, **description})}"
 
     def _open(self, name: str, build: Callable[[], bool] | None = None) -> StoredArray | None:
@@ -133,7 +127,7 @@ class Cache:
                     break
             lock.close()
         except OSError as error:
-            self._log(f"cache: {self.directory} can't be used ({error}); continuing without it")
+            self.log(f"cache: {self.directory} can't be used ({error}); continuing without it")
         return None
 
     def _read(self, name: str, lock: _Lock) -> StoredArray | None:
@@ -147,15 +141,14 @@ class Cache:
         except ValueError:
             manifest = None
         data_path = place / "data.npy"
-        if not isinstance(manifest, dict) or manifest != _manifest(
-            data_path, manifest.get("notes")
-        ):
-            self._log(f"cache: {place} is damaged; it is deleted and built again")
+        notes: Any = manifest.get("notes") if isinstance(manifest, dict) else None
+        if manifest != _manifest(data_path, notes):
+            self.log(f"cache: {place} is damaged; it is deleted and built again")
             self._delete(place)
             return None
         os.utime(place / "manifest.json")
         # Copy-on-write: torch wants a writable array, and the file must not change.
-        stored = StoredArray(np.load(data_path, mmap_mode="c"), manifest["notes"], lock)
+        stored = StoredArray(np.load(data_path, mmap_mode="c"), notes, lock)
         self._opened[name] = stored
         return stored
 
@@ -169,10 +162,9 @@ class Cache:
             with self._exclusive("room", wait=True):  # the next process counts what is allocated
                 free_bytes = self._free_space(num_bytes)
                 if free_bytes < num_bytes:
-                    self._log(
+                    self.log(
                         f"cache: {name.partition('-')[0]} need {num_bytes / 1e9:.2f} GB, but "
-                        f"{free_bytes / 1e9:.2f} GB are free; continuing without them (a larger "
-                        "--cache_gb would store them)"
+                        f"{free_bytes / 1e9:.2f} GB are free (--cache_gb); continuing without them"
                     )
                     return False
                 temporary.mkdir()

@@ -58,18 +58,12 @@ def write_atomically(path: Path, content: bytes, sync: bool = True) -> None:
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote this file."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not _is_alive(temporary.name.split(".")[-2]):
+        try:
+            os.kill(int(temporary.name.split(".")[-2]), 0)
+        except (ValueError, ProcessLookupError):
             temporary.unlink(missing_ok=True)
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        except PermissionError:  # a living process of another user
+            continue
 
 
 def load_yaml(path: Path, what: str) -> Any:
