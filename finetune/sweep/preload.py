@@ -5,10 +5,13 @@ import gc
 import importlib
 import signal
 
+from finetune.system.shutdown import STOP_SIGNALS
+
 # Ctrl-C, Slurm and systemd signal every process. If the server ended, its children would be taken
 # for dead while they still write.
-for _signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+for _signum in STOP_SIGNALS:
     signal.signal(_signum, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the process that starts it
 
 for _name in ("PIL.PngImagePlugin", "finetune.sweep.worker", "finetune.training.train"):
     importlib.import_module(_name)

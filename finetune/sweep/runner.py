@@ -173,8 +173,8 @@ class _Runner:
             self._end(self._claims.pop(worker), event, time.perf_counter() - worker.started)
             return
         claim, config = self._claims[worker], worker.job.config
-        self.live_table.epoch_ended(claim.run_id, config, event.row)
-        iteration, value = self._logged_value(event.row)
+        self.live_table.epoch_ended(claim.run_id, config, event)
+        iteration, value = self._logged_value(event)
         judge = config.plan.all_open_epoch < iteration < config.epochs
         reason = self.queue.report(claim, iteration, value, judge)
         if worker.job.is_judged:

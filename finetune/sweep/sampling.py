@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
@@ -18,24 +17,18 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 NUM_STARTUP_TRIALS = 10
 """The number of random trials before bayes uses earlier results."""
 
-SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
-    "grid": RandomSampler,  # not used: the values of cells are enqueued
-    "random": RandomSampler,
-    "bayes": lambda seed: TPESampler(seed=seed, n_startup_trials=NUM_STARTUP_TRIALS),
-}
-"""By W&B's method. Its bayes is a Gaussian process; TPE needs no further package and handles
-choices and numbers together (https://papers.nips.cc/paper/4443)."""
-
 
 def sampler(sweep: Sweep, draw: int) -> BaseSampler:
     """The sampler of one draw, seeded by the sweep's seed and the number of the draw, so that an
-    interrupted sweep draws the same values."""
-    return SAMPLERS[sweep.method]((sweep.seed * 1_000_003 + draw) % 2**32)
+    interrupted sweep draws the same values.
 
-
-def cell_distribution(dimension: Dimension) -> BaseDistribution:
-    """A grid's dimension as a choice among its steps."""
-    return CategoricalDistribution(dimension.steps or ())
+    W&B's bayes is a Gaussian process; TPE needs no further package and handles choices and numbers
+    together (https://papers.nips.cc/paper/4443).
+    """
+    seed = (sweep.seed * 1_000_003 + draw) % 2**32
+    if sweep.method == "bayes":
+        return TPESampler(seed=seed, n_startup_trials=NUM_STARTUP_TRIALS)
+    return RandomSampler(seed)
 
 
 def pruner(early_termination: EarlyTermination | None) -> BasePruner:

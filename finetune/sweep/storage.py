@@ -53,20 +53,17 @@ def open_storage(where: str, on_stale: OnStale | None = None) -> BaseStorage:
         try:
             return _open_database(where, url.get_backend_name() == "sqlite", on_stale)
         except NoSuchModuleError:
-            raise ConfigError(
-                f"storage: {_without_password(where)}: SQLAlchemy knows no database "
-                f"{url.drivername!r}"
-            ) from None
+            problem = f"SQLAlchemy knows no database {url.drivername!r}"
+            raise ConfigError(f"storage: {_without_password(where)}: {problem}") from None
         except ImportError:
-            package = url.get_backend_name()
+            package = _DRIVERS.get(url.get_backend_name(), url.get_backend_name())
             purpose = f"storage {_without_password(where)}"
-            raise MissingPackage(_DRIVERS.get(package, package), "sweep", purpose) from None
+            raise MissingPackage(package, "sweep", purpose) from None
         except DBAPIError as error:
             # If two processes create the tables at the same time, one of them fails once.
             if attempt == _TRIES - 1:
-                raise FinetuneError(
-                    f"storage: {_without_password(where)} can't be used: {_first_line(error)}"
-                ) from None
+                problem = f"{_without_password(where)} can't be used: {_first_line(error)}"
+                raise FinetuneError(f"storage: {problem}") from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
@@ -86,7 +83,7 @@ def _parse_url(where: str) -> URL:
 
 
 def _open_database(where: str, is_sqlite: bool, on_stale: OnStale | None) -> RDBStorage:
-    with ignore_experimental_warnings():
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         storage = RDBStorage(
             where,
             engine_kwargs={"connect_args": {"timeout": 60} if is_sqlite else {}},
@@ -178,14 +175,6 @@ def _remove_partial_line(journal: Path) -> None:
             os.truncate(journal, content.rfind(b"\n") + 1)
     finally:
         lock.release()
-
-
-@contextmanager
-def ignore_experimental_warnings() -> Iterator[None]:
-    """Ignore that Optuna's heartbeats are experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        yield
 
 
 def machine() -> str:

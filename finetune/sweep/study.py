@@ -9,9 +9,9 @@ import time
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from finetune.sweep import sampling
@@ -32,8 +32,8 @@ def join_study(
     `ConfigError` if the storage holds another sweep of this name.
     """
     is_creator = True
+    direction = optuna.study.StudyDirection[sweep.metric.goal.upper()]
     try:
-        direction = StudyDirection[sweep.metric.goal.upper()]
         study = optuna.create_study(study_name=sweep.name, storage=storage, direction=direction)
     except DuplicatedStudyError:
         is_creator = False
@@ -80,20 +80,22 @@ def _enqueue_missing_cells(study: optuna.Study, sweep: Sweep, num_trials: int) -
     Two processes may enqueue the same cell; its later trial is discarded once the first is done.
     """
     keys = set(group_trials(study.get_trials(deepcopy=False), sweep))
-    distributions = {d.name: sampling.cell_distribution(d) for d in sweep.dimensions}
+    distributions: dict[str, BaseDistribution] = {
+        dimension.name: CategoricalDistribution(dimension.steps or ())
+        for dimension in sweep.dimensions
+    }
     for cell in sweep.cells():
         if len(keys) >= num_trials:
             break
         if (key := cell_key(cell)) not in keys:
             keys.add(key)
-            study.add_trial(
-                create_trial(
-                    state=TrialState.WAITING,
-                    params=cell if distributions else {},  # for other tools that read the study
-                    distributions=distributions,
-                    user_attrs={"key": key, "values": cell},
-                )
+            trial = create_trial(
+                state=TrialState.WAITING,
+                params=cell if distributions else {},  # for other tools that read the study
+                distributions=distributions,
+                user_attrs={"key": key, "values": cell},
             )
+            study.add_trial(trial)
     study.set_user_attr("num_enqueued", num_trials)
 
 

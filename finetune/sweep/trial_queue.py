@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials, get_storage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -55,8 +56,7 @@ class TrialQueue:
     def __init__(
         self, sweep: Sweep, where: str, num_trials: int, owner: dict[str, Any] | None = None
     ) -> None:
-        """Start the sweep in the storage at `where`, or join it. Raises `ConfigError` if the
-        storage holds another sweep of this name."""
+        """Start the sweep in the storage at `where`, or join it; raises what `join_study` does."""
         self.sweep = sweep
         self.num_trials = num_trials
         self._owner = owner or storage.this_process()
@@ -79,7 +79,7 @@ class TrialQueue:
     def refresh(self) -> None:
         """Read the trials of all processes, and requeue interrupted ones."""
         if self._database:
-            with storage.ignore_experimental_warnings():
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
                 fail_stale_trials(self._study)
         self._read()
         if self._requeue_interrupted():
@@ -102,7 +102,7 @@ class TrialQueue:
     def results(self) -> list[TrialResult]:
         """Every trial as of the last refresh, the best first and those without a value last."""
         sign = -1 if self.sweep.metric.goal == "maximize" else 1
-        results = [group.result(group.values, self._token) for group in self._groups.values()]
+        results = [g.result(g.values, self._token) for g in self._groups.values()]
         return sorted(results, key=lambda r: (r.value is None, sign * (r.value or 0.0), r.run_id))
 
     def is_complete(self) -> bool:
@@ -111,21 +111,20 @@ class TrialQueue:
         states = {group.state for group in self._groups.values()}
         if self._is_target_reached():
             return "running" not in states
-        is_full = len(self._groups) >= self.num_trials
-        return is_full and not states & {"running", "waiting", "interrupted"}
+        is_open = states & {"running", "waiting", "interrupted"}
+        return not is_open and len(self._groups) >= self.num_trials
 
     def unobservable(self) -> dict[str, list[FrozenTrial]]:
         """Other machines and the trials that they run; only in a journal, without heartbeats."""
         found = defaultdict(list)
-        for trial in [] if self._database else self._running():
+        for trial in [] if self._database else self._trials("running"):
             name = trial.user_attrs.get("owner", {}).get("machine", storage.machine())
             if name != storage.machine():
                 found[name.split("/")[0]].append(trial)
         return found
 
-    def _running(self) -> list[FrozenTrial]:
-        trials = [trial for group in self._groups.values() for trial in group.trials]
-        return [trial for trial in trials if trial.state == TrialState.RUNNING]
+    def _trials(self, state: str) -> list[FrozenTrial]:
+        return [group.decisive for group in self._groups.values() if group.state == state]
 
     def _is_target_reached(self) -> bool:
         reached = self.sweep.metric.reached
@@ -139,35 +138,33 @@ class TrialQueue:
             return claim
         if self.sweep.method == "grid":
             self.refresh()
-            return self._claim_waiting()
-        self.refresh_if_due()
+        else:
+            self.refresh_if_due()
         return self._claim_waiting() or self._draw()
 
     def _claim_waiting(self) -> Claim | None:
         for key, group in self._groups.items():
-            if (trial := group.claimable) and self._try_claim(trial):
+            trial = group.decisive
+            if trial.state == TrialState.WAITING and self._try_claim(trial):
                 return self._claimed_trial(key, trial)
         return None
 
     def _try_claim(self, trial: FrozenTrial) -> bool:
-        """Set a waiting trial to running; exactly one process succeeds."""
+        """Set a waiting trial to running: exactly one process succeeds."""
+        is_ours = False
         with suppress(UpdateFinishedTrialError):
             is_ours = self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
             trial.state = TrialState.RUNNING
             if is_ours:
                 self._storage.set_trial_user_attr(trial._trial_id, "owner", self._owner)
-            return bool(is_ours)
-        return False
+        return is_ours
 
     def _claimed_trial(self, key: str, trial: FrozenTrial) -> Claim:
         values = self._groups[key].values
         if len(values) < len(self.sweep.dimensions):
+            sampler = sampling.sampler(self.sweep, draw=list(self._groups).index(key))
             # A new study object: one that has sampled before would use the trials of that time.
-            study = optuna.load_study(
-                study_name=self.sweep.name,
-                storage=self._study._storage,
-                sampler=sampling.sampler(self.sweep, draw=list(self._groups).index(key)),
-            )
+            study = optuna.Study(self.sweep.name, self._study._storage, sampler)
             new_trial = optuna.trial.Trial(study, trial._trial_id)
             values = sampling.draw(new_trial, self.sweep.dimensions)
         self._claimed.add(trial._trial_id)
@@ -204,12 +201,12 @@ class TrialQueue:
             self._storage.set_trial_intermediate_value(claim.trial_id, iteration, value)
         except UpdateFinishedTrialError:
             return None
-        if not judge or self.sweep.early_termination is None:
+        rule, name = self.sweep.early_termination, self.sweep.metric.name
+        if not judge or rule is None:
             return None
         if not self._study.pruner.prune(self._study, self._storage.get_trial(claim.trial_id)):
             return None
-        name, eta = self.sweep.metric.name, self.sweep.early_termination.eta
-        return f"{name} {value:.4f} after {iteration} epochs is not among the best 1 in {eta}"
+        return f"{name} {value:.4f} after {iteration} epochs is not among the best 1 in {rule.eta}"
 
     def finish(self, claim: Claim, state: str, value: float | None, record: dict[str, Any]) -> bool:
         """Record that a claimed trial is `finished`, `pruned` or `failed`.
@@ -226,7 +223,9 @@ class TrialQueue:
         except UpdateFinishedTrialError:
             self._study.set_user_attr(f"discarded-{claim.key}-{claim.trial_id}", record)
             return False
-        self._groups[claim.key].update(self._storage.get_trial(claim.trial_id))
+        ended = self._storage.get_trial(claim.trial_id)
+        trials = self._groups[claim.key].trials
+        trials[:] = [ended if t._trial_id == claim.trial_id else t for t in trials]
         return True
 
     def requeue(self, claim: Claim, crashed: bool = False) -> bool:
@@ -240,15 +239,12 @@ class TrialQueue:
         return True
 
     def retry_failed(self) -> int:
-        """Enqueue failed trials again, and in a journal those that other machines run.
-
-        Returns their number.
-        """
+        """Requeue failed trials, and in a journal those of other machines; return their number."""
         self.refresh()
-        failed = [g.decisive for g in self._groups.values() if g.state == "failed"]
+        failed = self._trials("failed")
         for trial in failed:
             enqueue_copy(self._study, trial, deaths=0)
-        unobservable = [trial for trials in self.unobservable().values() for trial in trials]
+        unobservable = list(chain.from_iterable(self.unobservable().values()))
         for trial in unobservable:
             self._fail_and_copy(trial)
         self.refresh()
@@ -263,10 +259,10 @@ class TrialQueue:
 
     def _requeue_interrupted(self) -> bool:
         """Requeue trials whose process has ended; whether there were any."""
-        interrupted = [trial for trial in self._running() if self._is_interrupted(trial)]
+        interrupted = list(filter(self._is_interrupted, self._trials("running")))
         for trial in interrupted:
             self._fail_and_copy(trial)
-        without_copy = [g.decisive for g in self._groups.values() if g.state == "interrupted"]
+        without_copy = self._trials("interrupted")
         without_copy = [t for t in without_copy if self._seconds_seen(t) > _COPY_SECONDS]
         for trial in without_copy:
             enqueue_copy(self._study, trial)

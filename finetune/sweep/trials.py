@@ -33,6 +33,7 @@ _STATES = {
     TrialState.WAITING: "waiting",
 }
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+_PRECEDENCE = (_DONE, (TrialState.RUNNING,), (TrialState.WAITING,))
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,13 @@ class TrialGroup:
     trials: list[FrozenTrial]
 
     @property
-    def number(self) -> int:
-        """The number in the run id: of the first trial, so it never changes."""
-        old_number = _old_number(self.trials[0])
-        return self.trials[0].number if old_number is None else old_number
-
-    @property
     def decisive(self) -> FrozenTrial:
-        """The trial that determines the state: one that is done, else active, else the last."""
-        for states in (_DONE, (TrialState.RUNNING, TrialState.WAITING)):
-            for trial in self.trials:
-                if trial.state in states:
-                    return trial
-        return self.trials[-1]
+        """The trial that determines the state: one that is done, else running, else waiting.
+
+        If all have failed, it is the last. Waiting duplicates of a trial that is done don't count.
+        """
+        ranked = (t for states in _PRECEDENCE for t in self.trials if t.state in states)
+        return next(ranked, self.trials[-1])
 
     @property
     def state(self) -> str:
@@ -95,12 +90,6 @@ class TrialGroup:
         """The values of the fields that vary; none if they have not all been drawn yet."""
         return _values(self.decisive, self.sweep)
 
-    @property
-    def claimable(self) -> FrozenTrial | None:
-        """A waiting trial, if all earlier ones have failed."""
-        trial = next((t for t in self.trials if t.state != TrialState.FAIL), None)
-        return trial if trial and trial.state == TrialState.WAITING else None
-
     def result(self, values: dict[str, Value], token: str) -> TrialResult:
         """The trial with these values, in a study with this token."""
         config = self.sweep.config(values)
@@ -109,7 +98,9 @@ class TrialGroup:
         attributes = self.decisive.user_attrs
         record = attributes.get("record") or attributes.get("failure") or {}
         name = re.sub(r"[^\w-]", "-", self.sweep.name, flags=re.ASCII).strip("-")[:60] or "sweep"
-        run_id = f"{name}-{token}-{self.number:03d}"
+        old_number = _old_number(self.trials[0])  # of the first, so that the id never changes
+        number = self.trials[0].number if old_number is None else old_number
+        run_id = f"{name}-{token}-{number:03d}"
         return TrialResult(
             run_id=run_id,
             run_dir=self.sweep.out_dir / run_id,
@@ -119,10 +110,6 @@ class TrialGroup:
             value=self.value,
             **{name: record[name] for name in RECORD_FIELDS if name in record},
         )
-
-    def update(self, ended: FrozenTrial) -> None:
-        """Replace a trial by its present state."""
-        self.trials[:] = [ended if t._trial_id == ended._trial_id else t for t in self.trials]
 
 
 def group_trials(trials: Iterable[FrozenTrial], sweep: Sweep) -> dict[str, TrialGroup]:
@@ -169,12 +156,11 @@ def enqueue_copy(study: optuna.Study, trial: FrozenTrial, **attributes: Any) -> 
     dropped = ("owner", "record", "failure", "surplus")
     kept = {k: v for k, v in trial.user_attrs.items() if k not in dropped}
     copied = {"key": _key(trial), "copy_of": trial.number}
-    study.add_trial(
-        create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs=kept | copied | attributes,
-            system_attrs=trial.system_attrs,
-        )
+    copy = create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=kept | copied | attributes,
+        system_attrs=trial.system_attrs,
     )
+    study.add_trial(copy)

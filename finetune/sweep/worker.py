@@ -39,13 +39,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class EpochEnded:
-    """A worker's run has finished an epoch."""
-
-    row: Row
-
-
-@dataclass(frozen=True)
 class TrialEnded:
     """A worker's run has ended."""
 
@@ -54,7 +47,8 @@ class TrialEnded:
     reason: str = ""
 
 
-Event = EpochEnded | TrialEnded
+Event = Row | TrialEnded
+"""The metrics of an epoch that has ended, or the end of the run."""
 
 
 def work(connection: Connection, job: Job, environment: dict[str, str], num_workers: int) -> None:
@@ -82,7 +76,7 @@ def _run(connection: Connection, job: Job, num_workers: int) -> None:
     answers = _receive_answers(connection)
 
     def on_epoch(row: Row) -> None:
-        _send(connection, EpochEnded(row))
+        _send(connection, row)
         if job.is_judged and (reason := answers.get()) is not None:
             raise Pruned(reason)
 
@@ -106,11 +100,9 @@ def _end_by(error: BaseException) -> TrialEnded:
             print(f"error: {message(short or error)}", flush=True)
         else:
             traceback.print_exception(error)
-    return (
-        TrialEnded("out of resources", str(short))
-        if short
-        else TrialEnded("failed", failure.reason)
-    )
+    if short:
+        return TrialEnded("out of resources", str(short))
+    return TrialEnded("failed", failure.reason)
 
 
 def _send(connection: Connection, event: Event) -> None:

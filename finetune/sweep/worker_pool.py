@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 from finetune.sweep.worker import OUTPUT_NAME, Event, Job, TrialEnded, work
 from finetune.system.devices import visible_devices
 from finetune.system.resources import require_handles
+from finetune.system.shutdown import STOP_SIGNALS
 
 STOP_SECONDS = 40.0
 """How long a worker that is asked to stop may take to write and send everything."""
@@ -136,9 +137,12 @@ def _start_fork_server() -> None:
     if os.environ.get("WANDB_MODE") != "disabled":
         modules += _WANDB_MODULES
     multiprocessing.set_forkserver_preload(modules)
-    path = os.environ.get("PYTHONPATH")
+    path = os.environ.pop("PYTHONPATH", None)
     package_dir = str(Path(__file__).parents[2])
     os.environ["PYTHONPATH"] = f"{package_dir}{os.pathsep}{path}" if path else package_dir
+    resource_tracker.ensure_running()  # it would unblock signals
+    # Blocked in the server too, until `preload` ignores them: Ctrl-C must not interrupt its start.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with _without_main_module():
             forkserver.ensure_running()
@@ -146,6 +150,7 @@ def _start_fork_server() -> None:
         del os.environ["PYTHONPATH"]
         if path is not None:
             os.environ["PYTHONPATH"] = path
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 @contextmanager

@@ -263,6 +263,23 @@ def test_the_live_table_counts_earlier_trials() -> None:
 # interrupted
 
 
+def test_ctrl_c_does_not_interrupt_the_start_of_the_fork_server(
+    base: Fields, tmp_path: Path
+) -> None:
+    process = start(tmp_path, content(base, seed=[1]), python=sys.executable)
+    servers: list[int] = []
+    while not servers:
+        assert process.poll() is None
+        commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(process.pid)}
+        servers = [pid for pid, command in commands.items() if b"forkserver" in command]
+    os.kill(servers[0], signal.SIGINT)  # a terminal signals every process
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == -signal.SIGINT
+    time.sleep(0.5)
+    os.kill(servers[0], signal.SIGKILL)  # it is alive
+    assert process.communicate()[0] == "stopped by SIGINT\n"
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -19,8 +19,8 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 
-from finetune.sweep.sampling import cell_distribution
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import has_ended, open_storage, this_process
 from finetune.sweep.sweep_file import read_sweep
@@ -161,6 +161,27 @@ def test_of_two_copies_of_a_trial_only_one_runs(storage: str) -> None:
     assert states(storage) == {"COMPLETE": 1, "FAIL": 1, "WAITING": 1}
 
 
+@pytest.mark.parametrize("place", ["before it", "after it"])
+def test_a_duplicate_of_a_finished_trial_is_neither_claimed_nor_open(
+    place: str, storage: str
+) -> None:
+    trial_queue = TrialQueue(grid(1), storage, 1)
+    study = trial_queue._study
+    study.add_trial(trials(storage)[0])  # as a second process might at the same time
+    early = TrialQueue(grid(1), storage, 1)  # sees two waiting trials
+    ids = [trial._trial_id for trial in trials(storage)]
+    done = ids[place == "before it"]
+    study._storage.set_trial_state_values(done, optuna.trial.TrialState.RUNNING)
+    study._storage.set_trial_state_values(done, optuna.trial.TrialState.COMPLETE, [0.5])
+    for each in (early, trial_queue, TrialQueue(grid(1), storage, 1)):
+        each.refresh()
+        assert each.claim() is None
+        assert each.is_complete()
+        assert [(r.state, r.value) for r in each.results()] == [("finished", 0.5)]
+        assert each.retry_failed() == 0
+    assert states(storage) == {"COMPLETE": 1, "WAITING": 1}
+
+
 def test_another_sweep_of_the_same_name_is_refused(storage: str) -> None:
     TrialQueue(grid(2), storage, 2)
     with pytest.raises(ConfigError, match="with other parameters; pass another --name"):
@@ -232,7 +253,7 @@ def write_old_study(where: str, sweep: Sweep, num_done: int, num_enqueued: int) 
     )
     source = json.dumps(sweep.source, sort_keys=True, default=str)
     study.set_user_attr("sweep", {"token": "af8537", "source": source, "owner": ELSEWHERE})
-    distributions = {d.name: cell_distribution(d) for d in sweep.dimensions}
+    distributions = {d.name: CategoricalDistribution(d.steps or ()) for d in sweep.dimensions}
     for i, cell in enumerate(islice(sweep.cells(), num_enqueued)):
         attributes = {"key": f"cell-{i}"}
         done = optuna.trial.TrialState.COMPLETE if i < num_done else optuna.trial.TrialState.WAITING
