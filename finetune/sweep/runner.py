@@ -30,6 +30,7 @@ MAX_FIRST_FAILURES = 3
 """If this many trials are the first to end and all have failed, the sweep is stopped."""
 
 _POLL_SECONDS = 1.0
+_RESUME = "the sweep has ended; start it again once this is fixed"
 
 
 def run_sweep(
@@ -44,22 +45,19 @@ def run_sweep(
     fields: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> list[TrialResult]:
-    """Run a sweep here and return the result of every trial, the best first.
+    """Run a sweep here, resume it, or join it; return every trial's result, the best first.
 
     `sweep` is a sweep.yaml, a mapping with the same content, or a `Sweep`. Run directories go to
     `out` (default: the sweep's own `out`, else runs/), and so does the database NAME.db unless
-    `storage` is given. The same call resumes an interrupted sweep; from a second process it joins
-    the sweep. `fields` are defaults for what the sweep does not set, such as data_dir. The default
-    of `workers` is the number of visible GPUs, or 1.
+    `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
+    The default of `workers` is the number of visible GPUs, or 1.
 
     Raises `ConfigError` for an invalid sweep, `FinetuneError` if the first trials all fail, and
-    `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials. A trial that fails
-    later raises nothing.
+    `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
     """
-    spec = sweep
-    if not isinstance(spec, Sweep):
-        spec = read_sweep(Path(spec) if isinstance(spec, str) else spec)
-    spec = spec.amended(name, fields or {}, {} if out is None else {"out": str(out)})
+    if not isinstance(sweep, Sweep):
+        sweep = read_sweep(Path(sweep) if isinstance(sweep, str) else sweep)
+    spec = sweep.amended(name, fields or {}, {} if out is None else {"out": str(out)})
     num_trials = spec.num_trials(max_runs)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: got {workers}; must be an integer >= 1")
@@ -98,15 +96,12 @@ def _make(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FinetuneError(
-            f"out: {directory} can't be created: {error.strerror}; pass another --out"
-        ) from None
+        problem = f"{directory} can't be created: {error.strerror}"
+        raise FinetuneError(f"out: {problem}; pass another --out") from None
 
 
 @dataclass
 class _Runner:
-    """The part of one process in a sweep."""
-
     spec: Sweep
     queue: TrialQueue
     worker_pool: WorkerPool
@@ -116,7 +111,7 @@ class _Runner:
     _next_claim: float = 0.0  # when there was nothing to claim
 
     def run(self) -> None:
-        """Run until every trial is done, here or elsewhere; requeue the running ones on errors."""
+        """Run until every trial is done, here or elsewhere; on errors requeue the running ones."""
         self.live_table.update(self.queue.results())
         try:
             while True:
@@ -136,8 +131,7 @@ class _Runner:
     def _is_over(self) -> bool:
         if self.queue.is_complete():
             return True
-        machines = sorted(self.queue.unobservable())
-        if machines:
+        if machines := sorted(self.queue.unobservable()):
             self.live_table.log(
                 f"trials are running on {', '.join(machines)}; a journal does not tell whether "
                 "their processes are alive: if they have ended, run this again with --retry_failed"
@@ -146,11 +140,10 @@ class _Runner:
 
     def _start_trials(self) -> None:
         while self.worker_pool.has_room and time.monotonic() >= self._next_claim:
-            claim = self.queue.claim()
-            if claim is None:
-                self._next_claim = time.monotonic() + _POLL_SECONDS
-            else:
+            if claim := self.queue.claim():
                 self._start(claim)
+            else:
+                self._next_claim = time.monotonic() + _POLL_SECONDS
 
     def _start(self, claim: Claim) -> None:
         run_dir = claim.result.run_dir
@@ -186,10 +179,7 @@ class _Runner:
         result = replace(claim.result, state=end.state, seconds=seconds, reason=end.reason)
         if end.state == "out of resources":
             self.queue.requeue(claim)
-            raise Shortage(
-                f"{claim.run_id}: {end.reason} (the sweep has ended; start it again to resume it "
-                "once this is fixed)"
-            )
+            raise Shortage(f"{claim.run_id}: {end.reason} ({_RESUME})")
         if end.state in ("crashed", "stopped", "preempted"):
             if self.queue.requeue(claim, crashed=True):
                 self.live_table.ended(replace(result, state="interrupted"))
@@ -199,24 +189,19 @@ class _Runner:
         result = self._with_values(result)
         record = {name: getattr(result, name) for name in RECORD_FIELDS}
         if not self.queue.finish(claim, result.state, result.value, record):
-            self.live_table.log(
-                f"{claim.run_id}: its result is discarded, because another process was given the "
-                "trial meanwhile"
-            )
+            self.live_table.log(f"{claim.run_id}: discarded; another process was given the trial")
         self.live_table.update(self.queue.results())
         self.live_table.ended(result)
         self._end_states.append(result.state)
         if self._end_states == ["failed"] * MAX_FIRST_FAILURES:
             raise FinetuneError(
                 f"the first {MAX_FIRST_FAILURES} trials all failed, the last one because of: "
-                f"{result.reason} (the sweep has ended; once this is fixed, start it again with "
-                "--retry_failed)"
+                f"{result.reason} ({_RESUME}, with --retry_failed)"
             )
 
     def _with_values(self, result: TrialResult) -> TrialResult:
         """The result of a trial that has ended, with the values in its run directory."""
-        rows = _rows(result.run_dir)
-        if not rows:
+        if not (rows := _rows(result.run_dir)):
             return result
         best = best_epoch(rows)
         value = None if result.state == "failed" else self._logged_value(rows[-1])[1]
@@ -230,9 +215,8 @@ class _Runner:
                 with suppress(Exception):
                     self.queue.requeue(claim)
         if stopped:
-            self.live_table.log(
-                f"trials requeued: {len(stopped)}; run the same command to resume them"
-            )
+            count = len(stopped)
+            self.live_table.log(f"trials requeued: {count}; run the same command to resume them")
 
 
 def _rows(run_dir: Path) -> list[Row]:
@@ -249,8 +233,7 @@ def _unrecorded_end(run_dir: Path) -> tuple[TrialEnded, float | None] | None:
         try:
             result = RunResult.load(run_dir)
         except RunDirError as error:
-            reason = f"{error}; remove {run_dir} to run the trial again"
-            return TrialEnded("failed", reason), None
+            return TrialEnded("failed", f"{error}; remove {run_dir} to run the trial again"), None
         return TrialEnded("finished"), result.train_seconds + result.cache_seconds
     failure = read_failure(run_dir / "failure.json")
     if failure and failure.get("state") == "pruned":

@@ -37,33 +37,31 @@ _DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}
 _TRIES = 6
 
 
-OnStale = Callable[[optuna.Study, FrozenTrial], None]
-"""Called for a running trial of a database whose heartbeat has stopped."""
+_OnStale = Callable[[optuna.Study, FrozenTrial], None]
 
 
-def open_storage(where: str, on_stale: OnStale | None = None) -> BaseStorage:
+def open_storage(where: str, on_stale: _OnStale | None = None) -> BaseStorage:
     """The storage at a database's URL or `journal:PATH`, created if it does not exist.
 
-    Raises `ConfigError` for an invalid `where`, and `FinetuneError` if it can't be reached.
+    `on_stale` is called for a running trial of a database whose heartbeat has stopped. Raises
+    `ConfigError` for an invalid `where`, and `FinetuneError` if it can't be reached.
     """
     if where.startswith(_JOURNAL):
         return _open_journal(Path(where.removeprefix(_JOURNAL)))
     url = _parse_url(where)
+    backend, described = url.get_backend_name(), f"storage: {_without_password(where)}"
     for attempt in range(_TRIES):
         try:
-            return _open_database(where, url.get_backend_name() == "sqlite", on_stale)
+            return _open_database(where, backend == "sqlite", on_stale)
         except NoSuchModuleError:
-            problem = f"SQLAlchemy knows no database {url.drivername!r}"
-            raise ConfigError(f"storage: {_without_password(where)}: {problem}") from None
+            problem = f"{described}: SQLAlchemy knows no database {url.drivername!r}"
+            raise ConfigError(problem) from None
         except ImportError:
-            package = _DRIVERS.get(url.get_backend_name(), url.get_backend_name())
-            purpose = f"storage {_without_password(where)}"
-            raise MissingPackage(package, "sweep", purpose) from None
+            raise MissingPackage(_DRIVERS.get(backend, backend), "sweep", described) from None
         except DBAPIError as error:
             # If two processes create the tables at the same time, one of them fails once.
             if attempt == _TRIES - 1:
-                problem = f"{_without_password(where)} can't be used: {_first_line(error)}"
-                raise FinetuneError(f"storage: {problem}") from None
+                raise FinetuneError(f"{described} can't be used: {_first_line(error)}") from None
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable")
 
@@ -73,16 +71,14 @@ def _parse_url(where: str) -> URL:
         url = make_url(where)
         url.get_backend_name()
     except (ArgumentError, ValueError):
-        raise ConfigError(
-            "storage: not a URL; pass sqlite:///FILE.db, postgresql://USER@HOST/DATABASE, another "
-            "of SQLAlchemy's URLs, or journal:PATH"
-        ) from None
+        allowed = "sqlite:///FILE.db, postgresql://USER@HOST/DATABASE or journal:PATH"
+        raise ConfigError(f"storage: not a URL; pass {allowed}") from None
     if "@" in (url.host or ""):  # error messages would show the rest of the password as the host
         raise ConfigError("storage: an @ in a user's name or password must be written as %40")
     return url
 
 
-def _open_database(where: str, is_sqlite: bool, on_stale: OnStale | None) -> RDBStorage:
+def _open_database(where: str, is_sqlite: bool, on_stale: _OnStale | None) -> RDBStorage:
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         storage = RDBStorage(
             where,
@@ -110,15 +106,13 @@ def storage_errors_as_messages(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # damaged content makes Optuna raise exceptions of any type
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-        package = str(Path(optuna.storages.__file__).parent)
-        is_content = isinstance(error, json.JSONDecodeError)
-        if not is_content and not any(file.startswith(package) for file in files):
+        is_optuna_s = any(Path(optuna.storages.__file__).parent in Path(f).parents for f in files)
+        if not is_optuna_s and not isinstance(error, json.JSONDecodeError):
             raise
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
         raise FinetuneError(
             f"storage: {_without_password(where)} can't be used any more: {_first_line(cause)} "
-            "(start the sweep again to resume it once this is fixed; the directories of runs that "
-            "have ended are complete)"
+            "(once this is fixed, start the sweep again to resume it)"
         ) from None
 
 
@@ -138,8 +132,8 @@ def _configure_sqlite(storage: RDBStorage) -> None:
     """Lock before reading, and commit without waiting for the disk.
 
     Optuna reads a trial and then updates it, but Python's driver begins a transaction only at the
-    update, so two processes could both claim a trial. A commit that waits for a busy disk takes 16
-    ms. Without that, only a power failure can lose commits, and never damages the file.
+    update, so two processes could both claim a trial. Commits that don't wait for the disk can be
+    lost in a power failure, which never damages the file.
     """
 
     def connect(connection: Any, record: Any) -> None:
@@ -159,22 +153,15 @@ def _open_journal(path: Path) -> BaseStorage:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        _remove_partial_line(path)
+        lock = JournalFileSymlinkLock(str(path))
+        lock.acquire()
+        try:  # a last line that a full disk cut short: appending to it would damage the journal
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        finally:
+            lock.release()
         return JournalStorage(JournalFileBackend(str(path)))
     except OSError as error:
         raise FinetuneError(f"storage: journal {path} can't be used: {error.strerror}") from None
-
-
-def _remove_partial_line(journal: Path) -> None:
-    """Remove a last line that a full disk cut short; appending to it would damage the journal."""
-    lock = JournalFileSymlinkLock(str(journal))
-    lock.acquire()
-    try:
-        content = journal.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(journal, content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
 
 
 def machine() -> str:
@@ -197,11 +184,10 @@ def has_ended(owner: Mapping[str, Any]) -> bool:
         return False
     pid = int(owner["pid"])
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):
+            os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        pass
     return bool(_start_time(pid) != owner["started"])
 
 

@@ -6,10 +6,11 @@ import json
 import math
 import secrets
 import time
+from itertools import islice
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
@@ -31,16 +32,15 @@ def join_study(
     The process that creates it enqueues a grid's cells; the others wait for that. Raises
     `ConfigError` if the storage holds another sweep of this name.
     """
-    is_creator = True
     direction = optuna.study.StudyDirection[sweep.metric.goal.upper()]
     try:
         study = optuna.create_study(study_name=sweep.name, storage=storage, direction=direction)
-    except DuplicatedStudyError:
-        is_creator = False
-        study = optuna.load_study(study_name=sweep.name, storage=storage)
-    study.pruner = sampling.pruner(sweep.early_termination)
-    if is_creator:
         _describe(study, sweep, owner)
+        is_creator = True
+    except DuplicatedStudyError:
+        study = optuna.load_study(study_name=sweep.name, storage=storage)
+        is_creator = False
+    study.pruner = sampling.pruner(sweep.early_termination)
     token = _check_same_sweep(study, sweep, owner)
     if sweep.method == "grid":
         if not is_creator:
@@ -67,10 +67,8 @@ def _check_same_sweep(study: optuna.Study, sweep: Sweep, owner: dict[str, Any]) 
     given = json.loads(json.dumps(sweep.source, default=str))
     changed = sorted(k for k in stored.keys() | given.keys() if stored.get(k) != given.get(k))
     if changed:
-        raise ConfigError(
-            f"sweep {sweep.name!r} is in this storage already, with other "
-            f"{', '.join(changed)}; pass another --name to start a new one"
-        )
+        problem = f"this storage has a sweep {sweep.name!r} with other {', '.join(changed)}"
+        raise ConfigError(f"{problem}; pass another --name to start a new one")
     return str(description["token"])
 
 
@@ -80,22 +78,18 @@ def _enqueue_missing_cells(study: optuna.Study, sweep: Sweep, num_trials: int) -
     Two processes may enqueue the same cell; its later trial is discarded once the first is done.
     """
     keys = set(group_trials(study.get_trials(deepcopy=False), sweep))
-    distributions: dict[str, BaseDistribution] = {
-        dimension.name: CategoricalDistribution(dimension.steps or ())
-        for dimension in sweep.dimensions
-    }
-    for cell in sweep.cells():
-        if len(keys) >= num_trials:
-            break
-        if (key := cell_key(cell)) not in keys:
-            keys.add(key)
-            trial = create_trial(
-                state=TrialState.WAITING,
-                params=cell if distributions else {},  # for other tools that read the study
-                distributions=distributions,
-                user_attrs={"key": key, "values": cell},
-            )
-            study.add_trial(trial)
+    dimensions = sweep.dimensions
+    steps: dict[str, Any] = {d.name: CategoricalDistribution(d.steps or ()) for d in dimensions}
+    missing = ((key, cell) for cell in sweep.cells() if (key := cell_key(cell)) not in keys)
+    for key, cell in islice(missing, max(0, num_trials - len(keys))):
+        keys.add(key)
+        trial = create_trial(
+            state=TrialState.WAITING,
+            params=cell if steps else {},  # for other tools that read the study
+            distributions=steps,
+            user_attrs={"key": key, "values": cell},
+        )
+        study.add_trial(trial)
     study.set_user_attr("num_enqueued", num_trials)
 
 
@@ -110,5 +104,5 @@ def _wait_for_cells(study: optuna.Study) -> None:
 
 
 def _num_enqueued(study: optuna.Study) -> int:
-    """How many cells a process has enqueued completely; -1 if none has yet."""
+    """How many cells a process has enqueued; -1 if none has enqueued all of its own yet."""
     return int(study.user_attrs.get("num_enqueued", -1))

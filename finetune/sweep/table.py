@@ -41,10 +41,9 @@ class LiveTable:
         self._best: TrialResult | None = None
         self._started = time.monotonic()
         self._is_live = self._console.is_terminal
-        self.display: AbstractContextManager[object] = nullcontext()
+        live = Live(console=self._console, get_renderable=self._render)
+        self.display: AbstractContextManager[object] = live if self._is_live else nullcontext()
         """The table is shown within this context."""
-        if self._is_live:
-            self.display = Live(console=self._console, get_renderable=self._render)
 
     def log(self, line: str) -> None:
         self._console.print(one_line(line), markup=False, soft_wrap=True)
@@ -52,17 +51,15 @@ class LiveTable:
     def update(self, results: Sequence[TrialResult]) -> None:
         """Take over the results of all trials, the best first."""
         self._num_ended = min(sum(r.state in ENDED for r in results), self._num_trials)
-        finished = [r for r in results if r.state == "finished" and r.value is not None]
-        self._best = finished[0] if finished else None
+        finished = (r for r in results if r.state == "finished" and r.value is not None)
+        self._best = next(finished, None)
 
     def started(self, run_id: str, config: RunConfig) -> None:
         self._running[run_id] = one_line(config.name), "starting"
 
     def epoch_ended(self, run_id: str, config: RunConfig, row: Row) -> None:
-        progress = (
-            f"epoch {row['epoch']:.0f}/{config.epochs - 1}  val_acc {row['val_acc']:.4f}  "
-            f"best {row['best_val_acc']:.4f}"
-        )
+        accuracies = f"val_acc {row['val_acc']:.4f}  best {row['best_val_acc']:.4f}"
+        progress = f"epoch {row['epoch']:.0f}/{config.epochs - 1}  {accuracies}"
         self._running[run_id] = one_line(config.name), progress
         if not self._is_live:
             self.log("  ".join([run_id, *self._running[run_id]]))
@@ -72,10 +69,8 @@ class LiveTable:
         name = self._running.pop(result.run_id, (result.strategy, ""))[0]
         self._num_ended_here += result.state in ENDED
         words = [f"[{self._num_ended}/{self._num_trials}]", result.run_id, name, result.state]
-        if result.value is not None:
-            words.append(f"{self._metric} {result.value:.4f}")
-        if result.seconds is not None:
-            words.append(f"{result.seconds:.1f} s")
+        words += [f"{self._metric} {result.value:.4f}"] if result.value is not None else []
+        words += [f"{result.seconds:.1f} s"] if result.seconds is not None else []
         words += result.reason.splitlines()[:1]
         if not self._is_live and (left := self._time_left()):
             words.append(f"({left} left)")
@@ -95,9 +90,7 @@ class LiveTable:
         if best := self._best:
             setting = one_line(f"{best.strategy} {_setting(best)}".strip())
             title += f"; best so far: {setting}, {self._metric} {best.value:.4f}"
-        table = Table(box=None, pad_edge=False)
-        for heading in ("running", "", "progress"):
-            table.add_column(heading)
+        table = Table("running", "", "progress", box=None, pad_edge=False)
         for run_id, name_and_progress in self._running.items():
             table.add_row(run_id, *name_and_progress)
         # The table's own title would be wrapped at the table's width.
@@ -105,10 +98,8 @@ class LiveTable:
 
 
 def _setting(result: TrialResult) -> str:
-    return " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in result.setting.items()
-    )
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.setting.items()}
+    return " ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def final_table(results: Sequence[TrialResult], metric: str = "best_val_acc") -> Table:

@@ -26,12 +26,6 @@ from finetune.sweep.spec import Sweep
 RECORD_FIELDS = ("best_val_acc", "best_epoch", "seconds", "reason")
 """The fields of `TrialResult` that are stored when a trial ends."""
 
-_STATES = {
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "pruned",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 _PRECEDENCE = (_DONE, (TrialState.RUNNING,), (TrialState.WAITING,))
 
@@ -76,8 +70,9 @@ class TrialGroup:
     def state(self) -> str:
         """As in `TrialResult`."""
         trial = self.decisive
-        failed = "failed" if "failure" in trial.user_attrs else "interrupted"
-        return _STATES.get(trial.state, failed)
+        if trial.state == TrialState.FAIL:
+            return "failed" if "failure" in trial.user_attrs else "interrupted"
+        return "finished" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
 
     @property
     def value(self) -> float | None:
@@ -93,8 +88,7 @@ class TrialGroup:
     def result(self, values: dict[str, Value], token: str) -> TrialResult:
         """The trial with these values, in a study with this token."""
         config = self.sweep.config(values)
-        fields = {n: getattr(config, n) for n in self.sweep.varied if n in values}
-        hidden = ("strategy", "name")
+        varied = [n for n in self.sweep.varied if n in values and n not in ("strategy", "name")]
         attributes = self.decisive.user_attrs
         record = attributes.get("record") or attributes.get("failure") or {}
         name = re.sub(r"[^\w-]", "-", self.sweep.name, flags=re.ASCII).strip("-")[:60] or "sweep"
@@ -105,7 +99,7 @@ class TrialGroup:
             run_id=run_id,
             run_dir=self.sweep.out_dir / run_id,
             strategy=config.strategy,
-            setting={k: v for k, v in fields.items() if v is not None and k not in hidden},
+            setting={n: v for n in varied if (v := getattr(config, n)) is not None},
             state=self.state,
             value=self.value,
             **{name: record[name] for name in RECORD_FIELDS if name in record},
@@ -126,8 +120,7 @@ def cell_key(values: Mapping[str, Value]) -> str:
     """The key of a grid's cell: a digest of its values, whatever their order."""
     # A file that is edited from 1 to 1.0 describes the same cell.
     same = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
-    text = json.dumps(same, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _key(trial: FrozenTrial) -> str:

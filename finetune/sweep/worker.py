@@ -40,15 +40,14 @@ class Job:
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """A worker's run has ended."""
+    """The end of a worker's run."""
 
     state: str
     """As in `Failure`, or finished, crashed (its process has), or out of resources."""
     reason: str = ""
 
 
-Event = Row | TrialEnded
-"""The metrics of an epoch that has ended, or the end of the run."""
+Event = Row | TrialEnded  # the metrics of each epoch, then the end
 
 
 def work(connection: Connection, job: Job, environment: dict[str, str], num_workers: int) -> None:
@@ -115,11 +114,10 @@ def _receive_answers(connection: Connection) -> queue.Queue[str | None]:
     answers: queue.Queue[str | None] = queue.Queue()
 
     def receive() -> None:
-        try:
+        with suppress(EOFError, OSError):
             while True:
                 answers.put(connection.recv())
-        except (EOFError, OSError):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=receive, daemon=True).start()
     return answers
@@ -127,8 +125,7 @@ def _receive_answers(connection: Connection) -> queue.Queue[str | None]:
 
 def _redirect_output(path: Path) -> None:
     """Write all output to a file, that of libraries and crashes included."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     with path.open("ab") as file:
-        for standard in (1, 2):
+        for stream, standard in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
             os.dup2(file.fileno(), standard)

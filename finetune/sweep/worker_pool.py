@@ -40,7 +40,7 @@ class Worker:
     started: float = field(default_factory=time.perf_counter)
 
     def answer(self, reason: str | None) -> None:
-        """Tell a judged run why it should end, or None to continue."""
+        """Send a judged run the reason why it should end, or None."""
         with suppress(OSError):  # it has ended meanwhile, which is an event of its own
             self.connection.send(reason)
 
@@ -70,10 +70,7 @@ class WorkerPool:
             environment["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("forkserver").Process(
-            target=work,
-            args=(theirs, job, environment, self.num_workers),
-            name=job.run_dir.name,
-            daemon=True,
+            target=work, args=(theirs, job, environment, self.num_workers), daemon=True
         )
         with _without_main_module():
             process.start()
@@ -84,14 +81,12 @@ class WorkerPool:
     def events(self, timeout: float) -> Iterator[tuple[Worker, Event]]:
         """The workers' events within `timeout` seconds; a crash is a `TrialEnded` too."""
         workers = list(self._workers.values())
-        sources: list[Any] = [w.connection for w in workers]
-        sources += [w.process.sentinel for w in workers]
-        ready = wait(sources, timeout) if sources else []
+        sources: list[Any] = [s for w in workers for s in (w.connection, w.process.sentinel)]
+        ready = wait(sources, timeout)
         for worker in workers:
             if worker.connection in ready or worker.process.sentinel in ready:
-                event: Event
                 try:
-                    event = worker.connection.recv()
+                    event: Event = worker.connection.recv()
                 except (EOFError, OSError):
                     event = _crash(worker)
                 if isinstance(event, TrialEnded):
@@ -127,8 +122,8 @@ def _crash(worker: Worker) -> TrialEnded:
     worker.process.join()
     code = worker.process.exitcode or 0
     cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    output = worker.job.run_dir / OUTPUT_NAME
-    return TrialEnded("crashed", f"its process ended by {cause}; see {output}")
+    reason = f"its process ended by {cause}; see {worker.job.run_dir / OUTPUT_NAME}"
+    return TrialEnded("crashed", reason)
 
 
 def _start_fork_server() -> None:
@@ -137,9 +132,8 @@ def _start_fork_server() -> None:
     if os.environ.get("WANDB_MODE") != "disabled":
         modules += _WANDB_MODULES
     multiprocessing.set_forkserver_preload(modules)
-    path = os.environ.pop("PYTHONPATH", None)
-    package_dir = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = f"{package_dir}{os.pathsep}{path}" if path else package_dir
+    path = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), path]))
     resource_tracker.ensure_running()  # it would unblock signals
     # Blocked in the server too, until `preload` ignores them: Ctrl-C must not interrupt its start.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -147,9 +141,7 @@ def _start_fork_server() -> None:
         with _without_main_module():
             forkserver.ensure_running()
     finally:
-        del os.environ["PYTHONPATH"]
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
+        os.environ["PYTHONPATH"] = path  # if empty, it is ignored
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
