@@ -124,26 +124,19 @@ def summarize_strategies(
     """
     compared = set(comparable)
     kept = by_strategy(run for run in runs if run.result is None or run in compared)
-    summaries = [
-        _summary(strategy, tuple(kept[strategy]), finished, best_runs_only)
-        for strategy, finished in by_strategy(comparable).items()
-    ]
+    summaries = [_summary(s, tuple(kept[s]), best_runs_only) for s in by_strategy(comparable)]
     return sorted(summaries, key=lambda summary: -summary.accuracy)
 
 
-def _summary(
-    strategy: str,
-    runs: tuple[RunRecord, ...],
-    finished: Sequence[RunRecord],
-    best_runs_only: bool,
-) -> StrategySummary:
+def _summary(strategy: str, runs: tuple[RunRecord, ...], best_run_only: bool) -> StrategySummary:
     """If several settings are confirmed, the best one in the search is chosen."""
+    finished = [run for run in runs if run.result is not None]
     confirmed = _confirmed_settings(finished)
     fresh = {(run.setting, run.finished_result.seed) for runs in confirmed.values() for run in runs}
     # the runs that can have helped to choose a setting
     searched = by_setting(r for r in finished if (r.setting, r.finished_result.seed) not in fresh)
     candidates = [s for s in confirmed if s in searched or len(confirmed) == 1]
-    if candidates and not best_runs_only:
+    if candidates and not best_run_only:
         setting = _best({s: searched.get(s, confirmed[s]) for s in candidates})
         summary = StrategySummary(strategy, runs, confirmed[setting], fresh=True)
     else:

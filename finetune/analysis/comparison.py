@@ -30,6 +30,7 @@ class Comparison:
     about_strategies: bool
     """Whether `differences` are about strategies, over seeds, or only about single models."""
     corrected: Corrected | None
+    """None for a single candidate."""
     num_candidates: int
     warnings: tuple[str, ...]
     compared: tuple[RunRecord, ...]
@@ -69,7 +70,7 @@ class Comparison:
         highest = max(run.accuracy for run in self.compared)
         what = "model found" if leader.best.accuracy == highest else "setting's best model"
         text = f"The best {what} is {best}"
-        if self.corrected and self.num_candidates > 1:
+        if self.corrected:
             corrected = percent(self.corrected.accuracy)
             text += f" ({corrected} corrected for selection from {self.num_candidates} runs)"
         if not worse:
@@ -83,8 +84,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[RunRecord]) -> Comparison:
-    """The comparison of these runs: of strategies if two or more have enough fresh seeds, else of
-    the best model of each."""
+    """Compares strategies if two or more have enough fresh seeds, else the best model of each."""
     comparable, warnings = _comparable([run for run in runs if run.result is not None])
     summaries = summarize_strategies(comparable, runs)
     confirmed = [summary for summary in summaries if summary.fresh]
@@ -119,7 +119,7 @@ def compare(runs: Sequence[RunRecord]) -> Comparison:
 
 
 def _corrected(candidates: Sequence[tuple[RunRecord, str]]) -> Corrected | None:
-    if not candidates:
+    if len(candidates) < 2:
         return None
     return statistics.selection_corrected(
         np.stack([run.correct for run, _ in candidates]),
@@ -145,8 +145,8 @@ def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[st
     reasons = ("other data", "another split", "other validation pictures")
     for key, runs in groups.items():
         if key != largest:
-            place = next(i for i in range(3) if key[i] != largest[i])
-            warnings.append(f"{_named(runs)}: {reasons[place]}, so not compared")
+            reason = next(why for why, a, b in zip(reasons, key, largest, strict=True) if a != b)
+            warnings.append(f"{_named(runs)}: {reason}, so not compared")
     return groups[largest], warnings + _inequalities(groups[largest])
 
 

@@ -48,13 +48,11 @@ class Difference:
 def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
     """The difference of every pair of groups, for other seeds and other pictures.
 
-    The variance is that of resampling both seeds and pictures (the pigeonhole bootstrap, Owen
-    2007, https://arxiv.org/abs/0712.1111), in closed form, with the residual counted once instead
-    of three times: the variance between seeds plus the variance between pictures of the paired
-    differences, minus the residual that both contain. Variances between few seeds are uncertain,
-    so the groups borrow strength from each other as far as their variances agree (Smyth 2004,
-    https://doi.org/10.2202/1544-6115.1027). The interval uses Student's quantile with
-    Satterthwaite's degrees of freedom. p-values are corrected over all pairs (`holm`).
+    The variance is the pigeonhole bootstrap's (Owen 2007, https://arxiv.org/abs/0712.1111) in
+    closed form, with the residual counted once instead of three times: the variance between seeds
+    plus that of the paired differences between pictures, minus the residual that both contain. The
+    variances between seeds are `moderated`; the interval uses Student's quantile with
+    Satterthwaite's degrees of freedom; p-values are corrected over all pairs (`holm`).
     """
     rights = [correct_RN.astype(np.float64) for correct_RN in groups.values()]
     num_runs = np.array([len(right_RN) for right_RN in rights])
@@ -126,7 +124,10 @@ class Moderated:
 
 
 def moderated(variances: Sequence[float], freedoms: ArrayLike, floor: float) -> Moderated:
-    """Variances shrunk towards a common one as far as they agree (Smyth 2004, empirical Bayes)."""
+    """Variances shrunk towards a common one as far as they agree.
+
+    Empirical Bayes: Smyth 2004, https://doi.org/10.2202/1544-6115.1027.
+    """
     found = np.maximum(np.asarray(variances, dtype=float), floor)
     own = np.asarray(freedoms, dtype=float)
     if len(found) == 1:
@@ -198,8 +199,7 @@ def holm(p_values: Sequence[float], num_groups: int) -> list[float]:
     """
     possible = _numbers_of_equal_pairs(num_groups)
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    corrected = [0.0] * len(p_values)
-    so_far = 0.0
+    corrected, so_far = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
         left = max(number for number in possible if number <= len(p_values) - rank)
         so_far = max(so_far, min(1.0, p_values[index] * left))
@@ -227,32 +227,26 @@ class Corrected:
 
 
 def selection_corrected(
-    correct_RN: Correct,
-    groups: Sequence[str] | None = None,
-    num_resamples: int = 500,
-    seed: int = 0,
+    correct_RN: Correct, groups: Sequence[str] | None = None, num_resamples: int = 500
 ) -> Corrected:
     """The accuracy of the best run, chosen on resampled pictures and scored on those left out.
 
     With groups, it is the best run of the group with the best mean. BBC-CV: Tsamardinos, Greasidou
     & Borboudakis 2018, https://doi.org/10.1007/s10994-018-5714-4.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     right_NR = correct_RN.T.astype(np.float32)
     num_pictures, num_runs = right_NR.shape
     if num_pictures < 2:
-        only = float(right_NR.max())
-        return Corrected(only, 0.0, 1.0)
+        return Corrected(float(right_NR.max()), 0.0, 1.0)
     drawn = rng.integers(num_pictures, size=(num_resamples, num_pictures))
     drawn += np.arange(num_resamples)[:, None] * num_pictures
-    counts_BN = np.bincount(drawn.ravel(), minlength=num_resamples * num_pictures)
-    counts_BN = counts_BN.reshape(num_resamples, num_pictures)
+    counts_BN = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
     left_out_BN = (counts_BN == 0).astype(np.float32)
     chosen_B = _best_run(counts_BN.astype(np.float32) @ right_NR, groups or [""] * num_runs)
-    hits_BR = left_out_BN @ right_NR
+    hits_B = (left_out_BN @ right_NR)[np.arange(num_resamples), chosen_B]
     left_out_B = left_out_BN.sum(axis=1)
-    usable = left_out_B > 0
-    scores = (hits_BR[np.arange(num_resamples), chosen_B] / np.maximum(left_out_B, 1))[usable]
+    scores = (hits_B / np.maximum(left_out_B, 1))[left_out_B > 0]
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(scores, (tail, 1 - tail))
     return Corrected(float(scores.mean()), float(low), float(high))

@@ -15,12 +15,11 @@ from finetune.analysis.report.markup import Column, esc, place, section, table_s
 from finetune.analysis.report.winner import winner_section
 from finetune.system.errors import MissingPackage
 
+_SIGNIFICANT = '<span class="yes">significant</span>'
+
 
 def page(
-    runs: Sequence[RunRecord],
-    comparison: Comparison,
-    source: str,
-    importances: Mapping[str, float],
+    runs: Sequence[RunRecord], comparison: Comparison, source: str, importances: Mapping[str, float]
 ) -> str:
     """The page's HTML; `source` says where the runs are from. Raises `MissingPackage` without
     plotly."""
@@ -109,20 +108,18 @@ def _overview(runs: Sequence[RunRecord], comparison: Comparison, source: str) ->
 def _tiles(
     runs: Sequence[RunRecord], comparison: Comparison, winner: RunRecord
 ) -> list[tuple[str, str]]:
-    num_val = winner.finished_result.num_val
+    result, corrected = winner.finished_result, comparison.corrected
     best = "best run with a fresh seed" if comparison.about_strategies else "best run"
-    tiles = [(percent(winner.accuracy), f"{best}, on {num_val} pictures")]
-    if comparison.corrected and comparison.num_candidates > 1:
-        corrected = comparison.corrected
+    tiles = [(percent(winner.accuracy), f"{best}, on {result.num_val} pictures")]
+    if corrected:
         interval = f"{percent(corrected.low)} to {percent(corrected.high)}"
         about = f"corrected for selection from {comparison.num_candidates} runs (95 %: {interval})"
         tiles.append((percent(corrected.accuracy), about))
-    seed = winner.finished_result.seed
-    tiles.append((winner.name, f"the winner, seed {seed}, run {winner.run_id}"))
+    tiles.append((winner.name, f"the winner, seed {result.seed}, run {winner.run_id}"))
     states = Counter(run.state for run in runs)
-    unfinished = [f"{count} {state}" for state, count in states.items() if state != "finished"]
-    tiles.append((str(states["finished"]), "; ".join(["finished runs", *unfinished])))
-    return tiles
+    finished = states.pop("finished")
+    unfinished = [f"{count} {state}" for state, count in states.items()]
+    return [*tiles, (str(finished), "; ".join(["finished runs", *unfinished]))]
 
 
 def _differences(comparison: Comparison) -> str:
@@ -132,13 +129,7 @@ def _differences(comparison: Comparison) -> str:
     )
     columns = [
         Column("pair", lambda d: f"{d.first} − {d.second}"),
-        Column(
-            "difference",
-            lambda d: (
-                '<span class="yes">significant</span>' if d.significant else "not significant"
-            ),
-            str,
-        ),
+        Column("difference", lambda d: _SIGNIFICANT if d.significant else "not significant", str),
         Column("points", lambda d: d.estimate, points),
         Column("from", lambda d: d.low, points),
         Column("to", lambda d: d.high, points),

@@ -46,16 +46,13 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
     content = page(runs, comparison, source, importances)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / TABLE, _encoded(runs_csv(runs)))
-        write_atomically(out / PAGE, _encoded(content))
+        for name, text in ((TABLE, runs_csv(runs)), (PAGE, content)):
+            # names may hold undecodable bytes
+            write_atomically(out / name, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise RunDirError(f"{out} can't be written: {error.strerror or error}") from None
     print(f"\n{out / PAGE} ({len(content) / 1e6:.1f} MB)\n{out / TABLE}")
     return 0
-
-
-def _encoded(content: str) -> bytes:
-    return content.encode("utf-8", "backslashreplace")  # names may hold undecodable bytes
 
 
 def runs_csv(runs: Sequence[RunRecord]) -> str:
@@ -83,7 +80,7 @@ def terminal_summary(comparison: Comparison) -> str:
         lines += ["", *textwrap.wrap(comparison.advice, _TERMINAL_WIDTH)]
     if comparison.summaries:
         lines += ["", *_strategy_lines(comparison)]
-    if comparison.winner and comparison.corrected and comparison.num_candidates > 1:
+    if comparison.winner and comparison.corrected:
         accuracy, corrected = comparison.winner.accuracy, comparison.corrected.accuracy
         lines += [
             "",

@@ -20,6 +20,7 @@ _MAX_LEVELS = 8
 """The most values of a numeric field that are drawn at equal distances, not to scale."""
 _NONE_HEIGHT = -0.07
 """Of runs whose strategy ignores the field."""
+_TICK = {"bgcolor": "card", "borderpad": 1, "showarrow": False, "xanchor": "left", "xshift": 5}
 
 
 def _is_continuous(values: Sequence[Any]) -> bool:
@@ -104,22 +105,12 @@ def parallel_coordinates(
             "fixedrange": True,
         },
         yaxis={"visible": False, "range": [-0.12, 1.1], "fixedrange": True},
-        annotations=[_tick(x, y, label) for x, a in enumerate(axes) for y, label in a.ticks],
+        annotations=[
+            {"x": x, "y": y, "text": f"<b>{figures.text(label)}</b>", "font": {"size": 11}, **_TICK}
+            for x, a in enumerate(axes)
+            for y, label in a.ticks
+        ],
     )
-
-
-def _tick(x: float, y: float, label: str) -> dict[str, Any]:
-    return {
-        "x": x,
-        "y": y,
-        "text": f"<b>{figures.text(label)}</b>",
-        "bgcolor": "card",
-        "borderpad": 1,
-        "showarrow": False,
-        "xanchor": "left",
-        "xshift": 5,
-        "font": {"size": 11},
-    }
 
 
 def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[Any]) -> Figure:
