@@ -1,7 +1,5 @@
 """Run a sweep on this machine: claim trials, run them in worker processes, record how they end."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -76,10 +74,8 @@ def run_sweep(
 
 def sweep_command(sweep: Path, **options: Any) -> int:
     """`python -m finetune sweep`: run the sweep and print its results; returns the exit code."""
-    console = open_console()
-    spec = read_sweep(sweep)
-    results = run_sweep(spec, console=console, **options)
-    return conclude(results, spec.metric.name, console)
+    console, spec = open_console(), read_sweep(sweep)
+    return conclude(run_sweep(spec, console=console, **options), spec.metric.name, console)
 
 
 def conclude(results: list[TrialResult], metric: str, console: Console) -> int:

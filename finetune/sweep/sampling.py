@@ -1,7 +1,5 @@
 """A sweep's method, dimensions and early termination as Optuna's samplers and pruners."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where a sweep's trials are stored, and which of its processes on this machine are alive."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -35,7 +33,6 @@ GRACE_SECONDS = 90
 _JOURNAL = "journal:"
 _DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}
 _TRIES = 6
-
 
 _OnStale = Callable[[optuna.Study, FrozenTrial], None]
 

@@ -1,7 +1,5 @@
 """A sweep's Optuna study: created by one process, joined by the others."""
 
-from __future__ import annotations
-
 import json
 import math
 import secrets

@@ -1,7 +1,5 @@
 """What a sweep prints: its progress, and a table of its results."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

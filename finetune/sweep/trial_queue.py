@@ -5,8 +5,6 @@ copy of it is enqueued. A trial can be claimed only if all earlier trials of its
 so no two processes run trials of a group at the same time.
 """
 
-from __future__ import annotations
-
 import math
 import time
 import warnings

@@ -5,8 +5,6 @@ process that runs it), `record` or `failure` (how it ended), `deaths` (how often
 crashed), `copy_of`, and `surplus` (the trial does not count).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The child process of one trial: it carries out a run and reports to the sweep's process."""
 
-from __future__ import annotations
-
 import os
 import queue
 import signal

@@ -1,7 +1,5 @@
 """Child processes that each run one trial, forked from a server that has made the imports."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
