@@ -163,8 +163,7 @@ class RunConfig(BaseModel):
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Self:
         """The config of these values, in any spelling. Raises `ConfigError` with all errors."""
-        unknown = [name for name in given if name not in cls.model_fields]
-        if unknown:
+        if unknown := [name for name in given if name not in cls.model_fields]:
             raise ConfigError("; ".join(unknown_field(name) for name in unknown))
         try:
             return cls.model_validate(dict(given))

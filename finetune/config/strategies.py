@@ -13,7 +13,6 @@ by part, with smaller learning rates towards the input, follows Howard & Ruder 2
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 PARTS = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 """ResNet18's parts from input to output."""
@@ -32,31 +31,29 @@ class Strategy:
     ignores: frozenset[str] = frozenset()
 
 
-STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
-    {
-        "freeze": Strategy(
-            "only fc trains, on the frozen network's features",
-            deepest_part="fc",
-            ignores=frozenset({"unfreeze_from", "unfreeze_every", "lr_decay"}),
-        ),
-        "partial": Strategy(
-            "everything from unfreeze_from up trains from the start",
-            deepest_part="layer3",
-            ignores=frozenset({"unfreeze_every"}),
-        ),
-        "gradual": Strategy(
-            "fc first, then part after part down to unfreeze_from, deeper parts at lower rates",
-            deepest_part="layer2",
-            lr_decay=0.5,
-            stepwise=True,
-        ),
-        "scratch": Strategy(
-            "random weights, everything trains",
-            deepest_part="stem",
-            ignores=frozenset({"weights", "unfreeze_from", "unfreeze_every"}),
-        ),
-    }
-)
+STRATEGIES: Mapping[str, Strategy] = {
+    "freeze": Strategy(
+        "only fc trains, on the frozen network's features",
+        deepest_part="fc",
+        ignores=frozenset({"unfreeze_from", "unfreeze_every", "lr_decay"}),
+    ),
+    "partial": Strategy(
+        "everything from unfreeze_from up trains from the start",
+        deepest_part="layer3",
+        ignores=frozenset({"unfreeze_every"}),
+    ),
+    "gradual": Strategy(
+        "fc first, then part after part down to unfreeze_from, deeper parts at lower rates",
+        deepest_part="layer2",
+        lr_decay=0.5,
+        stepwise=True,
+    ),
+    "scratch": Strategy(
+        "random weights, everything trains",
+        deepest_part="stem",
+        ignores=frozenset({"weights", "unfreeze_from", "unfreeze_every"}),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +96,8 @@ def plan(
     decay = entry.lr_decay if lr_decay is None else lr_decay
     depths = {part: len(PARTS) - 1 - i for i, part in enumerate(PARTS)}
     return Plan(
-        start_epochs=MappingProxyType({part: depths[part] * step for part in PARTS[deepest:]}),
-        rate_shares=MappingProxyType({part: decay ** depths[part] for part in PARTS}),
+        start_epochs={part: depths[part] * step for part in PARTS[deepest:]},
+        rate_shares={part: decay ** depths[part] for part in PARTS},
     )
 
 
@@ -115,9 +112,11 @@ def _onecycle(progress: float) -> float:
     return last + (1 - last) * _cosine((progress - warmup) / (1 - warmup))
 
 
-SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
-    {"constant": lambda progress: 1.0, "cosine": _cosine, "onecycle": _onecycle}
-)
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": _cosine,
+    "onecycle": _onecycle,
+}
 """Schedule -> multiplier of all learning rates after a share (0 to 1) of the run's steps.
 
 `cosine` is SGDR without restarts (https://arxiv.org/abs/1608.03983); `onecycle` has the shape and

@@ -73,9 +73,8 @@ def open_images(
         pictures = pictures.subset(np.flatnonzero([n not in unreadable for n in pictures.names]))
         read = set(pictures.labels.tolist())
         if empty := [name for i, name in enumerate(pictures.class_names) if i not in read]:
-            raise DataError(
-                f"{pictures.folder}: no picture of these classes can be read: {', '.join(empty)}"
-            )
+            names = ", ".join(empty)
+            raise DataError(f"{pictures.folder}: no picture of these classes can be read: {names}")
     return Images(pictures, image_size, stored), affected
 
 

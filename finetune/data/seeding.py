@@ -15,8 +15,7 @@ def mixed(keys: Keys, salt: int) -> Keys:
     """SplitMix64's finalizer (Steele, Lea & Flood 2014) of each key plus a salt."""
     with np.errstate(over="ignore"):
         salted = np.array([salt], dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = keys + _finalize(salted)
-        return _finalize(z)
+        return _finalize(keys + _finalize(salted))
 
 
 def _finalize(z: Keys) -> Keys:
@@ -37,8 +36,7 @@ def epoch_order(pictures: Pictures, seed: int, epoch: int) -> Indices:
 
 def epoch_flips(pictures: Pictures, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Whether each picture is flipped in an epoch."""
-    draws = _random_bits(pictures, seed, epoch, 1)
-    return np.asarray(draws >= np.uint64(1 << 63))
+    return np.asarray(_random_bits(pictures, seed, epoch, 1) >= np.uint64(1 << 63))
 
 
 def epoch_augment_seeds(pictures: Pictures, seed: int, epoch: int) -> Keys:

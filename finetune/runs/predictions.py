@@ -1,7 +1,4 @@
-"""Probabilities, confusion and confident mistakes from logits and labels.
-
-Legend: K classes.
-"""
+"""Probabilities, confusion and confident mistakes from logits and labels."""
 
 from typing import Any
 
@@ -27,7 +24,7 @@ def confident_mistakes(logits: Array, labels: Array, count: int) -> list[tuple[i
 
 
 def confusion_counts(labels: Array, guesses: Array, num_classes: int) -> Array:
-    """Predictions by true and predicted class, (K, K): rows are truths, columns predictions."""
+    """Predictions by true and predicted class, (num_classes, num_classes): rows are truths."""
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(counts, (labels, guesses), 1)
     return counts

@@ -156,9 +156,8 @@ class RunDir:
         try:
             write_atomically(self.evaluation_path, json_bytes({"evaluations": records}))
         except OSError as error:
-            raise RunDirError(
-                f"{self.evaluation_path} can't be written: {error.strerror or error}"
-            ) from None
+            reason = error.strerror or error
+            raise RunDirError(f"{self.evaluation_path} can't be written: {reason}") from None
 
     def read_predictions(self) -> tuple[Array, Array, Array]:
         """The best epoch's logits, (N, K), labels and paths, (N,). Raises `RunDirError`."""
