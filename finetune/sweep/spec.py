@@ -10,23 +10,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
+import annotated_types as at
+from pydantic import BaseModel, Field, model_validator
+
+from finetune.config.field_types import Count, Integer, Number, one_of
 from finetune.config.fields import RunConfig
+from finetune.runs.result import METRICS
 from finetune.sweep.distributions import Dimension, Value
 from finetune.system.errors import ConfigError
 
-DEFAULT_METRIC = "best_val_acc"
 DEFAULT_SEED = 42
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(BaseModel, frozen=True, extra="forbid"):
     """What a sweep optimizes: the last value that a run logs under this name."""
 
-    name: str = DEFAULT_METRIC
-    goal: str = "maximize"
-    target: float | None = None
+    name: Annotated[str, one_of(METRICS)]
+    goal: Annotated[str, one_of(("maximize", "minimize"))] = Field(
+        description="maximize or minimize (W&B would minimize)"
+    )
+    target: Number | None = None
 
     def reached(self, value: float | None) -> bool:
         if self.target is None or value is None:
@@ -34,15 +39,30 @@ class Metric:
         return value >= self.target if self.goal == "maximize" else value <= self.target
 
 
-@dataclass(frozen=True)
-class EarlyTermination:
+DEFAULT_METRIC = Metric(name="best_val_acc", goal="maximize")
+
+
+class EarlyTermination(BaseModel, extra="forbid"):
     """Successive halving: judges at min_iter, min_iter*eta, ... iterations; 1 in eta continues.
 
     An iteration is one logged value of the metric, which is one epoch; iterations count from 1.
+    `max_iter` and `s` are W&B's other way to give `min_iter`.
     """
 
-    min_iter: int
-    eta: int
+    type: Literal["hyperband"]
+    min_iter: Count = 0
+    max_iter: Count = 0
+    s: Count = 0
+    eta: Annotated[Integer, at.Ge(2)] = 3
+    strict: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        given = self.model_fields_set & {"min_iter", "max_iter", "s"}
+        if given not in ({"min_iter"}, {"max_iter", "s"}):
+            raise ValueError("must have either min_iter, or max_iter and s")
+        self.min_iter = self.min_iter or max(1, self.max_iter // self.eta**self.s)
+        return self
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class Sweep:
     method: str
     dimensions: tuple[Dimension, ...]
     fixed: Mapping[str, Value]
-    metric: Metric = field(default_factory=Metric)
+    metric: Metric = DEFAULT_METRIC
     run_cap: int | None = None
     early_termination: EarlyTermination | None = None
     listed: tuple[Mapping[str, Value], ...] | None = None

@@ -6,16 +6,15 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
 import annotated_types as at
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
-from finetune.config.field_types import Count, Integer, Number, one_of
+from finetune.config.field_types import Count, one_of
 from finetune.config.fields import RunConfig, read_mapping, unknown_field
 from finetune.config.flags import given_fields
-from finetune.runs.result import METRICS
 from finetune.sweep.distributions import Constant, Dimension, Value, read_parameter
 from finetune.sweep.spec import DEFAULT_METRIC, EarlyTermination, Metric, Sweep
 from finetune.system.errors import ConfigError
@@ -34,34 +33,6 @@ _UNSUPPORTED = {
 }
 
 
-class _Metric(BaseModel, extra="forbid"):
-    name: Annotated[str, one_of(METRICS)]
-    goal: Annotated[str, one_of(("maximize", "minimize"))] = Field(
-        description="maximize or minimize (W&B would minimize)"
-    )
-    target: Number | None = None
-
-
-class _Hyperband(BaseModel, extra="forbid"):
-    type: Literal["hyperband"]
-    min_iter: Count | None = None
-    max_iter: Count | None = None
-    s: Count | None = None
-    eta: Annotated[Integer, at.Ge(2)] = 3
-    strict: Literal[False] = False
-
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        given = [key for key in ("min_iter", "max_iter", "s") if getattr(self, key) is not None]
-        if given not in (["min_iter"], ["max_iter", "s"]):
-            raise ValueError("must have either min_iter, or max_iter and s")
-        return self
-
-    def early_termination(self) -> EarlyTermination:
-        steps = (self.max_iter or 1) // self.eta ** (self.s or 0)
-        return EarlyTermination(self.min_iter or max(1, steps), self.eta)
-
-
 def _check_program(program: str) -> str:
     if Path(program).name != PROGRAM:
         raise ValueError(f"must be {PROGRAM}")
@@ -69,16 +40,14 @@ def _check_program(program: str) -> str:
 
 
 class _SweepFile(BaseModel, extra="forbid"):
-    """The keys of a sweep file."""
-
     program: Annotated[str, AfterValidator(_check_program)] | None = None
     method: Annotated[str, one_of(("grid", "random", "bayes"))]
-    metric: _Metric | None = None
+    metric: Metric | None = None
     parameters: Annotated[dict[str, Any], at.MinLen(1)] = Field(
         description="a mapping of fields to values"
     )
     run_cap: Count | None = None
-    early_terminate: _Hyperband | None = None
+    early_terminate: EarlyTermination | None = None
     command: list[str | int] | None = None
     name: Any = None
     description: Any = None
@@ -92,13 +61,14 @@ def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
     Raises `ConfigError`, which lists everything that is wrong with it.
     """
     if isinstance(source, Mapping):
-        return _Reader(source, "sweep").read("sweep", needs_program=False)
+        return _Reader(source, "sweep").read("sweep")
     content = load_yaml(source, "a sweep file")
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{source} is not a sweep file: it must be a mapping with method and parameters"
-        )
-    return _Reader(content, str(source)).read(source.stem, needs_program=True)
+        raise ConfigError(f"{source} is not a sweep file: it must have method and parameters")
+    reader = _Reader(content, str(source))
+    if content.get("program") is None and content.get("command") is None:
+        reader.faults.append(f"program: missing; W&B's agents need 'program: {PROGRAM}'")
+    return reader.read(source.stem)
 
 
 def check_command(sweep: Path, **_: object) -> int:
@@ -115,23 +85,22 @@ class _Reader:
         self.where = where
         self.faults: list[str] = []
 
-    def read(self, default_name: str, needs_program: bool) -> Sweep:
+    def read(self, default_name: str) -> Sweep:
         content = self.content
-        file = self._validated(needs_program)
+        file = self._validated()
         fixed = self._command()
         dimensions, constants = self._parameters()
         self._raise_faults()
         assert file is not None
         fixed |= {key: content[key] for key in ("project", "entity") if content.get(key)}
-        rule = file.early_terminate
         sweep = Sweep(
             name=str(file.name or default_name),
             method=file.method,
             dimensions=dimensions,
             fixed=fixed | constants,
-            metric=Metric(**dict(file.metric)) if file.metric else Metric(),
+            metric=file.metric or DEFAULT_METRIC,
             run_cap=file.run_cap,
-            early_termination=rule.early_termination() if rule else None,
+            early_termination=file.early_terminate,
             source={key: content[key] for key in content if key not in _NOT_IN_SOURCE},
         )
         for check in (self._check_grid, self._check_configs):
@@ -144,15 +113,13 @@ class _Reader:
             count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
             raise ConfigError("\n  ".join([f"{self.where}: {count}:", *faults]))
 
-    def _validated(self, needs_program: bool) -> _SweepFile | None:
-        given = {key for key, value in self.content.items() if value is not None}
-        if needs_program and not given & {"program", "command"}:
-            self.faults.append(f"program: missing; W&B's agents need 'program: {PROGRAM}'")
-        needs_metric = self.content.get("method") == "bayes" or "early_terminate" in given
+    def _validated(self) -> _SweepFile | None:
+        given = {key: value for key, value in self.content.items() if value is not None}
+        needs_metric = given.get("method") == "bayes" or "early_terminate" in given
         if needs_metric and "metric" not in given:
             self.faults.append(
-                "metric: missing; method bayes and early_terminate need 'metric: {name: "
-                f"{DEFAULT_METRIC}, goal: maximize}}'"
+                "metric: missing; method bayes and early_terminate need one, such as "
+                f"'metric: {{name: {DEFAULT_METRIC.name}, goal: {DEFAULT_METRIC.goal}}}'"
             )
         try:
             return _SweepFile.model_validate(self.content)
@@ -167,25 +134,19 @@ class _Reader:
             return {}
         words = [str(word) for word in command if not re.fullmatch(r"\$\{\w+\}", str(word))]
         program = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
-        for word in program:
-            if not re.fullmatch(rf"python[\d.]*|env|-u|{re.escape(PROGRAM)}", Path(word).name):
-                self.faults.append(
-                    f"command: {word!r} is not supported; use {PROGRAM} and its flags"
-                )
+        self.faults += [
+            f"command: {word!r} is not supported; use {PROGRAM} and its flags"
+            for word in program
+            if not re.fullmatch(rf"python[\d.]*|env|-u|{re.escape(PROGRAM)}", Path(word).name)
+        ]
         try:
-            return self._read_config_file(given_fields(words[len(program) :]))
+            given = given_fields(words[len(program) :])
+            if "resume" in given:
+                raise ConfigError("resume: a sweep starts new runs; remove it")
+            return _read_config_file(given)
         except ConfigError as error:
             self.faults.append(f"command: {error}")
             return {}
-
-    def _read_config_file(self, given: dict[str, Value]) -> dict[str, Value]:
-        """Replace `config`, a file of fields, by these fields; other given values win."""
-        if "resume" in given:
-            self.faults.append("resume: a sweep starts new runs; remove it")
-        file = given.pop("config", None)
-        if file is None:
-            return given
-        return read_mapping(Path(str(file))) | given
 
     def _parameters(self) -> tuple[tuple[Dimension, ...], dict[str, Value]]:
         given = self.content.get("parameters")
@@ -201,7 +162,7 @@ class _Reader:
             else:
                 dimensions.append(read)
         try:
-            return tuple(dimensions), self._read_config_file(constants)
+            return tuple(dimensions), _read_config_file(constants)
         except ConfigError as error:
             self.faults.append(str(error))
             return (), {}
@@ -222,43 +183,39 @@ class _Reader:
 
     def _check_configs(self, sweep: Sweep) -> None:
         """Values must make valid configs, whose parts all train before the run may be judged."""
-        latest, rule = None, sweep.early_termination
+        configs, rule = [], sweep.early_termination
         for values in _samples(sweep):
             try:
-                config = sweep.config(values)
+                configs.append(sweep.config(values))
             except ConfigError as error:
                 self.faults.append(f"parameters: {error}")
-                continue
-            if latest is None or config.plan.all_open_epoch > latest.plan.all_open_epoch:
-                latest = config
-        if self.faults or latest is None or rule is None:
+        if self.faults or rule is None:
             return
+        latest = max(configs, key=lambda config: config.plan.all_open_epoch)
         last_start = latest.plan.all_open_epoch
         if rule.min_iter <= last_start:
             varied = [name for name in TIMING_FIELDS if name == "strategy" or name in sweep.varied]
             setting = ", ".join(f"{name} {getattr(latest, name)}" for name in varied)
             self.faults.append(
-                f"early_terminate: it would judge after epoch {rule.min_iter - 1} (iteration "
-                f"{rule.min_iter}), but with {setting} the last part starts to train at epoch "
-                f"{last_start}; min_iter must be >= {last_start + 1}"
+                f"early_terminate: min_iter: got {rule.min_iter}, but with {setting} the last part "
+                f"starts to train at epoch {last_start}; min_iter must be >= {last_start + 1}"
             )
 
 
 def _fault(error: Any) -> str:
     """One of pydantic's errors: where, what was found, what is allowed."""
     *parents, key = where = [str(part) for part in error["loc"]]
-    models: dict[str, type[BaseModel]] = {"metric": _Metric, "early_terminate": _Hyperband}
-    fields = (models[parents[0]] if parents and parents[0] in models else _SweepFile).model_fields
-    path = ".".join(where)
+    models: dict[str, type[BaseModel]] = {"metric": Metric, "early_terminate": EarlyTermination}
+    fields = models.get(where[0], _SweepFile).model_fields
     if key in _UNSUPPORTED and not parents:
         return f"{key}: not supported: {_UNSUPPORTED[key]}"
     if error["type"] == "extra_forbidden":
         return ": ".join([*parents, f"unknown key {key!r}{nearest(key, fields)}"])
     if error["type"] == "missing":
         hint = fields[key].description
-        return f"{path}: missing{f'; must be {hint}' if hint else ''}"
+        return f"{'.'.join(where)}: missing{f'; must be {hint}' if hint else ''}"
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{path}: got {error['input']!r}; {message}"
+    return f"{'.'.join(where)}: got {error['input']!r}; {message}"
 
 
 def _read_field(name: str, entry: object) -> Dimension | Constant:
@@ -269,6 +226,12 @@ def _read_field(name: str, entry: object) -> Dimension | Constant:
     if isinstance(read, Dimension) and name in ("config", "out", "group"):
         raise ConfigError(f"{name}: must have the same value in all trials")
     return read
+
+
+def _read_config_file(given: dict[str, Value]) -> dict[str, Value]:
+    """Replace `config`, a file of fields, by these fields; other given values win."""
+    file = given.pop("config", None)
+    return given if file is None else read_mapping(Path(str(file))) | given
 
 
 def _samples(sweep: Sweep) -> Iterator[dict[str, Value]]:
