@@ -1,7 +1,5 @@
 """Commands around runs: `python -m finetune COMMAND`.
 
-    python -m finetune --help
-
 Each command is one entry of `COMMANDS`. Its module is imported when the command is called, so that
 `--help` imports no torch.
 """
@@ -9,7 +7,6 @@ Each command is one entry of `COMMANDS`. Its module is imported when the command
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +37,8 @@ def positive_integer(text: str) -> int:
 _path = partial(argument, type=Path)
 _count = partial(argument, type=positive_integer)
 _switch = partial(argument, action="store_true")
+_storage = partial(argument, "--storage", metavar="URL")
+_runs_dir = partial(_path, "runs_dir", metavar="RUNS_DIR")
 
 _DATA_DIR = Path("data/inaturalist_12K")
 _RUN_DIR = _path("run_dir", "the directory of a finished run", metavar="RUN_DIR")
@@ -78,11 +77,7 @@ COMMANDS: dict[str, Command] = {
             const="finetune.sweep.sweep_file:check_command",
         ),
         _WORKERS,
-        argument(
-            "--storage",
-            "a database URL or journal:PATH, shared by several processes (default: OUT/NAME.db)",
-            metavar="URL",
-        ),
+        _storage("database URL or journal:PATH, for several processes (default: OUT/NAME.db)"),
         argument("--max_runs", "maximum number of trials, like run_cap in the file", type=int),
         argument("--name", "name of the sweep (default: name in the file, or the file's name)"),
         _path("--out", "for run directories (default: out in the file, or runs)"),
@@ -97,13 +92,7 @@ COMMANDS: dict[str, Command] = {
     "report": (
         "compare the strategies: which one is best, and is the difference significant",
         "finetune.analysis.report.report:report",
-        _path(
-            "runs_dir",
-            "contains run directories, at any depth (default: runs)",
-            metavar="RUNS_DIR",
-            nargs="?",
-            default=Path("runs"),
-        ),
+        _runs_dir("holds runs, at any depth (default: runs)", nargs="?", default=Path("runs")),
         _path("--out", "for report.html and runs.csv (default: RUNS_DIR)", metavar="DIR"),
         argument("--wandb", "report on this W&B sweep instead", metavar="ENTITY/PROJECT/SWEEP"),
     ),
@@ -119,12 +108,7 @@ COMMANDS: dict[str, Command] = {
         "evaluate a run's best model on its test set or on a labelled folder; recorded once",
         "finetune.inference.evaluate:evaluate",
         _RUN_DIR,
-        _path(
-            "folder",
-            "contains CLASS/* with the classes of the run (default: the run's test set)",
-            metavar="FOLDER",
-            nargs="?",
-        ),
+        _path("folder", "holds CLASS/* (default: the run's test set)", metavar="FOLDER", nargs="?"),
         _switch("--json", "print the record as JSON", dest="as_json"),
     ),
     "export": (
@@ -132,42 +116,37 @@ COMMANDS: dict[str, Command] = {
         "finetune.inference.export:export",
         _RUN_DIR,
         argument(
-            "--format",
-            "of the file",
-            dest="format_name",
-            required=True,
-            choices=("onnx", "state_dict"),
+            "--format", "of it", dest="format_name", required=True, choices=("onnx", "state_dict")
         ),
         _path("--out", "default: RUN_DIR/model.onnx or RUN_DIR/model.pth", metavar="FILE"),
     ),
     "confirm": (
         "repeat the best setting of each strategy with fresh seeds, equally often",
         "finetune.sweep.confirmation:confirm",
-        _path("runs_dir", "contains finished runs", metavar="RUNS_DIR"),
+        _runs_dir("contains finished runs"),
         _count("--seeds", "fresh seeds per strategy (default: 5)", dest="num_seeds", default=5),
         _WORKERS,
-        argument("--storage", "as for sweep (default: RUNS_DIR/confirm/NAME.db)", metavar="URL"),
+        _storage("as for sweep (default: RUNS_DIR/confirm/NAME.db)"),
     ),
 }
 
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of all commands. A parsed command has the `function` to call."""
-    parser: Any = Parser(prog="python -m finetune", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m finetune", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, (summary, function, *arguments) in COMMANDS.items():
         subparser = commands.add_parser(command, help=summary, description=summary)
         for name, options in arguments:
             subparser.add_argument(name, **options)
         subparser.set_defaults(function=function)
-    made: argparse.ArgumentParser = parser
-    return made
+    return parser
 
 
 @close_bars()
 def main(arguments: list[str] | None = None) -> int | None:
     """Call a command's function with its arguments; returns the exit code."""
-    given = vars(command_line().parse_args(sys.argv[1:] if arguments is None else arguments))
+    given = vars(command_line().parse_args(arguments))
     module, _, name = given.pop("function").partition(":")
     code: int | None = getattr(import_module(module), name)(**given)
     return code

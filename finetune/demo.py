@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from finetune.config.strategies import STRATEGIES
 from finetune.datasets.digits import write_digits
 from finetune.sweep.runner import run_sweep
 from finetune.sweep.table import final_table, open_console
-from finetune.sweep.trials import TrialResult
 
 SOURCE_DIGITS, TARGET_DIGITS = range(5), range(5, 10)
 
@@ -35,7 +33,15 @@ SOURCE: dict[str, Any] = {
 TARGET: dict[str, Any] = {**COMMON, "epochs": 40, "batch_size": 5, "patience": 0}
 """25 pictures make 5 steps per epoch, so a run has 200 steps."""
 
-LEARNING_RATES = (0.003, 0.01)
+SWEEP: dict[str, Any] = {
+    "program": "agent.py",
+    "method": "grid",
+    "metric": {"name": "best_val_acc", "goal": "maximize"},
+    "parameters": {
+        "strategy": {"values": list(STRATEGIES)},
+        "learning_rate": {"values": [0.003, 0.01]},
+    },
+}
 
 CAUTION = (
     "Both tasks have the same writers and scanner: this demonstrates the tool, not which strategy "
@@ -60,31 +66,23 @@ def demo(out: Path, seed: int = 42, **fields: Any) -> int:
         _train_source(weights, SOURCE | common | {"data_dir": source, "out": out / "source"})
     console.print("Fine-tuning it on five pictures of each of the digits 5-9, in four ways ...")
     trials = run_sweep(
-        _sweep(f"demo-seed{seed}"),
+        SWEEP,
+        name=f"demo-seed{seed}",
         out=out / "runs",
-        workers=min(2, os.cpu_count() or 1, len(LEARNING_RATES)),
+        workers=min(2, os.cpu_count() or 1),
         fields=TARGET | common | {"data_dir": target, "weights": weights},
         console=console,
     )
     console.print(final_table(trials, "best_val_acc"))
-    console.print(f"Best validation accuracy: {_best_accuracies(trials)}")
+    best: dict[str, float] = {}
+    for trial in trials:  # the best first
+        best.setdefault(trial.strategy, trial.best_val_acc or 0.0)
+    ranked = ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in best.items())
+    console.print(f"Best validation accuracy: {ranked}")
     report(out / "runs")
     console.print(CAUTION)
     console.print(f"Took {time.perf_counter() - started:.0f} s.")
     return 0 if all(trial.state == "finished" for trial in trials) else 1
-
-
-def _sweep(name: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "program": "agent.py",
-        "method": "grid",
-        "metric": {"name": "best_val_acc", "goal": "maximize"},
-        "parameters": {
-            "strategy": {"values": list(STRATEGIES)},
-            "learning_rate": {"values": list(LEARNING_RATES)},
-        },
-    }
 
 
 def _train_source(weights: Path, fields: dict[str, Any]) -> None:
@@ -95,12 +93,3 @@ def _train_source(weights: Path, fields: dict[str, Any]) -> None:
     model = train_and_finetune(**fields)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
     write_checkpoint(state, weights)
-
-
-def _best_accuracies(trials: Iterable[TrialResult]) -> str:
-    """Each strategy's best accuracy, the highest first."""
-    best: dict[str, float] = {}
-    for trial in trials:
-        best[trial.strategy] = max(trial.best_val_acc or 0.0, best.get(trial.strategy, 0.0))
-    ranked = sorted(best.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {accuracy:.3f}" for name, accuracy in ranked)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -38,8 +39,7 @@ def confirm(
     The runs go to RUNS_DIR/confirm. The same call resumes them; a larger `num_seeds` adds runs.
     Raises `ConfigError` and what `run_sweep` raises.
     """
-    sweep = confirmation(runs_dir, num_seeds)
-    console = open_console()
+    sweep, console = confirmation(runs_dir, num_seeds), open_console()
     num_strategies = len(sweep.source["settings"])
     console.print(f"{num_strategies} strategies, {num_seeds} fresh seeds each: {sweep.out_dir}")
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
@@ -52,31 +52,21 @@ def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
     """The sweep that repeats the best settings of the runs in `runs_dir`.
 
     The best settings are those of the report. The runs may come from several machines: fields of
-    the environment, such as `accelerator`, `precision` and `cache_dir`, are kept if the repeated
-    runs agree on them, and else have their defaults on this machine. `data_dir` and `weights` are
-    paths that exist on this machine, if there are any. Raises `ConfigError`.
+    the environment are kept if the repeated runs agree on them, and else have their defaults.
+    `data_dir` and `weights` are paths that exist here, if there are any. Raises `ConfigError`.
     """
-    if num_seeds < 1:
-        raise ConfigError(f"seeds: got {num_seeds}; must be an integer >= 1")
     best = _best_runs(_results(runs_dir))
     settings = {strategy: _setting(runs) for strategy, runs in best.items()}
     text = json.dumps(settings, sort_keys=True)
     name = f"confirm-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
     first_seed = _first_seed(runs_dir, name)
-    cells = [
-        {**setting, "seed": (first_seed + i) % 2**32}
-        for i in range(num_seeds)
-        for setting in settings.values()
-    ]
+    seeds = [(first_seed + i) % 2**32 for i in range(num_seeds)]
     return Sweep(
         name=name,
         method="grid",
         dimensions=(),
-        fixed={
-            **_environment([run for runs in best.values() for run in runs]),
-            "out": str(runs_dir / "confirm"),
-        },
-        listed=tuple(cells),
+        fixed=_environment([*chain(*best.values())]) | {"out": str(runs_dir / "confirm")},
+        listed=tuple({**s, "seed": seed} for seed, s in product(seeds, settings.values())),
         source={"settings": settings, "first_seed": first_seed},
     )
 
@@ -109,18 +99,18 @@ def _results(runs_dir: Path) -> list[RunResult]:
     if len(splits) > 1:
         raise ConfigError(
             f"{runs_dir} has runs on {len(splits)} different splits or data sets, whose accuracies "
-            "can't be compared; pass a folder with runs on a single one"
+            "can't be compared; pass a folder with runs on one"
         )
     return results
 
 
-def _best_runs(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
+def _best_runs(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     """The results of each strategy's best setting, by strategy."""
-    by_strategy: dict[str, list[RunResult]] = defaultdict(list)
-    for result in results:
-        by_strategy[result.strategy].append(result)
-    groups = {name: results_by_setting(by_strategy[name]) for name in sorted(by_strategy)}
-    return {strategy: settings[best_setting(settings)] for strategy, settings in groups.items()}
+    best = {}
+    for strategy in sorted({result.strategy for result in results}):
+        settings = results_by_setting(r for r in results if r.strategy == strategy)
+        best[strategy] = settings[best_setting(settings)]
+    return best
 
 
 def _setting(runs: Sequence[RunResult]) -> dict[str, Any]:
@@ -134,9 +124,9 @@ def _setting(runs: Sequence[RunResult]) -> dict[str, Any]:
 
 def _environment(runs: Sequence[RunResult]) -> dict[str, Any]:
     """The fields of the environment on which the runs agree, and a `data_dir`."""
-    agreed = {name: runs[0].config[name] for name in _SHARED if name in runs[0].config}
-    for run in runs:
-        agreed = {k: v for k, v in agreed.items() if run.config.get(k) == v}
+    config = runs[0].config
+    names = [n for n in config if all(run.config.get(n) == config[n] for run in runs)]
+    agreed = {name: config[name] for name in names if name in _SHARED}
     # All runs have the same split fingerprint, so their data is the same too.
     return {**agreed, "data_dir": _existing(run.config["data_dir"] for run in runs)}
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,7 +25,7 @@ from finetune.system.text import nearest
 
 Value = str | int | float | bool | None
 MAX_STEPS = 100_000
-_EDGE = 1e-9  # a normal distribution's quantiles at 0 and 1 are infinite
+_FRACTIONS = (1e-9, 1 - 1e-9)  # a normal distribution's quantiles at 0 and 1 are infinite
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,9 @@ class Dimension:
         """Values to check a field with: all choices, or the range's ends and middle."""
         if self.choices:
             return list(self.choices)
-        if (self.low, self.high) == (_EDGE, 1 - _EDGE):
-            points: list[float] = [0.001, 0.5, 0.999]
-        else:
-            points = [self.low, (self.low + self.high) / 2, self.high]
+        ends = (self.low, self.high)
+        low, high = (0.001, 0.999) if ends == _FRACTIONS else ends
+        points = (low, (low + high) / 2, high)
         return [self.meaning(int(p) if self.whole else p) for p in points]
 
 
@@ -60,13 +60,12 @@ class Constant:
     value: Value
 
 
-@dataclass(frozen=True)
-class _Form:
+class _Form(NamedTuple):
     """A distribution: required keys, how to build it, and optional keys with their defaults."""
 
     needs: tuple[str, ...]
     build: Callable[[str, Mapping[str, Any]], Dimension | Constant]
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, float] = {}
 
 
 def _categorical(name: str, given: Mapping[str, Any]) -> Dimension:
@@ -83,16 +82,10 @@ def _weighted(name: str, given: Mapping[str, Any]) -> Dimension:
     values, shares = _categorical(name, given).choices, given["probabilities"]
     numbers = isinstance(shares, list) and all(_is_number(p) and p >= 0 for p in shares)
     if not numbers or len(shares) != len(values) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        raise ConfigError(
-            f"{name}: probabilities: got {shares!r}; must be {len(values)} numbers >= 0 that sum "
-            "to 1, one for each of values"
-        )
-    ends = list(accumulate(shares))
-
-    def meaning(point: float) -> Value:
-        return next((v for v, end in zip(values, ends, strict=True) if point < end), values[-1])
-
-    return Dimension(name, low=_EDGE, high=1 - _EDGE, meaning=meaning)
+        expected = f"{len(values)} numbers >= 0 that sum to 1, one for each of values"
+        raise ConfigError(f"{name}: probabilities: got {shares!r}; must be {expected}")
+    starts = list(accumulate(shares))[:-1]
+    return Dimension(name, (), *_FRACTIONS, meaning=lambda p: values[bisect(starts, p)])
 
 
 def _integers(name: str, given: Mapping[str, Any]) -> Dimension:
@@ -100,16 +93,14 @@ def _integers(name: str, given: Mapping[str, Any]) -> Dimension:
     if not (isinstance(low, int) and isinstance(high, int)):
         raise ConfigError(f"{name}: int_uniform: got {low!r} to {high!r}; must be integers")
     if high - low < MAX_STEPS:
-        steps = tuple(range(low, high + 1))
-        return Dimension(name, low=low, high=high, whole=True, steps=steps)
+        return Dimension(name, (), low, high, whole=True, steps=tuple(range(low, high + 1)))
     # Among many integers TPE's choice takes three times as long as among as many points.
-    return Dimension(
-        name, low=low - 0.5, high=high + 0.5, meaning=lambda p: min(max(round(p), low), high)
-    )
+    ends = (low - 0.5, high + 0.5)
+    return Dimension(name, (), *ends, meaning=lambda p: min(max(round(p), low), high))
 
 
 def _uniform(name: str, given: Mapping[str, Any]) -> Dimension:
-    return Dimension(name, low=float(given["min"]), high=float(given["max"]))
+    return Dimension(name, (), float(given["min"]), float(given["max"]))
 
 
 def _log_values(name: str, given: Mapping[str, Any]) -> Dimension:
@@ -122,15 +113,15 @@ def _log_exponents(name: str, given: Mapping[str, Any], sign: int = 1) -> Dimens
     low, high = sorted((sign * given["min"], sign * given["max"]))
     if max(abs(low), abs(high)) > 700:
         raise ConfigError(
-            f"{name}: min and max are exponents of e here, and e to the {high} is too large; "
+            f"{name}: min and max are exponents of e here and must be -700 to 700; "
             "log_uniform_values takes the values themselves"
         )
-    return Dimension(name, low=math.exp(low), high=math.exp(high), log=True)
+    return Dimension(name, (), math.exp(low), math.exp(high), log=True)
 
 
 def _normal(name: str, given: Mapping[str, Any], of: Callable[[float], float] = float) -> Dimension:
     quantile = NormalDist(given["mu"], given["sigma"]).inv_cdf
-    return Dimension(name, low=_EDGE, high=1 - _EDGE, meaning=lambda p: of(quantile(p)))
+    return Dimension(name, (), *_FRACTIONS, meaning=lambda p: of(quantile(p)))
 
 
 def _quantized(form: _Form) -> _Form:
@@ -146,8 +137,8 @@ def _quantized(form: _Form) -> _Form:
 
         steps = None
         if form.build is _uniform and (plain.high - plain.low) / q < MAX_STEPS:
-            first, last = round(plain.low / q), round(plain.high / q)
-            steps = tuple(rounded(i * q) for i in range(first, last + 1))
+            multiples = range(round(plain.low / q), round(plain.high / q) + 1)
+            steps = tuple(rounded(i * q) for i in multiples)
         return replace(plain, meaning=lambda p: rounded(plain.meaning(p)), steps=steps)
 
     return _Form(form.needs, build, {**form.defaults, "q": 1})
@@ -175,7 +166,7 @@ DISTRIBUTIONS: Mapping[str, _Form] = {
     **{f"q_{name}": _quantized(form) for name, form in _QUANTIZED.items()},
 }
 
-_UNSUPPORTED = ("beta", "q_beta")
+_UNSUPPORTED = ("beta", "q_beta")  # their quantiles have no closed form
 _NUMBERS = ("min", "max", "mu", "sigma", "q")
 _KEYS = ("value", "values", "probabilities", "distribution", *_NUMBERS)
 
@@ -185,26 +176,8 @@ def read_parameter(name: str, given: object, is_numeric: bool = False) -> Dimens
 
     A numeric parameter can't have numbers that YAML reads as strings: W&B would pass strings on.
     """
-    if not isinstance(given, dict) or not given:
-        raise ConfigError(
-            f"{name}: got {given!r}; must be a mapping, such as 'value: 1' or 'values: [1, 2]'"
-        )
-    if "parameters" in given:
-        raise ConfigError(f"{name}: nested parameters aren't supported; a run's fields are flat")
-    for key in given:
-        if key not in (*_KEYS, "a", "b"):
-            raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), _KEYS)}")
-    distribution = str(given.get("distribution") or _implied(name, given))
-    if distribution in _UNSUPPORTED:
-        raise ConfigError(
-            f"{name}: distribution {distribution} isn't supported: its quantiles have no closed "
-            "form; use uniform, normal or values"
-        )
-    if distribution not in DISTRIBUTIONS:
-        near = nearest(distribution, DISTRIBUTIONS)
-        raise ConfigError(f"{name}: unknown distribution {distribution!r}{near}")
-    form = DISTRIBUTIONS[distribution]
-    _check_keys(f"{name}: distribution {distribution}", form, given)
+    form = _form(name, given)
+    assert isinstance(given, dict)
     settings = {**form.defaults, **given}
     _check_numbers(name, settings)
     values = given.get("values")
@@ -216,11 +189,28 @@ def read_parameter(name: str, given: object, is_numeric: bool = False) -> Dimens
     return form.build(name, settings)
 
 
-def _check_keys(where: str, form: _Form, given: Mapping[str, Any]) -> None:
+def _form(name: str, given: object) -> _Form:
+    """The distribution of an entry with the right keys. Raises `ConfigError`."""
+    if not isinstance(given, dict) or not given:
+        raise ConfigError(f"{name}: got {given!r}; must be a mapping, such as 'values: [1, 2]'")
+    if "parameters" in given:
+        raise ConfigError(f"{name}: nested parameters aren't supported; a run's fields are flat")
+    for key in given:
+        if key not in (*_KEYS, "a", "b"):
+            raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), _KEYS)}")
+    distribution = str(given.get("distribution") or _implied(name, given))
+    where = f"{name}: distribution {distribution}"
+    if distribution in _UNSUPPORTED:
+        raise ConfigError(f"{where} isn't supported; use uniform, normal or values")
+    if distribution not in DISTRIBUTIONS:
+        near = nearest(distribution, DISTRIBUTIONS)
+        raise ConfigError(f"{name}: unknown distribution {distribution!r}{near}")
+    form = DISTRIBUTIONS[distribution]
     if missing := [key for key in form.needs if key not in given]:
         raise ConfigError(f"{where} needs {', '.join(missing)}")
     if foreign := given.keys() - {*form.needs, *form.defaults, "distribution"}:
         raise ConfigError(f"{where} doesn't use {', '.join(sorted(foreign))}")
+    return form
 
 
 def _check_numbers(name: str, settings: Mapping[str, Any]) -> None:
@@ -231,10 +221,8 @@ def _check_numbers(name: str, settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}: {key}: {advice or f'got {value!r}; must be a number'}")
         if key in ("sigma", "q") and value <= 0:
             raise ConfigError(f"{name}: {key}: got {value}; must be > 0")
-    if "min" in settings and not settings["min"] < settings["max"]:
-        raise ConfigError(
-            f"{name}: min: got {settings['min']}; must be less than max, {settings['max']}"
-        )
+    if "min" in settings and settings["min"] >= (high := settings["max"]):
+        raise ConfigError(f"{name}: min: got {settings['min']}; must be less than max, {high}")
 
 
 def _implied(name: str, given: Mapping[str, Any]) -> str:
@@ -244,13 +232,13 @@ def _implied(name: str, given: Mapping[str, Any]) -> str:
     if "values" in given:
         return "categorical_w_probabilities" if "probabilities" in given else "categorical"
     if "min" in given and "max" in given:
-        integers = [isinstance(given[key], int) for key in _RANGE]
-        if any(integers) and not all(integers):
+        low, high = (isinstance(given[key], int) for key in _RANGE)
+        if low != high:
             raise ConfigError(
-                f"{name}: min is {given['min']!r} and max is {given['max']!r}: one is an integer "
-                "and the other isn't; write both alike, or name the distribution"
+                f"{name}: got min {given['min']!r} and max {given['max']!r}, of which one is an "
+                "integer and the other isn't; write both alike, or name the distribution"
             )
-        return "int_uniform" if all(integers) else "uniform"
+        return "int_uniform" if low else "uniform"
     if "mu" in given or "sigma" in given:
         return "normal"
     raise ConfigError(f"{name}: got {given!r}; must have value, values, or min and max")

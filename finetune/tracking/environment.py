@@ -14,11 +14,8 @@ import yaml
 from finetune.config.fields import RunConfig, differences
 from finetune.system.errors import ConfigError
 
-MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
-"""The modes of W&B's client."""
-
-NAME_TIMEOUT_SECONDS = 5
-"""Timeout of one request for a sweep's name; W&B's client makes two."""
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # of W&B's client
+NAME_TIMEOUT_SECONDS = 5  # of one request for a sweep's name; W&B's client makes two
 
 
 def mode(environ: Mapping[str, str] = os.environ) -> str:
@@ -72,10 +69,8 @@ def fields_of_run(flags: Mapping[str, Any]) -> dict[str, Any]:
         of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
         differing = differences(RunConfig.from_fields(of_sweep), shared)
         for name, (in_sweep, given) in differing.items():
-            raise ConfigError(
-                f"{name}: got {given} on the command line and {in_sweep} from the sweep; "
-                "set it in one of them only"
-            )
+            both = f"{given} on the command line and {in_sweep} from the sweep"
+            raise ConfigError(f"{name}: got {both}; set it in one of them only")
     return parameters | dict(flags)
 
 

@@ -15,11 +15,8 @@ from finetune.system.errors import ConfigError, FinetuneError
 from finetune.system.progress import bar
 from finetune.tracking.tracker import FOLDER, RUN_FILES
 
-FETCHED = ".wandb"
-"""Subfolder of a folder of runs. Hidden, because the same runs may also be in that folder."""
-
-_FAILED = ("failed", "crashed", "killed", "preempted")
-"""W&B's states of a run that didn't finish."""
+FETCHED = ".wandb"  # hidden, because the same runs may also be in the folder of runs itself
+_FAILED = ("failed", "crashed", "killed", "preempted")  # W&B's states
 
 
 def fetch_sweep(address: str, runs_dir: Path) -> Path:

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from threading import Thread
 
 from finetune.system.devices import visible_devices
 from finetune.system.errors import ConfigError, Stopped
@@ -29,10 +29,7 @@ def gpus(sweep_id: str, count: int | None = None) -> int:
         with defer_stop():
             for device in devices:
                 agents[f"gpu {device}" if device else "cpu"] = _start(sweep_id, count, device)
-        readers = [
-            threading.Thread(target=_print_output, args=item, daemon=True)
-            for item in agents.items()
-        ]
+        readers = [Thread(target=_print_output, args=item, daemon=True) for item in agents.items()]
         for reader in readers:
             reader.start()
         for reader in readers:
@@ -45,18 +42,16 @@ def gpus(sweep_id: str, count: int | None = None) -> int:
         raise
     finally:
         for agent in agents.values():
-            if agent.poll() is None:
-                agent.terminate()
+            agent.terminate()  # without an effect if it has ended
         for agent in agents.values():
             agent.wait()
     return int(any(agent.returncode for agent in agents.values()))
 
 
 def _start(sweep_id: str, count: int | None, device: str | None) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # An agent starts its runs with `/usr/bin/env python`, which must find this interpreter.
-    interpreter_dir = str(Path(sys.executable).parent)
-    environment["PATH"] = os.pathsep.join([interpreter_dir, os.environ.get("PATH", os.defpath)])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PATH": path}
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals"]
@@ -74,7 +69,6 @@ def _start(sweep_id: str, count: int | None, device: str | None) -> subprocess.P
 
 
 def _print_output(name: str, agent: subprocess.Popen[str]) -> None:
-    """Print an agent's lines with its name in front, then how it ended."""
     assert agent.stdout is not None
     for line in agent.stdout:
         print(f"[{name}] {line.rstrip()}", flush=True)

@@ -24,10 +24,8 @@ from finetune.system.shutdown import defer_stop, is_stopping
 from finetune.system.text import one_line
 from finetune.tracking.environment import mode, sweep_name, sweep_parameters
 
-FOLDER = "finetune"
-RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")
-"""The files that a run uploads into `FOLDER` of its W&B files, for a report on its sweep."""
-
+FOLDER = "finetune"  # of a run's W&B files
+RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")  # uploaded into it for `report`
 NUM_MISTAKES = 50
 INIT_SECONDS = 60.0  # timeout of a run's start
 STOP_SECONDS = 20.0  # of its end after a stop: W&B's agent kills its run 30 s after SIGTERM
@@ -76,13 +74,10 @@ class Tracker:
         return cls(run)
 
     def log_missing_epochs(self, rows: Sequence[Row]) -> None:
-        """Log the epochs that W&B lacks: a killed attempt may not have sent its last ones.
-
-        An offline run can't ask, but earlier attempts have left their folders, which `wandb sync`
-        joins.
-        """
+        """Log the epochs that W&B lacks: a killed attempt may not have sent its last ones."""
         if self.run is None:
             return
+        # An offline run can't ask. Earlier attempts left folders, which `wandb sync` joins.
         folder = Path(self.run.dir).parent
         has_earlier = any(other != folder for other in folder.parent.glob("*run-*-*"))
         num_logged = len(rows) if self.run.offline and has_earlier else self.run.starting_step
@@ -104,22 +99,21 @@ class Tracker:
         self._log_model(run_dir, summary | {"strategy": result.strategy, "class_names": names})
         counts = confusion_counts(labels, guesses, len(names))
         accuracies = (counts.diagonal() / counts.sum(axis=1)).tolist()
-        per_class = [list(pair) for pair in zip(names, accuracies, strict=True)]
+        per_class = list(zip(names, accuracies, strict=True))
         mistakes = [
             [_picture(str(paths[i])), one_line(paths[i]), names[labels[i]], names[guess], share]
             for i, guess, share in confident_mistakes(logits, labels, NUM_MISTAKES)
         ]
-        self.run.log(
-            {
-                "confusion_matrix": wandb.plot.confusion_matrix(
-                    y_true=labels.tolist(), preds=guesses.tolist(), class_names=names
-                ),
-                "per_class_accuracy": wandb.Table(columns=["class", "accuracy"], data=per_class),
-                "confident_mistakes": wandb.Table(
-                    columns=["picture", "path", "truth", "predicted", "probability"], data=mistakes
-                ),
-            }
+        confusion = wandb.plot.confusion_matrix(
+            y_true=labels.tolist(), preds=guesses.tolist(), class_names=names
         )
+        columns: list[str | int] = ["picture", "path", "truth", "predicted", "probability"]
+        tables = {
+            "confusion_matrix": confusion,
+            "per_class_accuracy": wandb.Table(columns=["class", "accuracy"], data=per_class),
+            "confident_mistakes": wandb.Table(columns=columns, data=mistakes),
+        }
+        self.run.log(tables)
         # An interrupted attempt may have left another state.
         self.run.summary.update(summary | {"state": "finished", "reason": ""})
         self._upload_files(run_dir, result)
@@ -146,10 +140,8 @@ class Tracker:
 
         assert self.run is not None
         artifact = wandb.Artifact(f"finetune-{self.run.id}", type="model", metadata=metadata)
-        # W&B neither copies nor caches the file.
-        artifact.add_file(
-            str(run_dir.best_path), name="best.ckpt", policy="immutable", skip_cache=True
-        )
+        file = str(run_dir.best_path)  # which W&B neither copies nor caches
+        artifact.add_file(file, name="best.ckpt", policy="immutable", skip_cache=True)
         deadline = time.monotonic() + ARTIFACT_SECONDS
         while True:
             try:
@@ -161,17 +153,14 @@ class Tracker:
                 time.sleep(1)
 
     def fail(self, failure: Failure, run_dir: RunDir | None = None) -> None:
-        """End the W&B run with its state, the reason and the best model so far.
-
-        A sweep's server queues a preempted run again.
-        """
+        """End the W&B run with its state, the reason and the best model so far."""
         if (run := self.run) is None:
             return
 
         def send() -> None:
             run.summary.update({"state": failure.state, "reason": failure.reason})
             if failure.state == "preempted":
-                run.mark_preempting()
+                run.mark_preempting()  # the sweep's server queues the run again
             try:
                 if run_dir is not None and run_dir.best_path.exists():
                     self._upload_files(run_dir)
@@ -186,7 +175,7 @@ class Tracker:
         if self.run is not None:
             self._end(self.run.finish)
 
-    def _end(self, send: Callable[[], None]) -> None:
+    def _end(self, send: Callable[[], object]) -> None:
         """End the W&B run by calling `send`.
 
         What was sent can't be withdrawn, so a stop doesn't interrupt this but limits its time:
@@ -194,12 +183,11 @@ class Tracker:
         """
         run = self.run
         assert run is not None
-        done: Future[None] = Future()
+        done: Future[object] = Future()
 
         def call() -> None:
             try:
-                send()
-                done.set_result(None)
+                done.set_result(send())
             except Exception as error:
                 done.set_exception(error)
 
