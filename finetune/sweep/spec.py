@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from finetune.config.fields import RunConfig
 from finetune.runs.result import METRICS
 from finetune.sweep.distributions import Dimension, Value
 from finetune.system.errors import ConfigError
+from finetune.system.files import absolute
 
 DEFAULT_SEED = 42
 
@@ -90,7 +90,7 @@ class Sweep:
     @property
     def out_dir(self) -> Path:
         """Where the run directories go."""
-        return Path(os.path.abspath(Path(str(self.fixed.get("out") or "runs")).expanduser()))
+        return absolute(Path(str(self.fixed.get("out") or "runs")))
 
     @property
     def slug(self) -> str:
@@ -148,10 +148,8 @@ class Sweep:
         """The number of trials in total. Raises `ConfigError` if nothing limits it."""
         limits = [n for n in (self.num_cells, self.run_cap, max_runs) if n is not None]
         if not limits:
-            raise ConfigError(
-                f"{self.name}: method {self.method} has no end: pass --max_runs N, or "
-                "write run_cap: N"
-            )
+            endless = f"{self.name}: method {self.method} has no end"
+            raise ConfigError(f"{endless}: pass --max_runs N, or write run_cap: N")
         return min(limits)
 
     def config(self, values: Mapping[str, Value], **defaults: Any) -> RunConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import annotated_types as at
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.field_types import Count, one_of
@@ -24,8 +24,8 @@ from finetune.system.text import nearest
 PROGRAM = "agent.py"
 _MAX_CELLS = 100_000
 _MAX_CHECKED = 2_000
+# Keys that may change before a sweep is resumed:
 _NOT_IN_SOURCE = ("run_cap", "name", "description", "project", "entity")
-"""Keys that may change before a sweep is resumed."""
 _UNSUPPORTED = {
     "controller": "the local sweep is its own controller",
     **dict.fromkeys(("job", "image_uri", "scheduler", "launch"), "it belongs to W&B Launch"),
@@ -33,14 +33,8 @@ _UNSUPPORTED = {
 }
 
 
-def _check_program(program: str) -> str:
-    if Path(program).name != PROGRAM:
-        raise ValueError(f"must be {PROGRAM}")
-    return program
-
-
 class _SweepFile(BaseModel, extra="forbid"):
-    program: Annotated[str, AfterValidator(_check_program)] | None = None
+    program: str | None = None
     method: Annotated[str, one_of(("grid", "random", "bayes"))]
     metric: Metric | None = None
     parameters: Annotated[dict[str, Any], at.MinLen(1)] = Field(
@@ -88,16 +82,16 @@ class _Reader:
     def read(self, default_name: str) -> Sweep:
         content = self.content
         file = self._validated()
-        fixed = self._command()
         dimensions, constants = self._parameters()
+        fixed = self._with_config_file(self._command() | constants)
         self._raise_faults()
         assert file is not None
-        fixed |= {key: content[key] for key in ("project", "entity") if content.get(key)}
+        labels = {key: content[key] for key in ("project", "entity") if content.get(key)}
         sweep = Sweep(
             name=str(file.name or default_name),
             method=file.method,
             dimensions=dimensions,
-            fixed=fixed | constants,
+            fixed=labels | fixed,
             metric=file.metric or DEFAULT_METRIC,
             run_cap=file.run_cap,
             early_termination=file.early_terminate,
@@ -117,10 +111,11 @@ class _Reader:
         given = {key: value for key, value in self.content.items() if value is not None}
         needs_metric = given.get("method") == "bayes" or "early_terminate" in given
         if needs_metric and "metric" not in given:
-            self.faults.append(
-                "metric: missing; method bayes and early_terminate need one, such as "
-                f"'metric: {{name: {DEFAULT_METRIC.name}, goal: {DEFAULT_METRIC.goal}}}'"
-            )
+            example = f"{{name: {DEFAULT_METRIC.name}, goal: {DEFAULT_METRIC.goal}}}"
+            self.faults.append(f"metric: missing; bayes and early_terminate need one: {example}")
+        program = given.get("program")
+        if isinstance(program, str) and Path(program).name != PROGRAM:
+            self.faults.append(f"program: got {program!r}; must be {PROGRAM}")
         try:
             return _SweepFile.model_validate(self.content)
         except ValidationError as error:
@@ -143,7 +138,7 @@ class _Reader:
             given = given_fields(words[len(program) :])
             if "resume" in given:
                 raise ConfigError("resume: a sweep starts new runs; remove it")
-            return _read_config_file(given)
+            return given
         except ConfigError as error:
             self.faults.append(f"command: {error}")
             return {}
@@ -161,25 +156,26 @@ class _Reader:
                 constants[str(name)] = read.value
             else:
                 dimensions.append(read)
+        return tuple(dimensions), constants
+
+    def _with_config_file(self, given: dict[str, Value]) -> dict[str, Value]:
+        """The given fields, and for others those of the file `config`, as agent.py reads it."""
         try:
-            return tuple(dimensions), _read_config_file(constants)
+            file = given.pop("config", None)
+            return given if file is None else read_mapping(Path(str(file))) | given
         except ConfigError as error:
             self.faults.append(str(error))
-            return (), {}
+            return {}
 
     def _check_grid(self, sweep: Sweep) -> None:
-        if sweep.method != "grid":
-            return
         self.faults += [
             f"parameters: {dimension.name}: its distribution has no finite list of values, which "
             "a grid needs; use values, integers for min and max, or q_uniform"
             for dimension in sweep.dimensions
-            if dimension.steps is None
+            if dimension.steps is None and sweep.method == "grid"
         ]
-        if not self.faults and (sweep.num_cells or 0) > _MAX_CELLS:
-            self.faults.append(
-                f"parameters: got a grid of {sweep.num_cells} cells; must be at most {_MAX_CELLS}"
-            )
+        if (num_cells := sweep.num_cells or 0) > _MAX_CELLS:
+            self.faults.append(f"parameters: got {num_cells} cells; must be at most {_MAX_CELLS}")
 
     def _check_configs(self, sweep: Sweep) -> None:
         """Values must make valid configs, whose parts all train before the run may be judged."""
@@ -226,12 +222,6 @@ def _read_field(name: str, entry: object) -> Dimension | Constant:
     if isinstance(read, Dimension) and name in ("config", "out", "group"):
         raise ConfigError(f"{name}: must have the same value in all trials")
     return read
-
-
-def _read_config_file(given: dict[str, Value]) -> dict[str, Value]:
-    """Replace `config`, a file of fields, by these fields; other given values win."""
-    file = given.pop("config", None)
-    return given if file is None else read_mapping(Path(str(file))) | given
 
 
 def _samples(sweep: Sweep) -> Iterator[dict[str, Value]]:
