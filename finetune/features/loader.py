@@ -21,7 +21,7 @@ from finetune.data.images import open_images
 from finetune.data.pictures import Indices, Pictures
 from finetune.data.seeding import epoch_augment_seeds, epoch_flips, epoch_order
 from finetune.data.splits import Splits
-from finetune.features.prefix_cache import Flags, PrefixCache, SplitInputs
+from finetune.features.prefix_cache import PrefixCache, SplitInputs
 from finetune.system.array_store import Cache
 from finetune.system.progress import bar
 
@@ -37,14 +37,12 @@ class EpochLoader:
         self._config, self._log, self._cache = config, log, None
         if config.cache and config.cache_gb:
             self._cache = Cache(config.cache_dir, config.cache_gb * 1e9, log)
-        self.unreadable: list[str] = []
-        """The pictures that are left out, as SPLIT/CLASS/FILE."""
+        self.unreadable: list[str] = []  # left out, as SPLIT/CLASS/FILE
         self.train = self._open(splits.train, is_flipped=config.data_aug == "y")
         self.val = self._open(splits.val, is_flipped=False)
         if names := self.unreadable:
             log(f"continuing without {len(names)} unreadable pictures: {names[0]} ...")
-        self.timings: dict[str, float] = {}
-        """What `PrefixCache` timed."""
+        self.timings: dict[str, float] = {}  # of `PrefixCache`
         self.cache_seconds = time.perf_counter() - started
 
     def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
@@ -56,42 +54,30 @@ class EpochLoader:
         return SplitInputs(images, is_flipped)
 
     def train_epoch(self, epoch: int) -> EpochBatches:
-        config, pictures = self._config, self.train.pictures
-        flips = np.zeros(len(pictures), dtype=bool)
-        seeds = None
-        if config.data_aug == "y":
-            flips = epoch_flips(pictures, config.seed, epoch)
-        elif config.data_aug == "strong":
-            seeds = epoch_augment_seeds(pictures, config.seed, epoch)
-        order = epoch_order(pictures, config.seed, epoch)
-        return self._batches(self.train, epoch, order, config.batch_size, flips, seeds)
-
-    def val_epoch(self, epoch: int) -> EpochBatches:
-        """Every validation picture once, ordered by name."""
-        config, num_val = self._config, len(self.val.pictures)
-        batch_size = max(config.batch_size, num_at_once(config.image_size, config.accelerator))
-        no_flips = np.zeros(num_val, dtype=bool)
-        return self._batches(self.val, epoch, np.arange(num_val), batch_size, no_flips)
-
-    def _batches(
-        self,
-        split: SplitInputs,
-        epoch: int,
-        order: Indices,
-        batch_size: int,
-        flips: Flags,
-        augment_seeds: Any = None,
-    ) -> EpochBatches:
-        part = split.last_stored_part(self._config.plan.first_trainable(epoch))
+        config, split, pictures = self._config, self.train, self.train.pictures
+        part = split.last_stored_part(config.plan.first_trainable(epoch))
+        flips = epoch_flips(pictures, config.seed, epoch) & (config.data_aug == "y")
+        seeds = epoch_augment_seeds(pictures, config.seed, epoch)
 
         def fetch(indices: Indices) -> tuple[Tensor, Tensor | None]:
             inputs, positions = split.batch(part, indices, flips[indices])
-            if augment_seeds is not None:
-                seeds = augment_seeds[indices].tolist()
-                inputs = torch.stack(list(map(augment_strongly, inputs, seeds)))
+            if config.data_aug == "strong":
+                inputs = torch.stack(list(map(augment_strongly, inputs, seeds[indices].tolist())))
             return inputs, positions
 
-        return EpochBatches(split.pictures, order, batch_size, part, fetch)
+        order = epoch_order(pictures, config.seed, epoch)
+        return EpochBatches(pictures, order, config.batch_size, part, fetch)
+
+    def val_epoch(self, epoch: int) -> EpochBatches:
+        """Every validation picture once, ordered by name."""
+        config, split = self._config, self.val
+        batch_size = max(config.batch_size, num_at_once(config.image_size, config.accelerator))
+        part = split.last_stored_part(config.plan.first_trainable(epoch))
+        order = np.arange(len(split.pictures))
+        no_flips = np.zeros(len(order), dtype=bool)
+        return EpochBatches(
+            split.pictures, order, batch_size, part, lambda i: split.batch(part, i, no_flips[i])
+        )
 
     def prepare(
         self,

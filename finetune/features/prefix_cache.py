@@ -24,13 +24,11 @@ from finetune.data.images import Images
 from finetune.data.pictures import Indices
 from finetune.model.network import boundary_shape, forward, normalise, part_state, parts_before
 from finetune.model.weights import fingerprint
-from finetune.system.array_store import Array, Cache, digest
+from finetune.system.array_store import Array, Cache, StoredArray, digest
 from finetune.system.errors import ConfigError
 from finetune.system.progress import bar
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
-
-_NUM_TIMED_BATCHES = 3
 
 
 class SplitInputs:
@@ -97,11 +95,12 @@ class PrefixCache:
         is_small = self.boundary == "fc"  # then storing always saves time
         if num_missing and not is_small and not self._saves_time(num_epochs, num_missing):
             return
+        shape = boundary_shape(self.boundary, self.config.image_size)
         for split in self.splits:
-            arrays = [self._open_or_build(split, is_flipped) for is_flipped in split.variants]
-            opened = [array for array in arrays if array is not None]
-            if len(opened) == len(arrays):
-                split.stored[self.boundary] = opened
+            entries = [self._open_or_build(split, flip, shape) for flip in split.variants]
+            arrays = [entry.array for entry in entries if entry]
+            if len(arrays) == len(entries):
+                split.stored[self.boundary] = arrays
 
     def _saves_time(self, num_epochs: int, num_missing: int) -> bool:
         try:
@@ -125,10 +124,6 @@ class PrefixCache:
     @property
     def _num_at_once(self) -> int:
         return num_at_once(self.config.image_size, self.config.accelerator)
-
-    @cached_property
-    def _shape(self) -> tuple[int, ...]:
-        return boundary_shape(self.boundary, self.config.image_size)
 
     @cached_property
     def _description_of_network(self) -> dict[str, Any]:
@@ -157,8 +152,10 @@ class PrefixCache:
             "dtype": self.config.cache_format,
         }
 
-    def _open_or_build(self, split: SplitInputs, is_flipped: bool) -> Array | None:
-        num_pictures = len(split.pictures)
+    def _open_or_build(
+        self, split: SplitInputs, is_flipped: bool, shape: tuple[int, ...]
+    ) -> StoredArray | None:
+        num_pictures, description = len(split.pictures), self._description(split, is_flipped)
         what = f"{'flipped ' * is_flipped}{split.pictures.folder.name}/ up to {self.boundary}"
 
         def build(rows: Array) -> dict[str, Any]:
@@ -169,14 +166,8 @@ class PrefixCache:
                     done()
             return {}
 
-        entry = self.cache.open_or_build(
-            "activations",
-            self._description(split, is_flipped),
-            (num_pictures, *self._shape),
-            self.config.cache_format,
-            build,
-        )
-        return entry.array if entry else None
+        shape, dtype = (num_pictures, *shape), self.config.cache_format
+        return self.cache.open_or_build("activations", description, shape, dtype, build)
 
     @torch.inference_mode()
     def _compute(self, split: SplitInputs, indices: Indices, is_flipped: bool) -> Array:
@@ -206,7 +197,7 @@ class PrefixCache:
         indices = np.arange(min(self._num_at_once, len(self.splits[0].pictures)))
         self._compute(self.splits[0], indices, False)  # not timed: first calls are slower
         start = time.perf_counter()
-        batches = [self._compute(self.splits[0], indices, False) for _ in range(_NUM_TIMED_BATCHES)]
+        batches = [self._compute(self.splits[0], indices, False) for _ in range(3)]
         compute_seconds = time.perf_counter() - start
         computed = np.concatenate(batches)
         # A file without a name: nothing is left behind if the process is killed.

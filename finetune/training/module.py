@@ -54,37 +54,30 @@ class FineTuning(pl.LightningModule):
         self.train()
 
     def configure_optimizers(self) -> Any:
-        rate = self.config.learning_rate
+        config, rate = self.config, self.config.learning_rate
         groups = [
             {
                 "params": list(part_module(self.network, part).parameters()),
-                "lr": rate * self.config.plan.rate_shares[part],
+                "lr": rate * config.plan.rate_shares[part],
                 "name": part,
             }
             for part in PARTS
         ]
+        fused = self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.SGD(
-            groups,
-            lr=rate,
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            groups, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
         )
-        if self.config.lr_schedule == "constant":
+        if config.lr_schedule == "constant":
             return optimizer
-        multiplier = SCHEDULES[self.config.lr_schedule]
-        num_steps = self.config.epochs * len(self.loader.train_epoch(0))
+        multiplier = SCHEDULES[config.lr_schedule]
+        num_steps = config.epochs * len(self.loader.train_epoch(0))
         scheduler = LambdaLR(optimizer, lambda step: multiplier(min(1.0, step / num_steps)))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        by_step = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": by_step}
 
     def on_fit_start(self) -> None:
-        self.network.eval()
-        self.loader.prepare(
-            self.network, self.current_epoch, self.trainer.precision_plugin.forward_context
-        )
+        precision = self.trainer.precision_plugin.forward_context
+        self.loader.prepare(self.network.eval(), self.current_epoch, precision)
 
     def train_dataloader(self) -> EpochBatches:
         return self.loader.train_epoch(self.current_epoch)
@@ -104,10 +97,8 @@ class FineTuning(pl.LightningModule):
         self.open_parts(self.current_epoch)
         self._totals["train"] = []
         optimizer: Any = self.optimizers()
-        self._rates = {
-            group["name"]: group["lr"] if group["name"] in self._open else 0.0
-            for group in optimizer.param_groups
-        }
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        self._rates = {part: rates[part] if part in self._open else 0.0 for part in PARTS}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         logits = self(batch)

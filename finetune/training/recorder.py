@@ -31,10 +31,8 @@ from finetune.training.module import FineTuning
 EpochCallback = Callable[[Row], None]
 """Called with each epoch's row after its files are written."""
 
-STATE_KEY = "recorder"
+STATE_KEY, _STATE_KEY_0_1 = "recorder", "Recorder"
 """The recorder's entry among the callbacks of last.ckpt; part of the file's format."""
-
-_STATE_KEY_0_1 = "Recorder"
 
 
 def read_last(path: Path) -> dict[str, Any]:
@@ -101,11 +99,8 @@ class Recorder(pl.Callback):
             load_best(self.run_dir.path)
             self.run_dir.read_predictions()
         except (WeightsError, RunDirError) as error:
-            raise WeightsError(
-                f"{error}. Remove {path} to start the run from its beginning"
-            ) from None
-        source = checkpoint.get("weights_fingerprint")
-        if source != self.weights_fingerprint:
+            raise WeightsError(f"{error}. Remove {path} to start from the beginning") from None
+        if (source := checkpoint.get("weights_fingerprint")) != self.weights_fingerprint:
             raise WeightsError(
                 f"{path} belongs to weights {source}; {self.config.weights} are "
                 f"{self.weights_fingerprint}. Resume with the weights that it started from"
@@ -130,12 +125,11 @@ class Recorder(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FineTuning)
         row, loader = pl_module.epoch_metrics(), pl_module.loader
-        losses = {name: row[name] for name in ("train_loss", "val_loss")}
-        if not all(map(math.isfinite, losses.values())):
-            found = ", ".join(f"{name} is {value}" for name, value in losses.items())
+        if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise Diverged(
                 f"diverged in epoch {row['epoch']:.0f} at learning_rate "
-                f"{self.config.learning_rate:g}: {found}; pass a smaller --learning_rate"
+                f"{self.config.learning_rate:g}: train_loss is {row['train_loss']}, val_loss is "
+                f"{row['val_loss']}; pass a smaller --learning_rate"
             )
         num_pictures = len(loader.train.pictures) + len(loader.val.pictures)
         row["images_per_second"] = num_pictures / (time.perf_counter() - self._epoch_started)
@@ -161,7 +155,12 @@ class Recorder(pl.Callback):
         trainer.save_checkpoint(self.run_dir.last_path)
         for logger in trainer.loggers:
             logger.log_metrics(row)
-        self.log_line(_summary_line(row, self.config.epochs))
+        self.log_line(
+            f"epoch {row['epoch']:>2.0f}/{self.config.epochs - 1}  train loss "
+            f"{row['train_loss']:.3f} acc {row['train_acc']:.3f}  val loss {row['val_loss']:.3f} "
+            f"acc {row['val_acc']:.3f}  best {row['best_val_acc']:.3f}  "
+            f"{row['images_per_second']:.0f} images/s"
+        )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -188,11 +187,3 @@ class Recorder(pl.Callback):
         paths = np.array([str(pictures.path(i)) for i in range(len(pictures))])
         np.savez(buffer, logits=module.val_logits().numpy(), labels=pictures.labels, paths=paths)
         write_atomically(self.run_dir.predictions_path, buffer.getvalue())
-
-
-def _summary_line(row: Row, epochs: int) -> str:
-    return (
-        f"epoch {row['epoch']:>2.0f}/{epochs - 1}  train loss {row['train_loss']:.3f} "
-        f"acc {row['train_acc']:.3f}  val loss {row['val_loss']:.3f} acc {row['val_acc']:.3f}  "
-        f"best {row['best_val_acc']:.3f}  {row['images_per_second']:.0f} images/s"
-    )

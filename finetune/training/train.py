@@ -205,9 +205,8 @@ def _git_commit() -> str | None:
     """The commit of the checkout that holds this package, if it is in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.check_output(
-            command, stderr=subprocess.DEVNULL, text=True, timeout=5
-        ).strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
     return None
 
 
