@@ -20,8 +20,7 @@ from finetune.system.errors import DataError
 from finetune.system.progress import bar
 
 MANIFEST = "manifest.json"
-Counts = Mapping[str, Mapping[str, int]]
-"""Number of pictures by split and class."""
+Counts = Mapping[str, Mapping[str, int]]  # of pictures, by split and class
 
 
 @dataclass(frozen=True)

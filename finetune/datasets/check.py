@@ -11,7 +11,7 @@ import statistics
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -79,18 +79,23 @@ def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
     done = progress(f"reading {data_dir}", len(names))
     pictures: dict[str, Picture] = {}
 
-    def add(index: int, image: object) -> None:
+    def add(index: int, decoded: Any) -> None:
         name = names[index]
-        if isinstance(image, DataError):
-            findings.unreadable[name] = str(image)
+        if isinstance(decoded, DataError):
+            findings.unreadable[name] = str(decoded)
         else:
-            pictures[name] = _describe(data_dir / name, image.numpy().tobytes())  # type: ignore[attr-defined]
+            with Image.open(data_dir / name, formats=layout.PICTURE_FORMATS) as image:
+                content = f"{image.width}x{image.height} ".encode() + decoded.numpy().tobytes()
+                pixels_hash = hashlib.blake2b(content).hexdigest()
+                pictures[name] = Picture(image.width, image.height, image.mode, pixels_hash)
         done()
 
     decode_many([data_dir / name for name in names], _IMAGE_SIZE, add)
     pictures = {name: pictures[name] for name in names if name in pictures}
     findings.unreadable = dict(sorted(findings.unreadable.items()))
-    classes, readable = (dict.fromkeys(map(_class_of, found)) for found in (names, pictures))
+    classes, readable = (
+        dict.fromkeys("/".join(name.split("/")[:2]) for name in some) for some in (names, pictures)
+    )
     # This stops a run with --skip_unreadable too.
     findings.faults += [f"{c} has no readable picture" for c in classes if c not in readable]
     findings.repeated = _find_repeated(data_dir, pictures)
@@ -135,17 +140,6 @@ def _list_files(data_dir: Path, findings: Findings) -> list[str]:
             "to validate; add some, or train with --val_fraction 0"
         )
     return names
-
-
-def _describe(path: Path, pixels: bytes) -> Picture:
-    with Image.open(path, formats=layout.PICTURE_FORMATS) as image:
-        content = f"{image.width}x{image.height} ".encode() + pixels
-        pixels_hash = hashlib.blake2b(content).hexdigest()
-        return Picture(image.width, image.height, image.mode, pixels_hash)
-
-
-def _class_of(name: str) -> str:
-    return "/".join(name.split("/")[:2])
 
 
 def _find_repeated(data_dir: Path, pictures: dict[str, Picture]) -> list[dict[str, object]]:

@@ -16,8 +16,7 @@ from finetune.system.progress import byte_bar
 
 RETRY_WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Before each retry. Starts again after an attempt that received data."""
-TIMEOUT_SECONDS = 30.0
-"""A connection that delivers nothing for this long counts as broken."""
+TIMEOUT_SECONDS = 30.0  # a connection that delivers nothing for this long is broken
 _BLOCK_BYTES = 1 << 14
 _TEMPORARY_ERRORS = frozenset({408, 425, 429, 500, 502, 503, 504})
 

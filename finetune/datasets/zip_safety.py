@@ -14,8 +14,7 @@ from finetune.system.errors import DataError
 
 MAX_MEMBERS = 1_000_000
 MAX_BYTES = 500 * 10**9
-MAX_RATIO = 100
-"""Unpacked bytes to packed bytes."""
+MAX_RATIO = 100  # of unpacked bytes to packed bytes
 
 
 class ArchiveError(DataError):

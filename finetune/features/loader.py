@@ -47,9 +47,8 @@ class EpochLoader:
 
     def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
         config = self._config
-        images, unreadable = open_images(
-            split, config.image_size, config.skip_unreadable, self._cache, bar
-        )
+        size, skip = config.image_size, config.skip_unreadable
+        images, unreadable = open_images(split, size, skip, self._cache, bar)
         self.unreadable += [f"{split.folder.name}/{name}" for name in unreadable]
         return SplitInputs(images, is_flipped)
 
@@ -98,8 +97,7 @@ class EpochLoader:
                 f"cache_format {config.cache_format}: half the disk space, but not exact; "
                 "accuracies may change by a picture or two"
             )
-        epochs = range(first_epoch, config.epochs)
-        num_epochs = Counter(config.plan.first_trainable(epoch) for epoch in epochs)
+        num_epochs = Counter(map(config.plan.first_trainable, range(first_epoch, config.epochs)))
         shared = (config, self._cache, (self.train, self.val), network, precision, self._log)
         for boundary in PARTS[1:]:  # in the network's order: each is computed from the one before
             if boundary in num_epochs:

@@ -108,12 +108,11 @@ def _class_figures(confusion: np.ndarray[Any, Any], i: int) -> dict[str, Any]:
     """A class's accuracy (its recall), precision and F1; None where there is nothing to count."""
     num_correct = int(confusion[i, i])
     num_labelled, num_predicted = int(confusion[i].sum()), int(confusion[:, i].sum())
-    num_either = num_labelled + num_predicted
     return {
         "num_pictures": num_labelled,
         "accuracy": num_correct / num_labelled if num_labelled else None,
         "precision": num_correct / num_predicted if num_predicted else None,
-        "f1": 2 * num_correct / num_either if num_either else None,
+        "f1": 2 * num_correct / total if (total := num_labelled + num_predicted) else None,
     }
 
 

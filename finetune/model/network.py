@@ -20,11 +20,8 @@ from finetune.runs.result import RunResult
 from finetune.system.errors import WeightsError
 from finetune.system.text import listed
 
-MODEL_NAME = "resnet18"
-"""The network's name in checkpoints."""
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MODEL_NAME = "resnet18"  # in checkpoints
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, which torchvision's weights expect."""
 
 
@@ -67,22 +64,20 @@ def load_source(model: ResNet, weights: str) -> str:
     source's weights without `fc`. Raises `WeightsError` if anything else doesn't fit.
     """
     state, own = read_source(weights), model.state_dict()
+    body = {key: value for key, value in state.items() if part_of_key(key) != "fc"}
     differing = [key for key in own if key in state and state[key].shape != own[key].shape]
     problems = {
         "missing": [key for key in own if key not in state and part_of_key(key) != "fc"],
         "unknown": [key for key in state if key not in own],
         "of shape": [
-            f"{key} {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+            f"{key} {tuple(body[key].shape)}, not {tuple(own[key].shape)}"
             for key in differing
-            if part_of_key(key) != "fc"
+            if key in body
         ],
     }
-    found = [f"{what}: {listed(keys, 4)}" for what, keys in problems.items() if keys]
+    found = "; ".join(f"{what}: {listed(keys, 4)}" for what, keys in problems.items() if keys)
     if found:
-        raise WeightsError(
-            f"weights: {weights} don't fit torchvision's ResNet18: {'; '.join(found)}"
-        )
-    body = {key: value for key, value in state.items() if part_of_key(key) != "fc"}
+        raise WeightsError(f"weights: {weights} don't fit torchvision's ResNet18: {found}")
     fc_fits = not differing and own.keys() <= state.keys()
     model.load_state_dict(state if fc_fits else body, strict=False)
     return fingerprint(body)
@@ -141,10 +136,14 @@ def normalise(images_BHWC: Tensor, flips: Tensor | None) -> Tensor:
     The pictures at the positions `flips` are flipped. To the bit torchvision's ToTensor and
     Normalize, but computed over rows of W x 3 values, which is faster than over single channels.
     """
-    if flips is not None and len(flips):
-        images_BHWC = _flipped_at(images_BHWC, flips)
-    batch, height, width, _ = images_BHWC.shape
     device = images_BHWC.device
+    if flips is not None and device.type != "cpu":
+        images_BHWC = images_BHWC.index_copy(0, flips, images_BHWC[flips].flip(2))
+    elif flips is not None:
+        images_BHWC = images_BHWC.clone()
+        for i in flips.tolist():  # on a CPU several times faster than index_copy
+            images_BHWC[i] = images_BHWC[i].flip(1)
+    batch, height, width, _ = images_BHWC.shape
     mean, std = _repeated(MEAN, width, device), _repeated(STD, width, device)
     rows = images_BHWC.reshape(batch, height, width * 3)
     normalised = torch.empty(rows.shape, device=device)
@@ -153,15 +152,6 @@ def normalise(images_BHWC: Tensor, flips: Tensor | None) -> Tensor:
         chunk = slice(start, start + chunk_size)
         normalised[chunk].copy_(rows[chunk]).div_(255).sub_(mean).div_(std)
     return normalised.view(batch, height, width, 3).permute(0, 3, 1, 2)
-
-
-def _flipped_at(images_BHWC: Tensor, flips: Tensor) -> Tensor:
-    if images_BHWC.device.type != "cpu":
-        return images_BHWC.index_copy(0, flips, images_BHWC[flips].flip(2))
-    images_BHWC = images_BHWC.clone()
-    for i in flips.tolist():  # on a CPU several times faster than index_copy
-        images_BHWC[i] = images_BHWC[i].flip(1)
-    return images_BHWC
 
 
 @lru_cache(maxsize=8)
@@ -204,7 +194,5 @@ def _read_best(run_dir: Path) -> dict[str, Any]:
     names, size = content.get("class_names"), content.get("image_size")
     are_names = isinstance(names, list) and names and all(isinstance(n, str) for n in names)
     if not are_names or not isinstance(size, int) or not 32 <= size <= 1024:
-        raise WeightsError(
-            f"{path} is not a run's checkpoint: class_names or image_size is missing or wrong"
-        )
+        raise WeightsError(f"{path} is no run's checkpoint: class_names or image_size is wrong")
     return content

@@ -36,10 +36,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def read_source(weights: str) -> State:
-    """The state dict named by `imagenet` (torchvision's), a file or a run directory.
-
-    Raises `WeightsError`.
-    """
+    """torchvision's ImageNet weights, or those of a file or a run. Raises `WeightsError`."""
     if weights != "imagenet":
         return read_state(Path(weights))
     imagenet = ResNet18_Weights.IMAGENET1K_V1
@@ -47,14 +44,13 @@ def read_source(weights: str) -> State:
     if path.exists():
         return read_state(path)
     try:
-        state: State = imagenet.get_state_dict(progress=True, check_hash=True)
+        return dict(imagenet.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
             f"weights: ImageNet's are not at {path}, and can't be downloaded from {imagenet.url} "
             f"({error}). Put that file there, or pass --weights a ResNet18 state dict; "
             "--strategy scratch needs none"
         ) from None
-    return state
 
 
 def read_state(path: Path) -> State:
@@ -76,9 +72,8 @@ def read_state(path: Path) -> State:
     content = read_checkpoint(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(
-            f"weights: {path} is not a state dict (found: {', '.join(map(str, list(state)[:4]))})"
-        )
+        found = ", ".join(map(str, list(state)[:4]))
+        raise WeightsError(f"weights: {path} is not a state dict (found: {found})")
     return state
 
 

@@ -32,7 +32,7 @@ EpochCallback = Callable[[Row], None]
 """Called with each epoch's row after its files are written."""
 
 STATE_KEY, _STATE_KEY_0_1 = "recorder", "Recorder"
-"""The recorder's entry among the callbacks of last.ckpt; part of the file's format."""
+"""The recorder's entry among the callbacks of last.ckpt, now and in 0.1; part of the format."""
 
 
 def read_last(path: Path) -> dict[str, Any]:
@@ -54,14 +54,10 @@ def read_last(path: Path) -> dict[str, Any]:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written atomically and checked when loaded."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, Path(path))
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
         return read_last(Path(path))
 
 
