@@ -189,7 +189,7 @@ def _caveats(summary: StrategySummary) -> list[str]:
     improving = [result for result in results if result.best_epoch == result.epochs_run - 1]
     if 2 * len(improving) > len(results):
         caveats.append("still improving at its last epoch")
-    reached = np.mean([max(run.metric("train_acc"), default=1.0) for run in chosen])
+    reached = np.mean([max(run.metric("train_acc").values(), default=1.0) for run in chosen])
     if reached < FITTED_TRAIN_ACC:
         caveats.append(f"training accuracy stayed at {reached:.0%}")
     # diverged runs have no weights fingerprint, so that settings are compared without it

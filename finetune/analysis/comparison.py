@@ -142,7 +142,7 @@ def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[st
     if not groups:
         return [], warnings
     largest = max(groups, key=lambda key: len(groups[key]))
-    reasons = ("other data", "another split", "other validation pictures")
+    reasons = ("other data", "another split", "other validation pictures")  # as in a key
     for key, runs in groups.items():
         if key != largest:
             reason = next(why for why, a, b in zip(reasons, key, largest, strict=True) if a != b)
@@ -153,7 +153,7 @@ def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[st
 def _inequalities(runs: Sequence[RunRecord]) -> list[str]:
     """What differs between compared runs besides their settings and may change their accuracy."""
     weights = [run.finished_result.weights_fingerprint for run in runs]
-    counts = {"weights": Counter(fingerprint for fingerprint in weights if fingerprint)}
+    counts = {"weights": Counter(filter(None, weights))}
     for name in _CHANGES_NUMBERS:
         recorded = [run.config[name] for run in runs if name in run.config]
         counts[name] = Counter(shown(name, value) for value in recorded)
@@ -191,18 +191,17 @@ def _verdict(
     worse: Mapping[StrategySummary, Difference],
     similar: Sequence[StrategySummary],
 ) -> str:
-    seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
-    accuracy = percent(leader.accuracy)
+    accuracy, seeds = percent(leader.accuracy), len(leader.chosen)
+    opening = f"{leader.strategy} wins with {accuracy}, the mean of {seeds} fresh seeds"
     if similar:
+        seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
         others = listed([f"{s.strategy} ({percent(s.accuracy)})" for s in similar])
-        parts = [
+        opening = (
             f"No significant difference between {leader.strategy} ({accuracy}) and {others} over "
             f"{seeds} fresh seeds"
-        ]
-    else:
-        seeds = len(leader.chosen)
-        parts = [f"{leader.strategy} wins with {accuracy}, the mean of {seeds} fresh seeds"]
-    for rival, difference in worse.items():
-        less = points(abs(difference.estimate))
-        parts.append(f"{rival.strategy} is {less} points worse{rival.limitation}")
-    return f"{'; '.join(parts)}."
+        )
+    losses = [
+        f"; {rival.strategy} is {points(abs(difference.estimate))} points worse{rival.limitation}"
+        for rival, difference in worse.items()
+    ]
+    return f"{opening}{''.join(losses)}."

@@ -43,10 +43,8 @@ def field_importances(runs: Sequence[RunRecord]) -> dict[str, float]:
         warnings.simplefilter("ignore")
         for repeats in finished.values():
             params = {name: value_of(repeats[0], name) for name in values}
-            value = mean_accuracy(repeats)
-            study.add_trial(
-                optuna.trial.create_trial(params=params, distributions=distributions, value=value)
-            )
+            trial: dict[str, Any] = {"params": params, "distributions": distributions}
+            study.add_trial(optuna.trial.create_trial(value=mean_accuracy(repeats), **trial))
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 

@@ -67,10 +67,9 @@ class RunRecord:
         """A key that finished runs share if they differ only in seed, name and machine."""
         return setting_of(self.config, self.finished_result.weights_fingerprint)
 
-    def metric(self, name: str) -> list[float]:
-        """The recorded values of a metric, one per epoch that has it."""
-        values = [row.get(name, np.nan) for row in self.rows]
-        return [value for value in values if not np.isnan(value)]
+    def metric(self, name: str) -> dict[float, float]:
+        """The recorded values of a metric by epoch."""
+        return {row["epoch"]: row[name] for row in self.rows if not np.isnan(row[name])}
 
 
 def read_runs(runs_dir: Path) -> list[RunRecord]:

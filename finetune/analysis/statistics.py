@@ -184,10 +184,8 @@ def _with_holm(pairs: Sequence[Difference], num_groups: int) -> list[Difference]
 def mcnemar(first_N: Correct, second_N: Correct) -> float:
     """Exact two-sided p that two models err equally often (https://doi.org/10.1007/BF02295996)."""
     only_first = int((first_N & ~second_N).sum())
-    only_second = int((second_N & ~first_N).sum())
-    if only_first + only_second == 0:
-        return 1.0
-    return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+    num_different = int((first_N ^ second_N).sum())
+    return float(stats.binomtest(only_first, num_different).pvalue) if num_different else 1.0
 
 
 def holm(p_values: Sequence[float], num_groups: int) -> list[float]:

@@ -144,12 +144,12 @@ def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
 
 def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **options: Any) -> Trace:
     """A metric by epoch, in percent."""
-    rows = [row for row in run.rows if not np.isnan(row.get(metric, np.nan))]
+    values = run.metric(metric)
     return scatter(
         mode,
         name,
-        [row["epoch"] for row in rows],
-        [100 * row[metric] for row in rows],
+        list(values),
+        [100 * value for value in values.values()],
         hover=f"{text(run.name)}, seed {run.config.get('seed')}<br>{hover}",
         **{"legendgroup": run.strategy, "showlegend": False} | options,
     )
@@ -175,13 +175,11 @@ def _curves(run: RunRecord, is_first: bool) -> list[Trace]:
 
 
 def _diamonds(run: RunRecord) -> Trace:
-    starts = unfreezings(run)
+    starts, accuracies = unfreezings(run), run.metric("val_acc")
     hover = "%{text} starts to train in epoch %{x}"
-    trace = _curve(run, "markers", "unfreezing", "val_acc", hover)
-    accuracies = dict(zip(trace["x"], trace["y"], strict=True))
-    return trace | {
+    return _curve(run, "markers", "unfreezing", "val_acc", hover) | {
         "x": list(starts),
-        "y": [accuracies.get(epoch) for epoch in starts],
+        "y": [100 * accuracies[epoch] if epoch in accuracies else None for epoch in starts],
         "text": [" and ".join(parts) for parts in starts.values()],
         "marker": {
             "symbol": "diamond",

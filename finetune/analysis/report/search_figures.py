@@ -149,9 +149,8 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
 def importance_bars(importances: Mapping[str, float]) -> Figure:
     """The share of each field in the variation of the accuracy."""
     names = list(importances)[::-1]
-    trace = figures.bars(
-        [importances[n] for n in names], [title(n) for n in names], "%{y}: %{x:.0%}"
-    )
+    shares = [importances[name] for name in names]
+    trace = figures.bars(shares, [*map(title, names)], "%{y}: %{x:.0%}")
     return figure(
         [trace],
         80 + 30 * len(names),
