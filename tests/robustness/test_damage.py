@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.sweep.confirmation import confirmation
 from finetune.system.errors import FinetuneError, RunDirError, WeightsError
 from tests.conftest import Train
+from tests.support.process_server import fast_python
 
 pytestmark = pytest.mark.real_network  # an exported state dict is tried in torchvision's
 
@@ -305,7 +305,7 @@ def test_a_sweep_continues_despite_damaged_run_directories(
 
 
 def going(folder: Path, output: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--workers", "4"]
+    command = [fast_python(), "-m", "finetune", "sweep", "small.yaml", "--workers", "4"]
     return subprocess.Popen(
         command,
         cwd=folder,

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from finetune.model.network import build
 from finetune.model.weights import read_state, write_checkpoint
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError
+from tests.support.process_server import fast_python
 from tests.support.synthetic import write_run
 
 pytestmark = pytest.mark.real_network  # an exported state dict is tried in torchvision's
@@ -160,7 +160,7 @@ def small_sweep(fields: dict[str, Any], place: Path, storage: str) -> tuple[int,
     content = {"program": "agent.py", "method": "grid", "parameters": parameters}
     (place / "small.yaml").write_text(yaml.safe_dump(content))
     done = subprocess.run(
-        [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--storage", storage],
+        [fast_python(), "-m", "finetune", "sweep", "small.yaml", "--storage", storage],
         cwd=place,
         env={**os.environ},
         stdout=subprocess.PIPE,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import onnxruntime
@@ -19,6 +18,7 @@ from finetune.runs.run_dir import RunDir
 from tests.conftest import ROOT
 from tests.support.chromium import Browser
 from tests.support.picture_trees import jpeg
+from tests.support.process_server import fast_python
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(folder: Path, *words: object, code: int = 0, **environment: str) -> str:
     """The standard output and errors of a command."""
     done = subprocess.run(
-        [sys.executable, *map(str, words)],
+        [fast_python(), *map(str, words)],
         cwd=folder,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir, read_metrics
+from tests.support.process_server import fast_python
 
 
 def swept(
@@ -29,7 +29,7 @@ def swept(
     content = {"program": "agent.py", "method": "grid", "parameters": parameters}
     (place / "small.yaml").write_text(yaml.safe_dump(content))
     subprocess.run(
-        [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--workers", str(workers)],
+        [fast_python(), "-m", "finetune", "sweep", "small.yaml", "--workers", str(workers)],
         cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         capture_output=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 
 from finetune.sweep.storage import open_storage
 from finetune.system.errors import FinetuneError
+from tests.support.process_server import fast_python
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 SECRETS = {
@@ -40,7 +40,7 @@ def test_a_sweep_offline_writes_no_secret_anywhere(fields: dict[str, Any], tmp_p
     (place / "small.yaml").write_text(yaml.safe_dump(content))
     storage = f"sqlite:///file:{place}/sweep.db?mode=rwc&uri=true&password={IN_URL}"
     done = subprocess.run(
-        [sys.executable, "-m", "finetune", "sweep", "small.yaml", "--storage", storage],
+        [fast_python(), "-m", "finetune", "sweep", "small.yaml", "--storage", storage],
         cwd=place,
         env={**os.environ, **SECRETS, "WANDB_MODE": "offline"},
         capture_output=True,

@@ -233,7 +233,7 @@ def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Pat
     from wandb.proto import wandb_internal_pb2
 
     given = content(base, strategy=["freeze"])
-    complete(tmp_path, given, python=sys.executable, WANDB_MODE="offline")
+    complete(tmp_path, given, WANDB_MODE="offline")
     (log,) = (tmp_path / "runs").glob("*/wandb/offline-run-*/*.wandb")
     groups = set()
     for data in log_records(log.read_bytes()):

@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from finetune.runs.result import METRICS
 from finetune.tracking.environment import mode
 from tests.conftest import ROOT
+from tests.support.process_server import fast_python
 from tests.test_agent import as_flags
 
 
@@ -45,7 +45,7 @@ def test_a_key_in_netrc_is_found(tmp_path: Path) -> None:
 def test_an_offline_run_has_every_metric(fields: dict[str, Any], tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "WANDB_MODE"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "agent.py"), *as_flags(fields | {"strategy": "partial"})],
+        [fast_python(), str(ROOT / "agent.py"), *as_flags(fields | {"strategy": "partial"})],
         capture_output=True,
         text=True,
         env=environment,

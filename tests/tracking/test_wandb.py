@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import yaml
 from finetune.runs.result import METRICS, read_failure
 from finetune.runs.run_dir import read_metrics
 from tests.conftest import ROOT
+from tests.support.process_server import fast_python
 from tests.support.wandb_server import ENTITY, KEY, Run, WandbServer, serve
 from tests.test_agent import as_flags
 
@@ -40,7 +40,7 @@ class Place:
     def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         log = (self.path / f"output-{len(self.started)}.log").open("wb")
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [fast_python(), *command],
             env=self.environment | environment,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
@@ -82,7 +82,7 @@ def place(fields: dict[str, Any], tmp_path: Path) -> Iterator[Place]:
             Path(environment[name]).mkdir()
         # A wandb-core started by another test would outlive a killed run and keep its id in use.
         environment.pop("WANDB_SERVICE", None)
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment["PATH"] = f"{Path(fast_python()).parent}{os.pathsep}{os.environ['PATH']}"
         made = Place(server, tmp_path, environment)
         yield made
         for process in made.started:
