@@ -4,8 +4,6 @@ Each command is one entry of `COMMANDS`. Its module is imported when the command
 `--help` imports no torch.
 """
 
-from __future__ import annotations
-
 import argparse
 from functools import partial
 from importlib import import_module

@@ -3,8 +3,6 @@
 It needs no account and no download: data, source weights, local sweep, table and report.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Each strategy's best setting, its accuracy, and reasons for which the accuracy may be too low."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Compares the strategies: accuracies, differences with intervals, warnings, and a conclusion."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

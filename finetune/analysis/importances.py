@@ -5,8 +5,6 @@ https://arxiv.org/abs/2304.10255), with one trial per setting. For a grid the ma
 the same.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """Reads the runs in a folder, finished or not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -7,8 +7,6 @@ Legend: R runs, N pictures, B resamples, G groups; `correct_RN` is true where ru
 picture N correctly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

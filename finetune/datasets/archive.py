@@ -1,7 +1,5 @@
 """Unpack a data set from a zip archive into a folder with a manifest."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

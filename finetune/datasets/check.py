@@ -3,8 +3,6 @@
 python -m finetune check --data_dir data/inaturalist_12K
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import statistics

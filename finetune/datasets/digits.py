@@ -3,8 +3,6 @@
 Source: UCI Optical Recognition of Handwritten Digits, Alpaydin & Kaynak 1998.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Download iNaturalist-12K and ImageNet's weights, for machines that have no network later."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

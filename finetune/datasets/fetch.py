@@ -1,7 +1,5 @@
 """Fetch one file over HTTP: resume what is incomplete, retry what fails."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Select the members of a zip archive to unpack, and refuse archives that are unsafe to unpack."""
 
-from __future__ import annotations
-
 import re
 import stat
 import zipfile

@@ -1,7 +1,5 @@
 """The batches of each epoch, from pictures or from stored activations of the frozen layers."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable

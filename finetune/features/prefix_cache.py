@@ -3,8 +3,6 @@
 Legend: B batch, H height, W width, C channels, D=512 features.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable

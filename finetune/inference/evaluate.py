@@ -6,8 +6,6 @@ that is used again and again to choose between models is no longer independent.
     python -m finetune evaluate runs/k3x9q2ab
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from datetime import UTC, datetime

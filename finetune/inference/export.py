@@ -3,8 +3,6 @@
 python -m finetune export runs/k3x9q2ab --format onnx
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -6,8 +6,6 @@ is imported, which keeps the start-up time short.
     python -m finetune predict runs/k3x9q2ab picture.jpg folder/
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

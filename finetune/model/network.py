@@ -3,8 +3,6 @@
 Legend: B batch, H height, W width, C channels, D=512 features, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """State dicts and checkpoints: reading without executing their content, and atomic writing."""
 
-from __future__ import annotations
-
 import io
 import os
 import zipfile

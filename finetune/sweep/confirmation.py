@@ -3,8 +3,6 @@
 The best of many runs overestimates its setting; runs with fresh seeds don't.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict

@@ -6,8 +6,6 @@
 Forms and meanings are W&B's (https://docs.wandb.ai/guides/sweeps/sweep-config-keys).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from bisect import bisect

@@ -1,7 +1,5 @@
 """Reads and checks W&B sweep files: what passes here is valid for W&B's agents too."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping

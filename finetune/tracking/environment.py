@@ -1,7 +1,5 @@
 """What W&B's environment variables and agents set for a run before it starts."""
 
-from __future__ import annotations
-
 import netrc
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Fetches the runs of a W&B sweep into a folder of run directories, without their checkpoints."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One W&B agent on each visible GPU: `python -m finetune gpus ENTITY/PROJECT/SWEEP_ID`."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

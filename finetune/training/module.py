@@ -4,8 +4,6 @@ What trains depends on the plan and the epoch alone and is set at the start of e
 resumed run needs no state for it.
 """
 
-from __future__ import annotations
-
 from typing import Any, Self
 
 import pytorch_lightning as pl

@@ -3,8 +3,6 @@
 last.ckpt is written last and holds everything that a resume needs.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import time

@@ -4,8 +4,6 @@ from finetune import train_and_finetune
 model = train_and_finetune(epochs=10, learning_rate=0.001)
 """
 
-from __future__ import annotations
-
 import logging
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 The page adds the colours of its light or dark theme.
 """
 
-from __future__ import annotations
-
 import html
 from collections import Counter, defaultdict
 from collections.abc import Sequence

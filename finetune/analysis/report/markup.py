@@ -1,7 +1,5 @@
 """Parts of the page: sections, notes, sortable tables, and places of figures."""
 
-from __future__ import annotations
-
 import html
 import json
 from collections.abc import Callable, Sequence

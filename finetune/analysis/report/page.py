@@ -1,7 +1,5 @@
 """The report as one HTML page that needs no other file and no network."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -3,8 +3,6 @@
 python -m finetune report runs
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import textwrap

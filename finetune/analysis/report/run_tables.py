@@ -1,7 +1,5 @@
 """The page's tables of strategies and runs, and of the data and software that they used."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any

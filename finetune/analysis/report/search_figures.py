@@ -1,7 +1,5 @@
 """The figures of the search: which values were tried, and which accuracies they reached."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

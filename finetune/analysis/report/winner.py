@@ -1,7 +1,5 @@
 """The page's section on the best run: confusion, classes, and its most confident mistakes."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
