@@ -404,8 +404,10 @@ def test_confirm_repeats_each_strategy_s_best_with_fresh_seeds_equally_often(
     runs = tmp_path / "runs"
     base["epochs"] = 1
     given = content(base, strategy=["freeze", "scratch"], learning_rate=[0.001, 0.1])
-    outcomes = run_sweep(given, out=runs, fields={"seed": 3})
-    best = {o.strategy: o.setting["learning_rate"] for o in reversed(outcomes)}
+    run_sweep(given, out=runs, fields={"seed": 3})
+    swept = [RunResult.load(p.parent) for p in runs.glob("*/result.json")]
+    swept.sort(key=lambda r: (r.best_val_acc, -r.best_val_loss))
+    best = {r.strategy: r.config["learning_rate"] for r in swept}
     assert main(["confirm", str(runs), "--seeds", "2"]) == 0
     shown = capsys.readouterr().out
     assert "standard deviation" in shown
