@@ -30,7 +30,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=20
 
 long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long

@@ -62,7 +62,8 @@ class RunDir:
             raise RunDirError(f"{self.path} is not a run directory: it has no config.yaml")
         try:
             fields = read_mapping(self.config_path)
-            if "name" not in fields:  # the last one that is written
+            # `name` is written last, and a newline after it.
+            if "name" not in fields or not self.config_path.read_bytes().endswith(b"\n"):
                 raise ConfigError("its end is missing")
             known = {k: v for k, v in fields.items() if k in RunConfig.model_fields}
             config = RunConfig.from_fields(known)

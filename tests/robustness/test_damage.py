@@ -238,7 +238,9 @@ def test_a_resume_has_the_same_result_or_is_refused(
         except FinetuneError as error:
             assert file in str(error), f"{how}: {error}"
         else:
-            assert file in ("metrics.csv", "evaluation.json", "failure.json"), how
+            unused = ("metrics.csv", "evaluation.json", "failure.json")
+            # A changed name of a field that a resume does not read is a field of another version.
+            assert file in unused or (file, how) == ("result.json", "flipped"), how
         shutil.rmtree(copy.path)
 
 
@@ -254,7 +256,7 @@ def test_a_resume_without_best_epoch_is_refused_and_the_run_can_be_restarted(
     file: str, run: RunDir, resumed: dict[str, Any]
 ) -> None:
     (run.path / file).unlink()
-    with pytest.raises(WeightsError, match=r"Remove .*last\.ckpt to start the run"):
+    with pytest.raises(WeightsError, match=r"Remove .*last\.ckpt to start from the beginning"):
         go_on(run)
     run.last_path.unlink()
     assert go_on(run) == resumed
@@ -301,7 +303,7 @@ def test_a_sweep_continues_despite_damaged_run_directories(
     assert process.returncode == 1
     assert "Traceback" not in output
     assert "3 finished, 1 failed" in output
-    assert "last.ckpt" in output and "to start the run from its beginning" in output
+    assert "last.ckpt" in output and "to start from the beginning" in output
 
 
 def going(folder: Path, output: int) -> subprocess.Popen[str]:

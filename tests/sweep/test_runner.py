@@ -442,5 +442,5 @@ def seeds(sweep: Sweep) -> list[object]:
 
 
 def test_confirm_without_runs_is_one_message(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no finished runs"):
+    with pytest.raises(ConfigError, match="has no finished runs"):
         main(["confirm", str(tmp_path)])

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,10 +38,10 @@ class Place:
     environment: dict[str, str]
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, python: str = "", **environment: str) -> subprocess.Popen[bytes]:
         log = (self.path / f"output-{len(self.started)}.log").open("wb")
         process = subprocess.Popen(
-            [fast_python(), *command],
+            [python or fast_python(), *command],
             env=self.environment | environment,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
@@ -234,6 +235,7 @@ def test_ten_stops_in_a_row_do_not_end_the_agent(place: Place, fields: dict[str,
     assert [run.summary["state"] for run in runs] == ["stopped"] * 11
 
 
+@pytest.mark.real_network  # whose epochs take long enough to be interrupted
 def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
     place: Place, fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -250,7 +252,7 @@ def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
         "SLURM_JOB_NAME": "finetune",
         "PATH": f"{scontrol.parent}{os.pathsep}{place.environment['PATH']}",
     }
-    changed = {"strategy": "gradual", "epochs": 40, "patience": 0}
+    changed = {"strategy": "gradual", "epochs": 15, "patience": 0}
     sweep = place.sweep(fixed(fields, **changed))
     (run,) = place.server.sweep_runs(sweep)
     first = place.agent(sweep, "-f", "--count", "1", **slurm)
@@ -410,6 +412,7 @@ def test_a_resumed_offline_run_is_synced_completely(place: Place, fields: dict[s
     assert_history_is_complete(run, run_dir)
 
 
+@pytest.mark.real_network  # whose epochs take long enough to be interrupted
 def test_the_stop_button_ends_a_run_with_its_state_and_model(
     place: Place, fields: dict[str, Any]
 ) -> None:
@@ -434,7 +437,8 @@ def test_a_stop_before_the_first_epoch_is_reported(
     by_agent = {"WANDB_SWEEP_ID": sweep.name, "WANDB_RUN_ID": run.name, "WANDB_PROJECT": PROJECT}
     if after == "W&B's start":
         place.server.delay("UpsertBucket", seconds=5)
-    process = place.start("agent.py", *as_flags(fields), **by_agent)
+    python = sys.executable if after == "imports" else ""  # whose imports take seconds
+    process = place.start("agent.py", *as_flags(fields), python=python, **by_agent)
     if after == "imports":
         time.sleep(1.5)
     else:
