@@ -252,7 +252,7 @@ def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
         "SLURM_JOB_NAME": "finetune",
         "PATH": f"{scontrol.parent}{os.pathsep}{place.environment['PATH']}",
     }
-    changed = {"strategy": "gradual", "epochs": 15, "patience": 0}
+    changed = {"strategy": "gradual", "epochs": 40, "patience": 0}
     sweep = place.sweep(fixed(fields, **changed))
     (run,) = place.server.sweep_runs(sweep)
     first = place.agent(sweep, "-f", "--count", "1", **slurm)
