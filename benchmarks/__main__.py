@@ -31,7 +31,7 @@ from benchmarks.complete_sweep import complete_sweep
 from benchmarks.memory import peak_bytes
 from benchmarks.pipelines import Bench
 from benchmarks.sweep_overhead import sweep_overhead
-from finetune.data.decode import decode
+from finetune.data.decode import Preprocessing, decode
 from finetune.data.images import open_images
 from finetune.data.pictures import find_pictures
 from finetune.model.network import normalise
@@ -104,7 +104,7 @@ def image_store(bench: Bench, scale: Scale) -> dict[str, float]:
     pictures = find_pictures(bench.pictures(*scale.large) / "train")
     cache = Cache(bench.folder / "store", 1e11)
     started = time.perf_counter()
-    images, _ = open_images(pictures, bench.image_size, False, cache)
+    images, _ = open_images(pictures, Preprocessing(bench.image_size), False, cache)
     build_seconds = time.perf_counter() - started
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -125,7 +125,7 @@ def image_store(bench: Bench, scale: Scale) -> dict[str, float]:
     errors = []
     for i in range(min(40, len(pictures))):
         theirs = np.asarray(resize(Image.open(pictures.path(i)).convert("RGB")), dtype=float)
-        ours = decode(pictures.path(i), bench.image_size).numpy().astype(float)
+        ours = decode(pictures.path(i), Preprocessing(bench.image_size)).image.numpy().astype(float)
         errors.append(((ours - theirs) ** 2).mean())
     return {
         "build_images_per_second_per_core": len(pictures) / build_seconds / (os.cpu_count() or 1),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,22 +28,35 @@ from finetune.system.text import one_line
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # Pillow raises an error above it
 
 
-def decode(path: Path, image_size: int) -> Tensor:
-    """A picture as uint8 RGB, (image_size, image_size, 3); its aspect ratio is not kept.
+class Preprocessing(NamedTuple):
+    """How a picture's file becomes the network's input."""
+
+    image_size: int
+
+
+class Decoded(NamedTuple):
+    """A picture that could be read."""
+
+    image: Tensor
+    """uint8 RGB, (H, W, 3), with both sides of `image_size`."""
+
+
+def decode(path: Path, preprocessing: Preprocessing) -> Decoded:
+    """Read a picture and resize it to a square; its aspect ratio is not kept.
 
     Bilinear with antialiasing, as torchvision's Resize. Grey, palette, alpha, CMYK and
     16-bit pictures become 8-bit RGB. Raises `DataError`, naming the path.
     """
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of unusual metadata and large sizes
-        return _decode(path, image_size)
+        return _decode(path, preprocessing)
 
 
-def _decode(path: Path, image_size: int) -> Tensor:
+def _decode(path: Path, preprocessing: Preprocessing) -> Decoded:
     try:
         image_CHW = _read_rgb(path)
-        size = [image_size, image_size]
+        size = [preprocessing.image_size] * 2
         resized: Tensor = v2.functional.resize(image_CHW, size, antialias=True)
-        return resized.permute(1, 2, 0).contiguous()
+        return Decoded(resized.permute(1, 2, 0).contiguous())
     except Exception as error:  # decoders raise errors of many types
         if is_out_of_memory(error) or shortage(error):  # not the picture's fault
             raise
@@ -90,13 +104,15 @@ def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
 
 
 def decode_many(
-    paths: Sequence[Path], image_size: int, each: Callable[[int, Tensor | DataError], None]
+    paths: Sequence[Path],
+    preprocessing: Preprocessing,
+    each: Callable[[int, Decoded | DataError], None],
 ) -> None:
     """Decode in parallel; `each` gets an index and its picture, or the reason if it has none."""
 
     def attempt(index: int) -> None:
         try:
-            each(index, _decode(paths[index], image_size))
+            each(index, _decode(paths[index], preprocessing))
         except DataError as error:
             each(index, error)
 

@@ -5,7 +5,6 @@ Legend: B batch, H height, W width, C=3 channels (RGB), N pictures of a folder.
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from finetune.data.decode import decode_many
-from finetune.data.pictures import Indices, Pictures, find_pictures
+from finetune.data.decode import Decoded, Preprocessing, decode_many
+from finetune.data.pictures import Indices, Pictures
 from finetune.system.array_store import Cache
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, no_progress
@@ -28,9 +27,9 @@ class Images:
     """The decoded pictures of a split, by index."""
 
     pictures: Pictures
-    image_size: int
+    preprocessing: Preprocessing
     stored: Any | None
-    """All pictures of the folder from the cache, (N, H, W, 3)."""
+    """The pictures of `pictures.whole` from the cache, (N, H, W, 3)."""
 
     def batch(self, indices: Indices) -> Tensor:
         """uint8, (B, H, W, 3). Raises `DataError` if a picture can't be read."""
@@ -38,33 +37,33 @@ class Images:
             return torch.from_numpy(self.stored.take(self.pictures.rows[indices], axis=0))
         images: dict[int, Tensor] = {}
 
-        def keep(i: int, image: Tensor | DataError) -> None:
-            if isinstance(image, DataError):
-                raise DataError(f"{image}; {_ADVICE}")
-            images[i] = image
+        def keep(i: int, decoded: Decoded | DataError) -> None:
+            if isinstance(decoded, DataError):
+                raise DataError(f"{decoded}; {_ADVICE}")
+            images[i] = decoded.image
 
-        decode_many([self.pictures.path(i) for i in indices], self.image_size, keep)
+        decode_many([self.pictures.path(i) for i in indices], self.preprocessing, keep)
         return torch.stack([images[i] for i in range(len(indices))])
 
 
 def open_images(
     pictures: Pictures,
-    image_size: int,
+    preprocessing: Preprocessing,
     skip_unreadable: bool,
     cache: Cache | None,
     progress: StartProgress = no_progress,
 ) -> tuple[Images, list[str]]:
     """A split's decoded pictures, and the names of those that are left out as unreadable.
 
-    The cache holds all pictures of the split's folder. Without a cache, pictures are decoded each
+    The cache holds all of `pictures.whole`. Without a cache, pictures are decoded each
     time they are needed. Raises `DataError` for an unreadable picture unless `skip_unreadable`.
     """
     stored: Any | None = None
     unreadable: dict[str, str] = {}
     if cache is not None:
-        stored, unreadable = _open_store(pictures.folder, image_size, cache, progress)
+        stored, unreadable = _open_store(pictures.whole, preprocessing, cache, progress)
     if stored is None and skip_unreadable:
-        unreadable = _decode_all(pictures, image_size, "reading", progress)
+        unreadable = _decode_all(pictures, preprocessing, "reading", progress)
     affected = [name for name in pictures.names if name in unreadable]
     if affected and not skip_unreadable:
         more = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
@@ -75,38 +74,41 @@ def open_images(
         if empty := [name for i, name in enumerate(pictures.class_names) if i not in read]:
             names = ", ".join(empty)
             raise DataError(f"{pictures.folder}: no picture of these classes can be read: {names}")
-    return Images(pictures, image_size, stored), affected
+    return Images(pictures, preprocessing, stored), affected
 
 
 def _open_store(
-    folder: Path, image_size: int, cache: Cache, progress: StartProgress
+    pictures: Pictures, preprocessing: Preprocessing, cache: Cache, progress: StartProgress
 ) -> tuple[Any | None, dict[str, str]]:
-    """The folder's decoded pictures, (N, H, W, 3), and the errors of those that are missing."""
-    pictures = find_pictures(folder)
-    build = partial(_decode_all, pictures, image_size, "decoding", progress)
+    """The decoded pictures, (N, H, W, 3), and the errors of those that are missing."""
+    build = partial(_decode_all, pictures, preprocessing, "decoding", progress)
     description = {
         "files": pictures.identity,
-        "image_size": image_size,
+        **preprocessing._asdict(),
         "decoder": [torchvision.__version__, PIL.__version__],
     }
-    shape = (len(pictures), image_size, image_size, 3)
+    shape = (len(pictures), preprocessing.image_size, preprocessing.image_size, 3)
     stored = cache.open_or_build("images", description, shape, "uint8", build)
     return (stored.array, dict(stored.notes)) if stored else (None, {})
 
 
 def _decode_all(
-    pictures: Pictures, image_size: int, what: str, progress: StartProgress, images_NHWC: Any = None
+    pictures: Pictures,
+    preprocessing: Preprocessing,
+    what: str,
+    progress: StartProgress,
+    images_NHWC: Any = None,
 ) -> dict[str, str]:
     """Decode all pictures, into the array if there is one; errors by name of unreadable ones."""
     done = progress(f"{what} {pictures.folder.name}/", len(pictures))
     unreadable: dict[str, str] = {}
 
-    def store(index: int, image: Tensor | DataError) -> None:
-        if isinstance(image, DataError):
-            unreadable[pictures.names[index]] = str(image)
+    def store(index: int, decoded: Decoded | DataError) -> None:
+        if isinstance(decoded, DataError):
+            unreadable[pictures.names[index]] = str(decoded)
         elif images_NHWC is not None:
-            images_NHWC[index] = image.numpy()
+            images_NHWC[index] = decoded.image.numpy()
         done()
 
-    decode_many([pictures.path(i) for i in range(len(pictures))], image_size, store)
+    decode_many([pictures.path(i) for i in range(len(pictures))], preprocessing, store)
     return unreadable

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,22 +23,35 @@ class Pictures:
     """Labelled pictures of one folder, in the order of their names."""
 
     folder: Path
-    names: tuple[str, ...]
-    """CLASS/FILE with a forward slash; identifies a picture on every machine."""
+    files: tuple[str, ...]
+    """Paths below the folder, with forward slashes, as the file system spells them."""
     labels: Indices
     class_names: tuple[str, ...]
     rows: Indices
-    """The index of each among all pictures of the folder, and so in the cache."""
+    """The index of each in `whole`, and so in the cache."""
+    parent: "Pictures | None" = None
+    """The pictures that these were chosen from."""
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def whole(self) -> "Pictures":
+        """All pictures of the folder or labels file, which the cache holds together."""
+        return self.parent.whole if self.parent else self
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The files in Unicode's NFC: a picture's identity on every machine."""
+        return tuple(unicodedata.normalize("NFC", file) for file in self.files)
+
     def path(self, index: int) -> Path:
-        return self.folder / self.names[index]
+        return self.folder / self.files[index]
 
     def subset(self, indices: Indices) -> Self:
-        names = tuple(self.names[i] for i in indices)
-        return replace(self, names=names, labels=self.labels[indices], rows=self.rows[indices])
+        files = tuple(self.files[i] for i in indices)
+        labels, rows = self.labels[indices], self.rows[indices]
+        return replace(self, files=files, labels=labels, rows=rows, parent=self)
 
     @cached_property
     def keys(self) -> Keys:
@@ -52,13 +66,13 @@ class Pictures:
         It includes change times (ctime): every write updates them, and no program can reset them.
         """
         stamp = ("st_size", "st_mtime_ns", "st_ctime_ns")
-        paths = [self.folder / name for name in self.names]
+        paths = [self.folder / file for file in self.files]
         return digest([[str(path), *_file_status(path, *stamp)] for path in paths])
 
     @cached_property
     def sizes(self) -> list[tuple[str, int]]:
         """SPLIT/CLASS/FILE and its size in bytes, -1 for a broken link."""
-        sizes = [(_file_status(self.folder / name, "st_size") or [-1])[0] for name in self.names]
+        sizes = [(_file_status(self.folder / file, "st_size") or [-1])[0] for file in self.files]
         split = self.folder.name
         return [(f"{split}/{n}", size) for n, size in zip(self.names, sizes, strict=True)]
 
@@ -85,6 +99,6 @@ def find_pictures(folder: Path) -> Pictures:
             f"{folder / empty[0]} is a class without pictures (looked for "
             f"{' '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder"
         )
-    names = tuple(f"{name}/{file}" for name, files in found.items() for file in files)
-    labels = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
-    return Pictures(folder, names, labels, tuple(found), np.arange(len(names)))
+    files = tuple(f"{name}/{file}" for name, files in found.items() for file in files)
+    labels = np.repeat(np.arange(len(found)), list(map(len, found.values())))
+    return Pictures(folder, files, labels, tuple(found), np.arange(len(files)))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from finetune.data import layout
-from finetune.data.decode import decode_many
+from finetune.data.decode import Preprocessing, decode_many
 from finetune.data.splits import AUTO_VAL_FRACTION, num_held_out
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, bar, no_progress
@@ -22,7 +22,7 @@ from finetune.system.text import one_line
 
 MAX_IMBALANCE = 3.0
 """Ratio of a split's largest to its smallest class from which a warning is printed."""
-_IMAGE_SIZE = 64  # enough to compare pictures, and quick
+_PREPROCESSING = Preprocessing(image_size=64)  # enough to compare pictures, and quick
 _MAX_LISTED = 10
 
 
@@ -83,12 +83,14 @@ def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
             findings.unreadable[name] = str(decoded)
         else:
             with Image.open(data_dir / name, formats=layout.PICTURE_FORMATS) as image:
-                content = f"{image.width}x{image.height} ".encode() + decoded.numpy().tobytes()
+                content = (
+                    f"{image.width}x{image.height} ".encode() + decoded.image.numpy().tobytes()
+                )
                 pixels_hash = hashlib.blake2b(content).hexdigest()
                 pictures[name] = Picture(image.width, image.height, image.mode, pixels_hash)
         done()
 
-    decode_many([data_dir / name for name in names], _IMAGE_SIZE, add)
+    decode_many([data_dir / name for name in names], _PREPROCESSING, add)
     pictures = {name: pictures[name] for name in names if name in pictures}
     findings.unreadable = dict(sorted(findings.unreadable.items()))
     classes, readable = (

@@ -14,7 +14,7 @@ from torchvision.models import ResNet
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import PARTS
 from finetune.data.batches import EpochBatches, num_at_once
-from finetune.data.decode import augment_strongly
+from finetune.data.decode import Preprocessing, augment_strongly
 from finetune.data.images import open_images
 from finetune.data.pictures import Indices, Pictures
 from finetune.data.seeding import epoch_augment_seeds, epoch_flips, epoch_order
@@ -45,8 +45,8 @@ class EpochLoader:
 
     def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
         config = self._config
-        size, skip = config.image_size, config.skip_unreadable
-        images, unreadable = open_images(split, size, skip, self._cache, bar)
+        preprocessing, skip = Preprocessing(config.image_size), config.skip_unreadable
+        images, unreadable = open_images(split, preprocessing, skip, self._cache, bar)
         self.unreadable += [f"{split.folder.name}/{name}" for name in unreadable]
         return SplitInputs(images, is_flipped)
 

@@ -21,7 +21,7 @@ from torchvision.models import ResNet
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
-from finetune.data.decode import decode
+from finetune.data.decode import Preprocessing, decode
 from finetune.data.layout import IMAGE_SUFFIXES, is_picture_name
 from finetune.model.network import forward, load_best, normalise
 from finetune.runs.predictions import softmax
@@ -43,7 +43,7 @@ class Predictor:
 
     model: ResNet
     class_names: list[str]
-    image_size: int
+    preprocessing: Preprocessing
     config: RunConfig | None
     device: torch.device
     autocast_dtype: torch.dtype | None
@@ -76,7 +76,8 @@ def load_predictor(run_dir: Path) -> Predictor:
     if config is None or device is None or device.type != config.accelerator:
         device = torch.device("cpu")
     dtype = _DTYPES.get(config.precision) if config and device.type == config.accelerator else None
-    return Predictor(model.to(device), model.class_names, model.image_size, config, device, dtype)
+    preprocessing = Preprocessing(model.image_size)
+    return Predictor(model.to(device), model.class_names, preprocessing, config, device, dtype)
 
 
 def predict_logits(
@@ -93,7 +94,7 @@ def predict_logits(
         decoded: list[Tensor | DataError] = []
         for path in paths[slice(*bounds)]:
             try:
-                decoded.append(decode(path, predictor.image_size))
+                decoded.append(decode(path, predictor.preprocessing).image)
             except DataError as error:
                 decoded.append(error)
             done()

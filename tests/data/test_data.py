@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
-from finetune.data.decode import augment_strongly, decode, decode_many
+from finetune.data.decode import Preprocessing, augment_strongly, decode, decode_many
 from finetune.data.images import open_images
 from finetune.data.layout import find_data_dir
 from finetune.data.pictures import find_pictures
@@ -158,7 +158,7 @@ def test_file_names_may_have_any_bytes(tmp_path: Path) -> None:
     assert splits.split_fingerprint
     assert splits.dataset_fingerprint
     assert splits.train.identity
-    images, _ = open_images(splits.train, 32, False, None)
+    images, _ = open_images(splits.train, Preprocessing(32), False, None)
     assert images.batch(np.arange(2)).shape == (2, 32, 32, 3)
 
 
@@ -168,10 +168,10 @@ def test_a_broken_link_is_refused_by_name(tmp_path: Path) -> None:
     splits = find_splits(config(tmp_path, val_fraction=0))
     assert splits.dataset_fingerprint
     assert splits.train.identity
-    images, _ = open_images(splits.train, 32, False, None)
+    images, _ = open_images(splits.train, Preprocessing(32), False, None)
     with pytest.raises(DataError, match=r"gone.jpg can't be read"):
         images.batch(np.arange(2))
-    images, lost = open_images(splits.train, 32, True, None)
+    images, lost = open_images(splits.train, Preprocessing(32), True, None)
     assert lost == ["a/gone.jpg"]
     assert len(images.pictures) == 1
 
@@ -367,7 +367,7 @@ def test_every_mode_becomes_rgb_of_the_same_colour(
     tmp_path: Path, mode: str, colour: Any, suffix: str, expected: tuple[int, int, int]
 ) -> None:
     path = saved(tmp_path / f"x.{suffix}", Image.new(mode, (9, 7), colour))
-    image_HWC = decode(path, 32)
+    image_HWC = decode(path, Preprocessing(32)).image
     assert image_HWC.shape == (32, 32, 3)
     assert image_HWC.dtype == torch.uint8
     difference = image_HWC.int() - torch.tensor(expected, dtype=torch.int32)
@@ -379,7 +379,7 @@ def test_palettes_become_their_colours_with_and_without_transparency(tmp_path: P
     image.putpalette([0, 0, 0, 250, 120, 10])
     for name, options in (("plain", {}), ("clear", {"transparency": bytes([0, 128])})):
         path = saved(tmp_path / f"{name}.png", image, **options)
-        assert decode(path, 32)[5, 5].tolist() == [250, 120, 10]
+        assert decode(path, Preprocessing(32)).image[5, 5].tolist() == [250, 120, 10]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -389,7 +389,7 @@ def test_decoding_equals_torchvisions_transforms(tmp_path: Path, suffix: str) ->
     with Image.open(path) as image:
         whole_CHW = v2.functional.pil_to_tensor(image.convert("RGB"))
     expected = v2.Resize((32, 32), antialias=True)(whole_CHW).permute(1, 2, 0)
-    assert (decode(path, 32).int() - expected.int()).abs().max() <= 1
+    assert (decode(path, Preprocessing(32)).image.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (3, 500)])
@@ -398,7 +398,7 @@ def test_pictures_of_extreme_shapes_are_decoded(
     tmp_path: Path, size: tuple[int, int], suffix: str
 ) -> None:
     path = saved(tmp_path / f"x.{suffix}", Image.new("RGB", size, (40, 40, 40)))
-    assert (decode(path, 32).int() - 40).abs().max() <= 1
+    assert (decode(path, Preprocessing(32)).image.int() - 40).abs().max() <= 1
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff"])
@@ -411,7 +411,7 @@ def test_a_truncated_picture_is_refused_by_its_path(
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(DataError, match="can't be read as a picture") as caught:
-        decode(path, 32)
+        decode(path, Preprocessing(32))
     assert str(caught.value).startswith(str(path))
 
 
@@ -422,25 +422,25 @@ def test_other_content_is_refused_by_its_path(tmp_path: Path, content: bytes) ->
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"x.jpg can't be read as a picture: ."):
-        decode(path, 32)
+        decode(path, Preprocessing(32))
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.png", Image.new("1", (20_000, 20_000)))
     with pytest.raises(DataError, match="pixels"):
-        decode(path, 32)
+        decode(path, Preprocessing(32))
 
 
 def test_a_pipe_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(DataError, match="not a regular file"):
-        decode(tmp_path / "x.jpg", 32)
+        decode(tmp_path / "x.jpg", Preprocessing(32))
 
 
 def test_decoding_in_parallel_restores_the_warning_filters(tmp_path: Path) -> None:
     paths = [saved(tmp_path / f"{i}.png", Image.new("L", (9, 9))) for i in range(64)]
     before = list(warnings.filters)
-    decode_many(paths, 32, lambda index, image: None)
+    decode_many(paths, Preprocessing(32), lambda index, image: None)
     assert warnings.filters == before
 
 
@@ -448,11 +448,11 @@ def test_an_unreadable_picture_is_refused_or_left_out(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 1, "val/b": 1}, jpeg(1))
     (tmp_path / "train/b/00001.jpg").write_bytes(b"x")
     pictures = find_pictures(tmp_path / "train")
-    images, lost = open_images(pictures, 32, True, None)
+    images, lost = open_images(pictures, Preprocessing(32), True, None)
     assert lost == ["b/00001.jpg"]
     assert "b/00001.jpg" not in images.pictures.names
     assert images.batch(np.arange(5)).shape == (5, 32, 32, 3)
-    images, _ = open_images(pictures, 32, False, None)
+    images, _ = open_images(pictures, Preprocessing(32), False, None)
     with pytest.raises(DataError, match=r"train/b/00001.jpg can't be read"):
         images.batch(np.arange(6))
 
@@ -461,4 +461,4 @@ def test_a_class_without_readable_pictures_is_refused(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/a": 3, "val/a": 1}, jpeg(1))
     place_files(tmp_path, {"train/b": 2, "val/b": 1}, b"x")
     with pytest.raises(DataError, match="no picture of these classes can be read: b"):
-        open_images(find_pictures(tmp_path / "train"), 32, True, None)
+        open_images(find_pictures(tmp_path / "train"), Preprocessing(32), True, None)

@@ -13,7 +13,7 @@ import torch
 from torchvision.models import resnet18
 
 from finetune.__main__ import main
-from finetune.data.decode import decode
+from finetune.data.decode import Preprocessing, decode
 from finetune.inference.predict import load_predictor, predict_logits
 from finetune.model.network import build, load_source
 from finetune.model.weights import write_checkpoint
@@ -40,7 +40,7 @@ def test_onnx_gives_the_models_logits_from_pixels(run_dir: Path, digits: Path) -
     assert not main(["export", str(run_dir), "--format", "onnx"])
     session = onnxruntime.InferenceSession(str(run_dir / "model.onnx"))
     paths = sorted((digits / "val").glob("*/*.png"))
-    pictures = np.stack([decode(path, 64).numpy() for path in paths])
+    pictures = np.stack([decode(path, Preprocessing(64)).image.numpy() for path in paths])
     (found,) = session.run(["logits"], {"pictures": pictures})
     expected: Any = predict_logits(load_predictor(run_dir), paths)
     np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import finetune
 from finetune.__main__ import main
-from finetune.data.decode import decode, decode_many
+from finetune.data.decode import Preprocessing, decode, decode_many
 from finetune.datasets.check import examine
 from finetune.runs.result import RunResult
 from finetune.system.errors import DataError, FinetuneError
@@ -72,7 +72,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_damaged_pictures_are_read_or_refused_by_name(damaged: list[Path]) -> None:
     found: dict[int, Any] = {}
-    decode_many(damaged, 32, found.__setitem__)
+    decode_many(damaged, Preprocessing(32), found.__setitem__)
     assert sorted(found) == list(range(len(damaged)))
     refused = [str(one) for one in found.values() if isinstance(one, DataError)]
     assert len(refused) > len(damaged) / 3
@@ -81,7 +81,7 @@ def test_damaged_pictures_are_read_or_refused_by_name(damaged: list[Path]) -> No
             assert str(one).startswith(f"{damaged[i]} can't be read as a picture: ")
             assert "\n" not in str(one)
         else:
-            assert one.shape == (32, 32, 3)
+            assert one.image.shape == (32, 32, 3)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_a_decompression_bomb_uses_no_memory(name: str, tmp_path: Path) -> None:
     path.write_bytes(BOMBS[name])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match="can't be read as a picture"):
-        decode(path, 32)
+        decode(path, Preprocessing(32))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
@@ -157,10 +157,10 @@ def test_a_picture_of_another_format_is_read_and_no_program_is_executed(tmp_path
     """Pillow would pass an EPS to Ghostscript, whatever the name of its file."""
     gif, eps = tmp_path / "a.jpg", tmp_path / "b.jpg"
     Image.new("RGB", (9, 9), (200, 0, 0)).save(gif, "GIF")
-    assert decode(gif, 32)[0, 0].tolist() == [200, 0, 0]
+    assert decode(gif, Preprocessing(32)).image[0, 0].tolist() == [200, 0, 0]
     Image.new("RGB", (9, 9)).save(eps, "EPS")
     with pytest.raises(DataError, match="cannot identify image file"):
-        decode(eps, 32)
+        decode(eps, Preprocessing(32))
 
 
 def test_no_command_follows_loops_of_links(

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from finetune.config.fields import RunConfig
+from finetune.data.decode import Preprocessing
 from finetune.data.images import open_images
 from finetune.data.layout import pictures_of_class
 from finetune.data.pictures import find_pictures
@@ -343,16 +344,16 @@ def test_pictures_are_not_called_unreadable_or_missing_for_lack_of_file_handles(
 ) -> None:
     pictures = find_pictures(digits / "train")
     cache = Cache(tmp_path, 1e9)
-    open_images(pictures.subset([0]), 8, True, None)  # Pillow's plugins are imported
+    open_images(pictures.subset([0]), Preprocessing(8), True, None)  # Pillow's plugins are imported
     with few_handles(0):
         with pytest.raises(OSError, match="Too many open files"):
-            open_images(pictures, 32, True, None)
+            open_images(pictures, Preprocessing(32), True, None)
         with pytest.raises(DataError, match="can't be read: Too many open files"):
             pictures_of_class(digits / "train" / pictures.class_names[0])
     for spare in range(4):
         with few_handles(spare), suppress(OSError, DataError):
-            open_images(pictures, 32, True, cache)
-    images, unreadable = open_images(pictures, 32, True, Cache(tmp_path, 1e9))
+            open_images(pictures, Preprocessing(32), True, cache)
+    images, unreadable = open_images(pictures, Preprocessing(32), True, Cache(tmp_path, 1e9))
     assert unreadable == [] and len(images.pictures) == len(pictures)
 
 

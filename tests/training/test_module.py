@@ -15,7 +15,7 @@ from torchvision.transforms.functional import normalize
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
-from finetune.data.decode import decode
+from finetune.data.decode import Preprocessing, decode
 from finetune.data.seeding import epoch_flips, epoch_order
 from finetune.data.splits import find_splits
 from finetune.features.loader import EpochLoader
@@ -74,7 +74,9 @@ def plain_loop(config: RunConfig) -> list[dict[str, float]]:
     model = model.to(memory_format=torch.channels_last)
 
     def pictures(split: Any) -> Tensor:
-        images = [decode(split.path(i), config.image_size) for i in range(len(split))]
+        images = [
+            decode(split.path(i), Preprocessing(config.image_size)).image for i in range(len(split))
+        ]
         x = torch.stack(images).permute(0, 3, 1, 2) / 255
         return normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
