@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sqlite3
 import time
 import traceback
 import warnings
@@ -33,6 +34,7 @@ GRACE_SECONDS = 90
 _JOURNAL = "journal:"
 _DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}
 _TRIES = 6
+_SQLITE_TIMEOUT_SECONDS = 60
 
 _OnStale = Callable[[optuna.Study, FrozenTrial], None]
 
@@ -79,7 +81,9 @@ def _open_database(where: str, is_sqlite: bool, on_stale: _OnStale | None) -> RD
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         storage = RDBStorage(
             where,
-            engine_kwargs={"connect_args": {"timeout": 60} if is_sqlite else {}},
+            engine_kwargs={
+                "connect_args": {"timeout": _SQLITE_TIMEOUT_SECONDS} if is_sqlite else {}
+            },
             heartbeat_interval=HEARTBEAT_SECONDS,
             grace_period=GRACE_SECONDS,
             heartbeat_stale_trial_callback=on_stale,
@@ -135,7 +139,7 @@ def _configure_sqlite(storage: RDBStorage) -> None:
 
     def connect(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # the driver begins no transaction by itself
-        connection.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
 
     def begin(connection: Any) -> None:
@@ -144,6 +148,19 @@ def _configure_sqlite(storage: RDBStorage) -> None:
     event.listen(storage.engine, "connect", connect)
     event.listen(storage.engine, "begin", begin)
     storage.engine.dispose()  # open connections were made without these listeners
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Set the write-ahead log. SQLite's own timeout doesn't hold for this statement."""
+    deadline = time.monotonic() + _SQLITE_TIMEOUT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
 
 
 def _open_journal(path: Path) -> BaseStorage:

@@ -30,6 +30,7 @@ from tests.sweep.test_trial_queue import grid, trials
 __all__ = ["base"]
 
 NUM_CELLS = 16
+_START_SECONDS = 120  # if one of them fails, the others end too
 
 
 def take_part(given: dict[str, Any], where: str, folder: Path, ready: Any) -> None:
@@ -45,7 +46,7 @@ def take_part(given: dict[str, Any], where: str, folder: Path, ready: Any) -> No
 
     cache._allocate = noted
     sweep = read_sweep(given)
-    ready.wait()
+    ready.wait(_START_SECONDS)
     trial_queue = TrialQueue(sweep, where, 8)
     while claim := trial_queue.claim():
         config = sweep.config(claim.values)
@@ -56,7 +57,7 @@ def take_part(given: dict[str, Any], where: str, folder: Path, ready: Any) -> No
 
 def claim_all(where: str, folder: Path, ready: Any) -> None:
     trial_queue = TrialQueue(grid(NUM_CELLS), where, NUM_CELLS)
-    ready.wait()
+    ready.wait(_START_SECONDS)
     keys = []
     while claim := trial_queue.claim():
         keys.append(claim.key)

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
@@ -56,8 +58,12 @@ class Browser:
             assert time.monotonic() < deadline, "Chromium did not start"
             time.sleep(0.05)
         port = port_file.read_text().splitlines()[0]
-        with urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
-            tabs = json.load(answer)
+        while True:
+            with suppress(URLError), urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+                tabs = json.load(answer)
+                break
+            assert time.monotonic() < deadline, "Chromium does not answer"
+            time.sleep(0.05)
         address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
         return connect(address, max_size=None)
 

