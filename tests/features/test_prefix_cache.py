@@ -31,14 +31,32 @@ def prepared(config: RunConfig) -> EpochLoader:
     return loader
 
 
-@pytest.mark.real_network
-@pytest.mark.parametrize(
-    ("strategy", "data_aug"),
-    [("freeze", "n"), ("freeze", "y"), ("partial", "y"), ("gradual", "y"), ("scratch", "n")],
-)
+STRATEGIES = [
+    ("freeze", "n"),
+    ("freeze", "y"),
+    ("partial", "y"),
+    ("gradual", "y"),
+    ("scratch", "n"),
+]
+
+
+@pytest.mark.parametrize(("strategy", "data_aug"), STRATEGIES)
 def test_cold_and_warm_caches_give_equal_bits_and_no_cache_the_same_within_1e_6(
     strategy: str, data_aug: str, train: Train
 ) -> None:
+    check_caches(strategy, data_aug, train)
+
+
+@pytest.mark.slow
+@pytest.mark.real_network
+@pytest.mark.parametrize(("strategy", "data_aug"), STRATEGIES)
+def test_caches_of_resnet18_give_equal_bits_and_no_cache_the_same_within_1e_6(
+    strategy: str, data_aug: str, train: Train
+) -> None:
+    check_caches(strategy, data_aug, train)
+
+
+def check_caches(strategy: str, data_aug: str, train: Train) -> None:
     runs = [
         read_metrics(train(strategy=strategy, data_aug=data_aug, cache=cache).metrics_path)
         for cache in ("off", "auto", "auto")

@@ -36,6 +36,7 @@ def run_dir(tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_models_logits_from_pixels(run_dir: Path, digits: Path) -> None:
     assert not main(["export", str(run_dir), "--format", "onnx"])
     session = onnxruntime.InferenceSession(str(run_dir / "model.onnx"))

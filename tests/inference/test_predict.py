@@ -242,6 +242,7 @@ def test_a_run_without_a_test_set_is_refused(train: Train) -> None:
 # start-up
 
 
+@pytest.mark.slow
 def test_neither_lightning_nor_wandb_is_imported(run: RunDir, digits: Path) -> None:
     heavy = ("pytorch_lightning", "lightning_fabric", "wandb", "torchmetrics", "plotly", "sklearn")
     script = (

@@ -88,6 +88,7 @@ def finished(train_once: Train) -> Path:
     return train_once(epochs=1).path
 
 
+@pytest.mark.slow
 @pytest.mark.real_network
 @pytest.mark.parametrize(
     ("file", "command"),
@@ -144,6 +145,7 @@ def test_a_run_killed_during_a_write_has_the_result_of_an_uninterrupted_run(
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_remains_of_a_killed_eviction_or_build_are_deleted(children: Any, tmp_path: Path) -> None:
     killed(children, "rows-", "build", tmp_path)
     assert left_in(tmp_path)

@@ -64,6 +64,7 @@ def with_little_memory(num_mb: int, *flags: str) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_lack_of_memory_names_the_batch_size_and_the_run_can_be_resumed(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_full_disk_gives_one_message_that_says_how_to_resume(
     assert outcome(place) == expected
 
 
+@pytest.mark.slow
 def test_output_to_a_full_disk_gives_one_message(digits: Path) -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
         done = subprocess.run(
@@ -237,6 +239,7 @@ def test_a_cache_without_space_changes_no_result(
     assert not list(disk.glob("cache/.*"))
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_gives_one_message_and_can_be_read(
     disk: Path, train: Train, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +292,7 @@ def test_a_sweep_stopped_by_a_full_disk_resumes(
     assert end_of_each(disk) == end_of_each(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_journal_cut_short_by_a_full_disk_resumes_without_its_partial_line(
     disk: Path, tmp_path: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_deferred_stop_comes_at_the_end_of_the_outer_context() -> None:
     assert done == ["inside"]
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_imports_is_deferred_to_their_end(tmp_path: Path) -> None:
     """An exception within one of torch's C++ callbacks would abort the process."""
     (tmp_path / "sitecustomize.py").write_text(

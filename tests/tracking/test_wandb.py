@@ -137,6 +137,7 @@ def assert_reports_agree(place: Place, sweep: str) -> None:
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_two_agents_run_each_cell_of_a_sweep_once(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(
         fixed(fields, strategy=["freeze", "partial"], data_aug=[True, "n"], epochs=2)
@@ -199,6 +200,7 @@ def test_parameters_without_flags_come_from_the_sweep(place: Place, fields: dict
     assert (result["strategy"], result["config"]["momentum"]) == ("freeze", 0.5)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_complete_on_the_server_in_time(
     place: Place, fields: dict[str, Any]
 ) -> None:
@@ -235,6 +237,7 @@ def test_ten_stops_in_a_row_do_not_end_the_agent(place: Place, fields: dict[str,
     assert [run.summary["state"] for run in runs] == ["stopped"] * 11
 
 
+@pytest.mark.slow
 @pytest.mark.real_network  # whose epochs take long enough to be interrupted
 def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
     place: Place, fields: dict[str, Any], tmp_path: Path
@@ -283,6 +286,7 @@ def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_stop_while_the_result_is_sent_changes_nothing(
     place: Place, fields: dict[str, Any]
 ) -> None:
@@ -312,6 +316,7 @@ def test_a_stopped_run_ends_in_time_if_the_server_is_silent(
     assert "wandb sync" in place.output()
 
 
+@pytest.mark.slow
 def test_a_run_finishes_if_the_sweep_s_name_is_unavailable(
     place: Place, fields: dict[str, Any]
 ) -> None:
@@ -322,6 +327,7 @@ def test_a_run_finishes_if_the_sweep_s_name_is_unavailable(
     assert (run.state, run.group) == ("finished", sweep)
 
 
+@pytest.mark.slow
 def test_no_data_is_lost_in_server_faults(place: Place, fields: dict[str, Any]) -> None:
     server = place.server
     server.fail("UpsertBucket", times=2)
@@ -354,6 +360,7 @@ def test_no_data_is_lost_while_the_server_is_silent(
     assert_history_is_complete(run, place.run_dir(run))
 
 
+@pytest.mark.slow
 def test_a_server_that_is_unreachable_at_the_start_is_reported(
     place: Place, fields: dict[str, Any]
 ) -> None:
@@ -366,6 +373,7 @@ def test_a_server_that_is_unreachable_at_the_start_is_reported(
     assert "Traceback" not in place.output()
 
 
+@pytest.mark.slow
 def test_failed_runs_have_a_reason_and_the_next_one_starts(
     place: Place, fields: dict[str, Any]
 ) -> None:
@@ -412,6 +420,7 @@ def test_a_resumed_offline_run_is_synced_completely(place: Place, fields: dict[s
     assert_history_is_complete(run, run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.real_network  # whose epochs take long enough to be interrupted
 def test_the_stop_button_ends_a_run_with_its_state_and_model(
     place: Place, fields: dict[str, Any]
@@ -426,6 +435,7 @@ def test_the_stop_button_ends_a_run_with_its_state_and_model(
     assert run.artifact("model").files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["imports", "W&B's start"])
 def test_a_stop_before_the_first_epoch_is_reported(
     place: Place, fields: dict[str, Any], after: str
@@ -449,6 +459,7 @@ def test_a_stop_before_the_first_epoch_is_reported(
     assert (run.state, run.history) == ("failed", [])
 
 
+@pytest.mark.slow
 def test_gpus_starts_an_agent_on_each_device(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(fixed(fields, strategy="freeze", epochs=1, seed=[1, 2]))
     address = f"{ENTITY}/{PROJECT}/{sweep}"
@@ -461,6 +472,7 @@ def test_gpus_starts_an_agent_on_each_device(place: Place, fields: dict[str, Any
         assert lines[-1] == f"{name} the agent has ended"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_runs_of_all_gpus_with_their_state(
     place: Place, fields: dict[str, Any]
 ) -> None:
@@ -476,6 +488,7 @@ def test_ctrl_c_ends_the_runs_of_all_gpus_with_their_state(
         assert_history_is_complete(run, place.run_dir(run))
 
 
+@pytest.mark.slow
 def test_runs_of_a_preempted_machine_are_queued_again(place: Place, fields: dict[str, Any]) -> None:
     sweep = place.sweep(fixed(fields, strategy="freeze", epochs=5000, patience=0))
     process = place.start("-m", "finetune", "gpus", f"{ENTITY}/{PROJECT}/{sweep}")
