@@ -88,7 +88,7 @@ class RunConfig(BaseModel):
     weights: types.Weights | None = searched(
         None,
         "imagenet (torchvision's ResNet18 weights, the default), or the path of a state dict "
-        "(.pth, .safetensors) or of a run directory",
+        "or checkpoint (.pth, .ckpt, .safetensors) or of a run directory",
     )
     patience: Annotated[types.Integer, at.Ge(0)] | None = searched(
         None,

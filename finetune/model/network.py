@@ -3,7 +3,7 @@
 Legend: B batch, H height, W width, C channels, D=512 features, K classes.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18
 
 from finetune.config.strategies import PARTS
+from finetune.model.state_dicts import adapt
 from finetune.model.weights import State, fingerprint, read_checkpoint, read_source
 from finetune.runs.result import RunResult
 from finetune.system.errors import WeightsError
-from finetune.system.text import listed
 
 MODEL_NAME = "resnet18"  # in checkpoints
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +32,9 @@ def build(num_classes: int, seed: int) -> ResNet:
     return model.to(memory_format=torch.channels_last)
 
 
-def build_from(weights: str | None, num_classes: int, seed: int) -> tuple[ResNet, str | None]:
+def build_from(
+    weights: str | None, num_classes: int, seed: int, log: Callable[[str], None]
+) -> tuple[ResNet, str | None]:
     """`build`'s network with weights from `load_source`, if any, and their fingerprint."""
     if weights is None:
         return build(num_classes, seed), None
@@ -40,7 +42,7 @@ def build_from(weights: str | None, num_classes: int, seed: int) -> tuple[ResNet
     with torch.random.fork_rng(devices=[]):
         model.fc = _draw_fc(model, seed)
     model = model.to(memory_format=torch.channels_last)
-    return model, load_source(model, weights)
+    return model, load_source(model, weights, log)
 
 
 def on_meta(num_classes: int) -> ResNet:
@@ -55,30 +57,23 @@ def _draw_fc(model: ResNet, seed: int) -> nn.Linear:
     return nn.Linear(model.fc.in_features, model.fc.out_features)
 
 
-def load_source(model: ResNet, weights: str) -> str:
-    """Load `imagenet`, a state-dict file or a run directory into `model`.
+def load_source(model: ResNet, weights: str, log: Callable[[str], None]) -> str:
+    """Load `imagenet`, a file of weights or a run directory into `model`.
 
-    An `fc` of another shape is not loaded: the model keeps its own. Returns the fingerprint of the
-    source's weights without `fc`. Raises `WeightsError` if anything else doesn't fit.
+    A head that doesn't fit is not loaded: the model keeps its own. What else `adapt` changed in a
+    file is logged in one line. Returns the fingerprint of the source's weights without `fc`.
+    Raises `WeightsError` if anything else doesn't fit.
     """
-    state, own = read_source(weights), model.state_dict()
-    body = {key: value for key, value in state.items() if part_of_key(key) != "fc"}
-    differing = [key for key in own if key in state and state[key].shape != own[key].shape]
-    problems = {
-        "missing": [key for key in own if key not in state and part_of_key(key) != "fc"],
-        "unknown": [key for key in state if key not in own],
-        "of shape": [
-            f"{key} {tuple(body[key].shape)}, not {tuple(own[key].shape)}"
-            for key in differing
-            if key in body
-        ],
-    }
-    found = "; ".join(f"{what}: {listed(keys, 4)}" for what, keys in problems.items() if keys)
-    if found:
-        raise WeightsError(f"weights: {weights} don't fit torchvision's ResNet18: {found}")
-    fc_fits = not differing and own.keys() <= state.keys()
-    model.load_state_dict(state if fc_fits else body, strict=False)
-    return fingerprint(body)
+    content = read_source(weights)
+    try:
+        state, note = adapt(content, model.state_dict())
+    except WeightsError as error:
+        needed = "a ResNet18 state dict in torchvision's layout is needed"
+        raise WeightsError(f"weights: {weights} don't fit; {needed}: {error}") from None
+    if note and weights != "imagenet":  # its head of 1000 classes is never needed
+        log(f"weights: {weights}: {note}")
+    model.load_state_dict(state, strict=False)
+    return fingerprint({key: value for key, value in state.items() if part_of_key(key) != "fc"})
 
 
 def part_module(model: ResNet, part: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,14 +34,14 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def read_source(weights: str) -> State:
-    """torchvision's ImageNet weights, or those of a file or a run. Raises `WeightsError`."""
+def read_source(weights: str) -> dict[str, Any]:
+    """torchvision's ImageNet weights, or the content of a file. Raises `WeightsError`."""
     if weights != "imagenet":
-        return read_state(Path(weights))
+        return read_file(Path(weights))
     imagenet = ResNet18_Weights.IMAGENET1K_V1
     path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(imagenet.url)
     if path.exists():
-        return read_state(path)
+        return read_file(path)
     try:
         return dict(imagenet.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError, ValueError) as error:
@@ -51,8 +52,8 @@ def read_source(weights: str) -> State:
         ) from None
 
 
-def read_state(path: Path) -> State:
-    """The state dict in a .pth, a .safetensors or a run directory. Raises `WeightsError`."""
+def read_file(path: Path) -> dict[str, Any]:
+    """What is in a .pth, a .ckpt, a .safetensors or a run directory. Raises `WeightsError`."""
     path = path / "best.ckpt" if path.is_dir() else path
     if not path.exists():
         raise WeightsError(
@@ -67,12 +68,7 @@ def read_state(path: Path) -> State:
         raise WeightsError(f"weights: {path} needs safetensors: pip install safetensors") from None
     except Exception as error:
         raise WeightsError(f"weights: {path} can't be read: {error}") from None
-    content = read_checkpoint(path)
-    state = content.get("state_dict", content)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        found = ", ".join(map(str, list(state)[:4]))
-        raise WeightsError(f"weights: {path} is not a state dict (found: {found})")
-    return state
+    return read_checkpoint(path)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -84,6 +80,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise WeightsError(
+                        f"{path} is a TorchScript archive, which holds code. If you trust it, save "
+                        "its state dict instead: "
+                        f"torch.save(torch.jit.load({str(path)!r}).state_dict(), NEW)"
+                    )
                 if any(member.compress_type for member in archive.infolist()):
                     raise WeightsError(f"{path} is compressed, which torch's files never are")
                 if damaged := archive.testzip():
@@ -94,11 +96,30 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except WeightsError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise WeightsError(f"{path} can't be loaded as weights: {reason}") from None
+        raise WeightsError(f"{path} can't be loaded as weights: {_reason(error, path)}") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
+
+
+_REFUSALS = {
+    r"GLOBAL (\S+)": (
+        "it holds a pickled model or another object ({found}), which would execute code when "
+        "loaded. If you trust it, save its state dict instead: "
+        "torch.save(torch.load({file!r}, weights_only=False).state_dict(), NEW), or the entry with "
+        "the state dict if it holds a dict"
+    ),
+    r"WeightsUnpickler error: (.+)": "{found}",
+    r"(.+)": "{found}",
+}
+"""What torch.load says, and what we say: its own messages advise to execute the file."""
+
+
+def _reason(error: Exception, path: Path) -> str:
+    for pattern, words in _REFUSALS.items():
+        if match := re.search(pattern, str(error)):
+            return words.format(found=match[1], file=str(path))
+    return type(error).__name__
 
 
 def write_checkpoint(content: Mapping[str, Any], path: Path) -> None:

@@ -96,7 +96,8 @@ class _Execution:
         config, run_dir = self.config, self.run_dir
         log(f"run {run_dir.path.name}: {config.name} in {run_dir.path}")
         log(self.splits.note)
-        network, source = build_from(config.weights, len(self.splits.class_names), config.seed)
+        num_classes = len(self.splits.class_names)
+        network, source = build_from(config.weights, num_classes, config.seed, log)
         self.recorder = recorder = Recorder(run_dir, config, source, log, self.on_epoch)
         checkpoint_path = recorder.restore()
         self.tracker = tracker = Tracker.open(config, run_dir, log)

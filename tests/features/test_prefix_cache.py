@@ -25,7 +25,7 @@ COMPARED = ("train_loss", "train_acc", "val_loss", "val_acc")
 def prepared(config: RunConfig) -> EpochLoader:
     config, splits = resolve(config)
     network = build(5, config.seed).eval()
-    load_source(network, str(config.weights))
+    load_source(network, str(config.weights), print)
     loader = EpochLoader(config, splits)
     loader.prepare(network, 0)
     return loader

@@ -60,7 +60,7 @@ def test_a_state_dict_loads_into_torchvisions_resnet18_and_describes_its_input(
     resnet18(num_classes=5).load_state_dict(content["state_dict"])
     assert content["class_names"] == list("56789")
     assert "resized to 64x64" in content["preprocessing"]
-    load_source(build(5, seed=0), str(out))
+    load_source(build(5, seed=0), str(out), print)
 
 
 def test_a_file_with_other_logits_is_refused_and_removed(

@@ -20,7 +20,7 @@ import finetune
 from finetune.__main__ import main
 from finetune.analysis.read_runs import read_runs
 from finetune.model.network import build
-from finetune.model.weights import read_state, write_checkpoint
+from finetune.model.weights import read_file, write_checkpoint
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError
 from tests.support.process_server import fast_python
@@ -110,7 +110,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path: Path
     with zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(100_000_000))
     with pytest.raises(FinetuneError, match="compressed"):
-        read_state(tmp_path / "w.pth")
+        read_file(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(

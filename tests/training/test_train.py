@@ -225,7 +225,7 @@ def test_last_checkpoint_leaves_the_frozen_prefix_out(train: Train) -> None:
 def test_a_run_directory_is_a_source_of_weights(train: Train) -> None:
     first = train(strategy="partial")
     model = build(5, seed=1)
-    load_source(model, str(first.path))
+    load_source(model, str(first.path), print)
     for key, tensor in best_state(first).items():
         assert torch.equal(model.state_dict()[key], tensor)
 
@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason(
     elif damage == "shape":
         torch.save(state | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, path)
     with pytest.raises(WeightsError, match=words):
-        load_source(build(5, seed=1), str(path))
+        load_source(build(5, seed=1), str(path), print)
     assert not Path("exploded").exists()
 
 
@@ -275,7 +275,7 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
     state = build(1000, seed=4).state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
     model = build(5, seed=0)
-    load_source(model, str(tmp_path / "w.safetensors"))
+    load_source(model, str(tmp_path / "w.safetensors"), print)
     assert torch.equal(model.state_dict()["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
 
 
@@ -286,7 +286,7 @@ def test_a_failed_download_of_imagenet_weights_names_the_path_for_the_file(
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(WeightsError) as caught:
-        load_source(build(5, seed=0), "imagenet")
+        load_source(build(5, seed=0), "imagenet", print)
     expected = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     assert str(expected) in str(caught.value)
     assert "--weights" in str(caught.value)
