@@ -8,22 +8,29 @@ that is used again and again to choose between models is no longer independent.
 
 import json
 import sys
+import unicodedata
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.data.pictures import Pictures, find_pictures
+from finetune.data.pictures import Indices, Pictures, find_pictures
 from finetune.data.splits import find_splits
 from finetune.inference.predict import Predictor, load_predictor, predict_logits
 from finetune.model.weights import fingerprint
-from finetune.runs.predictions import confusion_counts
+from finetune.runs.predictions import (
+    MAX_MATRIX_CLASSES,
+    confusion_counts,
+    mean_over_classes,
+    most_confused_pairs,
+)
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import digest
 from finetune.system.errors import DataError
 from finetune.system.progress import bar, no_progress
-from finetune.system.text import listed, one_line
+from finetune.system.text import listed, nearest, one_line
 
 MAX_SHOWN_CLASSES = 12  # in a complete confusion matrix
 
@@ -33,8 +40,8 @@ Evaluation = dict[str, Any]
 def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -> int:
     """Evaluate on the run's test set or on `folder`/CLASS/*, or find the record, and print it.
 
-    Raises `DataError` if there is no test set, if the classes are not the run's, or for a picture
-    that can't be read unless the run skips such pictures.
+    Raises `DataError` if there is no test set, for a class that the run doesn't know, or for a
+    picture that can't be read unless the run skips such pictures.
     """
     run, predictor = RunDir(run_dir), load_predictor(run_dir)
     config = predictor.config
@@ -44,7 +51,7 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
             f"{run.path} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "
             "pass a labelled folder, or train with a val_fraction above 0, which keeps val/"
         )
-    check_classes(pictures, predictor.class_names)
+    labels = run_labels(pictures, predictor.class_names)
     about = {
         "folder": str(pictures.folder.absolute()),
         "pictures_fingerprint": digest(pictures.sizes),
@@ -54,7 +61,7 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     record = next((r for r in records if about.items() <= r.items()), None)
     if record is None:
         skip_unreadable = config is not None and config.skip_unreadable
-        record = about | measure(predictor, pictures, skip_unreadable)
+        record = about | measure(predictor, pictures, labels, skip_unreadable)
         run.write_evaluations([*records, record])
     elif not as_json:
         print(f"recorded {record['recorded_at']}; the pictures are not evaluated again")
@@ -62,21 +69,38 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     return 0
 
 
-def check_classes(pictures: Pictures, class_names: list[str]) -> None:
-    """Raises `DataError` unless the pictures have the run's classes, all of them and no others."""
-    missing = [name for name in class_names if name not in pictures.class_names]
-    unknown = [name for name in pictures.class_names if name not in class_names]
-    problems = {"missing": missing, "unknown to the run": unknown}
-    differences = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
-    if differences:
+def run_labels(pictures: Pictures, class_names: Sequence[str]) -> Indices:
+    """The pictures' labels as indices of the run's classes, which may be more than the pictures'.
+
+    Names are compared in Unicode's NFC: macOS writes decomposed ones. Raises `DataError` for a
+    class that the run doesn't know.
+    """
+    index = {unicodedata.normalize("NFC", name): i for i, name in enumerate(class_names)}
+    index |= {name: i for i, name in enumerate(class_names)}  # a run may have both forms
+    found = [index.get(n, index.get(unicodedata.normalize("NFC", n))) for n in pictures.class_names]
+    unknown = [n for n, i in zip(pictures.class_names, found, strict=True) if i is None]
+    if unknown:
         raise DataError(
-            f"{pictures.folder}: its classes are not the run's ({'; '.join(differences)}). "
-            f"It needs one folder for each of: {listed(class_names)}"
+            f"{pictures.folder}: classes unknown to the run: "
+            f"{listed([_with_nearest(name, class_names) for name in unknown])}. Its classes: "
+            f"{listed(class_names)}. Rename or remove the folders of unknown classes"
         )
+    return np.array(found, dtype=np.int64)[pictures.labels]
 
 
-def measure(predictor: Predictor, pictures: Pictures, skip_unreadable: bool) -> Evaluation:
-    """Accuracy, per-class figures and confusion (rows: labels; columns: predictions)."""
+def _with_nearest(name: str, class_names: Sequence[str]) -> str:
+    similar = nearest(name, class_names).removeprefix("; ")
+    return f"{name} ({similar})" if similar else name
+
+
+def measure(
+    predictor: Predictor, pictures: Pictures, labels: Indices, skip_unreadable: bool
+) -> Evaluation:
+    """Accuracy, per-class figures and confusion (rows: labels; columns: predictions).
+
+    `labels`: of the pictures, as indices of the run's classes. Of more than `MAX_MATRIX_CLASSES`
+    classes the matrix is left out: `per_class` and `most_confused_pairs` have its counts.
+    """
     paths = [pictures.path(i) for i in range(len(pictures))]
     outcomes = predict_logits(predictor, paths, bar if sys.stderr.isatty() else no_progress)
     unreadable = [str(outcome) for outcome in outcomes if isinstance(outcome, DataError)]
@@ -87,8 +111,10 @@ def measure(predictor: Predictor, pictures: Pictures, skip_unreadable: bool) -> 
     if not guesses:
         raise DataError(f"{pictures.folder}: no picture can be read")
     names = predictor.class_names
-    labels = pictures.labels[list(guesses)]
-    confusion = confusion_counts(labels, np.array(list(guesses.values())), len(names))
+    confusion = confusion_counts(
+        labels[list(guesses)], np.array(list(guesses.values())), len(names)
+    )
+    num_pictures = confusion.sum(axis=1)
     num_correct = int(confusion.trace())
     return {
         "accuracy": num_correct / len(guesses),
@@ -96,7 +122,9 @@ def measure(predictor: Predictor, pictures: Pictures, skip_unreadable: bool) -> 
         "num_pictures": len(guesses),
         "per_class": [{"class": n, **_class_figures(confusion, i)} for i, n in enumerate(names)],
         "class_names": names,
-        "confusion": confusion.tolist(),
+        "classes_without_pictures": [n for n, k in zip(names, num_pictures, strict=True) if not k],
+        "confusion": confusion.tolist() if len(names) <= MAX_MATRIX_CLASSES else [],
+        "most_confused_pairs": most_confused_pairs(confusion),
         "unreadable": unreadable,
         "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -130,6 +158,10 @@ def describe(evaluation: Evaluation) -> str:
     ]
     if evaluation["unreadable"]:
         lines.append(f"without {len(evaluation['unreadable'])} unreadable pictures")
+    if without := evaluation["classes_without_pictures"]:
+        lines.append(f"no pictures of: {listed([one_line(name) for name in without])}")
+    mean, what = mean_over_classes([figures["accuracy"] for figures in evaluation["per_class"]])
+    lines.append(f"accuracy {mean:.4f}, {what}")
     names = [one_line(name) for name in evaluation["class_names"]]
     width = max(5, *map(len, names))
     lines += ["", f"{'class':{width}} pictures accuracy precision     f1"]
@@ -139,17 +171,19 @@ def describe(evaluation: Evaluation) -> str:
             share = "-" if figures[key] is None else f"{figures[key]:.3f}"
             columns += f"{share:>{column_width}}"
         lines.append(columns)
-    return "\n".join([*lines, "", *_confusion_lines(evaluation["confusion"], names, width)])
+    return "\n".join([*lines, "", *_confusion_lines(evaluation, names, width)])
 
 
-def _confusion_lines(confusion: list[list[int]], names: list[str], width: int) -> list[str]:
+def _confusion_lines(evaluation: Evaluation, names: list[str], width: int) -> list[str]:
+    confusion = evaluation["confusion"]
     if len(names) > MAX_SHOWN_CLASSES:
-        mistakes = np.array(confusion) * ~np.eye(len(names), dtype=bool)
-        most = np.argsort(-mistakes, axis=None, kind="stable")[:MAX_SHOWN_CLASSES]
-        return ["most frequent mistakes (label -> prediction)"] + [
-            f"{mistakes[i, j]:5}  {names[i]} -> {names[j]}"
-            for i, j in zip(*np.unravel_index(most, mistakes.shape), strict=True)
-            if mistakes[i, j]
+        # Earlier versions recorded a matrix of any size and no pairs.
+        recorded = evaluation["most_confused_pairs"]
+        pairs = most_confused_pairs(np.array(confusion)) if confusion else recorded
+        shown = pairs[:MAX_SHOWN_CLASSES]
+        head = f"most frequent mistakes (label -> prediction), {len(shown)} of {len(pairs)} pairs"
+        return [head] + [
+            f"{count:5}  {names[label]} -> {names[guess]}" for label, guess, count in shown
         ]
     cell = max(4, *(len(str(count)) + 1 for row in confusion for count in row))
     starts = [" " * (width + 3), *(f"{name:{width}} {i:2}" for i, name in enumerate(names))]

@@ -1,10 +1,17 @@
-"""Probabilities, confusion and confident mistakes from logits and labels."""
+"""Probabilities, confusion, accuracy per class and mistakes from logits and labels."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+
+MAX_MATRIX_CLASSES = 100
+"""The most classes whose confusion is shown as a matrix: a chart of W&B draws 10,000 rows of a
+table. Of more classes the most confused pairs are shown."""
+MAX_PAIRS = 200
+"""The most pairs that are shown instead of a matrix."""
 
 
 def softmax(logits: Array) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -28,3 +35,28 @@ def confusion_counts(labels: Array, guesses: Array, num_classes: int) -> Array:
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(counts, (labels, guesses), 1)
     return counts
+
+
+def most_confused_pairs(counts: Array) -> list[tuple[int, int, int]]:
+    """(label, prediction, count) of every kind of mistake in a confusion matrix, the most frequent
+    first."""
+    mistakes = counts.copy()
+    np.fill_diagonal(mistakes, 0)
+    labels, guesses = np.nonzero(mistakes)
+    frequencies = mistakes[labels, guesses]
+    order = np.argsort(-frequencies, kind="stable")
+    columns = (labels[order], guesses[order], frequencies[order])
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def class_accuracies(counts: Array) -> list[float | None]:
+    """The accuracy on each class's pictures; None for a class without pictures."""
+    numbers = zip(counts.diagonal().tolist(), counts.sum(axis=1).tolist(), strict=True)
+    return [num_correct / total if total else None for num_correct, total in numbers]
+
+
+def mean_over_classes(accuracies: Sequence[float | None]) -> tuple[float | None, str]:
+    """The mean of the classes that have pictures, and of which: `mean over 8 of 9 classes`."""
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    mean = sum(known) / len(known) if known else None
+    return mean, f"mean over {len(known)} of {len(accuracies)} classes"

@@ -25,7 +25,9 @@ _EVALUATION: Mapping[str, Any] = {
     "accuracy_interval": [0.0, 1.0],
     "per_class": [],
     "class_names": [],
+    "classes_without_pictures": [],
     "confusion": [],
+    "most_confused_pairs": [],
     "unreadable": [],
     "recorded_at": "at an unknown time",
 }

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finetune.config.fields import RunConfig
-from finetune.data.layout import PICTURE_FORMATS
-from finetune.runs.predictions import confident_mistakes, confusion_counts
 from finetune.runs.result import Failure, Row, RunResult, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError, Stopped
@@ -23,10 +21,10 @@ from finetune.system.resources import require_handles
 from finetune.system.shutdown import defer_stop, is_stopping
 from finetune.system.text import one_line
 from finetune.tracking.environment import mode, sweep_name, sweep_parameters
+from finetune.tracking.result_tables import result_tables
 
 FOLDER = "finetune"  # of a run's W&B files
 RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")  # uploaded into it for `report`
-NUM_MISTAKES = 50
 INIT_SECONDS = 60.0  # timeout of a run's start
 STOP_SECONDS = 20.0  # of its end after a stop: W&B's agent kills its run 30 s after SIGTERM
 ARTIFACT_SECONDS = 600.0  # of the first answer to an artifact
@@ -84,36 +82,19 @@ class Tracker:
         for row in rows[num_logged:]:
             self.run.log(row)
 
-    def log_result(self, result: RunResult, run_dir: RunDir) -> None:
-        """Send the best epoch: model, confusion matrix, accuracy by class, mistakes, summary."""
+    def log_result(
+        self, result: RunResult, run_dir: RunDir, log: Callable[[str], None] = print
+    ) -> None:
+        """Send the best epoch: model, confusion, accuracy by class, mistakes, summary."""
         if self.run is None:
             return
-        import wandb
-
         logits, labels, paths = run_dir.read_predictions()
-        guesses = logits.argmax(axis=1)
         summary = result.model_dump(
             include={"best_val_acc", "best_val_loss", "best_epoch", "stopped_early"}
         )
         names = [one_line(name) for name in result.class_names]
         self._log_model(run_dir, summary | {"strategy": result.strategy, "class_names": names})
-        counts = confusion_counts(labels, guesses, len(names))
-        accuracies = (counts.diagonal() / counts.sum(axis=1)).tolist()
-        per_class = list(zip(names, accuracies, strict=True))
-        mistakes = [
-            [_picture(str(paths[i])), one_line(paths[i]), names[labels[i]], names[guess], share]
-            for i, guess, share in confident_mistakes(logits, labels, NUM_MISTAKES)
-        ]
-        confusion = wandb.plot.confusion_matrix(
-            y_true=labels.tolist(), preds=guesses.tolist(), class_names=names
-        )
-        columns: list[str | int] = ["picture", "path", "truth", "predicted", "probability"]
-        tables = {
-            "confusion_matrix": confusion,
-            "per_class_accuracy": wandb.Table(columns=["class", "accuracy"], data=per_class),
-            "confident_mistakes": wandb.Table(columns=columns, data=mistakes),
-        }
-        self.run.log(tables)
+        self.run.log(result_tables(logits, labels, paths, names, log))
         # An interrupted attempt may have left another state.
         self.run.summary.update(summary | {"state": "finished", "reason": ""})
         self._upload_files(run_dir, result)
@@ -231,17 +212,6 @@ def _init(wandb_mode: str, timeout_seconds: float = INIT_SECONDS, **options: Any
         raise
     Tracker.has_opened = True
     return run
-
-
-def _picture(path: str) -> Any:
-    """A picture for W&B; a copy if its file name has characters that W&B can't store."""
-    import wandb
-    from PIL import Image
-
-    if path.isprintable():
-        return wandb.Image(path)
-    with Image.open(path, formats=PICTURE_FORMATS) as image:
-        return wandb.Image(image.convert("RGB"))
 
 
 @contextmanager

@@ -107,7 +107,7 @@ class _Execution:
             module = FineTuning(network, config, loader)
             _trainer(recorder, tracker).fit(module, ckpt_path=checkpoint_path)
         result = _result(recorder, loader, self.splits)
-        tracker.log_result(result, run_dir)
+        tracker.log_result(result, run_dir, log)
         with defer_stop():  # the server and the directory agree on how the run ended
             tracker.close()
             run_dir.write_result(result)

@@ -18,7 +18,13 @@ from finetune.analysis.read_runs import read_runs
 from finetune.analysis.report import figures, run_tables, search_figures
 from finetune.system.errors import RunDirError
 from tests.support.chromium import Browser
-from tests.support.synthetic import write_confirmed, write_failure, write_run, write_sweep
+from tests.support.synthetic import (
+    write_confirmed,
+    write_failure,
+    write_predictions,
+    write_run,
+    write_sweep,
+)
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -214,6 +220,49 @@ def test_shortened_class_names_stay_unique() -> None:
     (heat,) = figures.confusion(np.eye(3, dtype=int), names)["data"]
     (bars,) = figures.accuracy_per_class(np.eye(3, dtype=int), names)["data"]
     assert len(set(heat["x"])) == len(set(heat["y"])) == len(set(bars["y"])) == 3
+
+
+def test_more_than_100_classes_are_shown_as_tables_of_pairs_and_accuracies(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run_dir = write_run(tmp_path, "r", classes=[f"class {i}" for i in range(120)])
+    counts = {(i, i): 3 for i in range(1, 120)} | {(i, i - 1): 2 for i in range(1, 120)}
+    counts |= {(i, i - 2): 1 for i in range(2, 120)} | {(7, 6): 4}
+    write_predictions(run_dir, counts, 120)
+    assert not main(["report", str(tmp_path)])
+    browser.complaints.clear()
+    browser.open(tmp_path / "report.html", 1280, 900)
+    assert browser.complaints == []
+    assert browser.run(EMPTY_FIGURES) == []
+    assert browser.run("document.querySelector('#confusion, #classes')") is None
+    text = browser.run("document.body.innerText")
+    assert "The 200 most frequent of 237 pairs" in text
+    assert "mean over 119 of 120 classes" in text
+    rows = """[...document.querySelectorAll('.columns table')].map(
+      table => [...table.rows].map(row => [...row.cells].map(cell => cell.innerText)))"""
+    pairs, classes = browser.run(rows)
+    assert pairs[:3] == [
+        ["label", "prediction", "count"],
+        ["class 7", "class 6", "4"],
+        ["class 1", "class 0", "2"],
+    ]
+    assert len(pairs) == 1 + 200
+    assert len(classes) == 1 + 120
+    assert classes[1] == ["class 7", "37.5 %", "8"]
+    assert classes[-1] == ["class 0", "–", "0"]
+
+
+def test_a_class_without_pictures_is_shown_without_an_accuracy(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run_dir = write_run(tmp_path, "r", classes=("a", "b", "c"))
+    write_predictions(run_dir, {(0, 0): 3, (0, 1): 1, (2, 1): 4}, 3)
+    assert not main(["report", str(tmp_path)])
+    browser.open(tmp_path / "report.html", 1280, 900)
+    assert "37.5 %, mean over 2 of 3 classes." in browser.run("document.body.innerText")
+    figure = browser.run("document.querySelector('#classes').textContent")
+    for shown in ("b (no pictures)", "0 % of 4", "75 % of 4"):
+        assert shown in figure
 
 
 def test_importances_are_shown_only_if_the_search_was_not_a_grid(tmp_path: Path) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import finetune
 from finetune.__main__ import main
+from finetune.data.decode import Preprocessing
+from finetune.data.pictures import find_pictures
 from finetune.data.splits import find_splits
-from finetune.inference.predict import load_predictor, predict_logits
+from finetune.inference.evaluate import describe, measure, run_labels
+from finetune.inference.predict import Predictor, load_predictor, predict_logits
+from finetune.model.network import build
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import ConfigError, DataError, WeightsError
@@ -219,18 +226,96 @@ def test_other_pictures_are_evaluated_and_recorded_separately(
     assert recorded["evaluations"] == [first, other]
 
 
-@pytest.mark.parametrize(("drop", "add"), [("5", None), (None, "owl"), ("5", "owl")])
-def test_a_folder_of_other_classes_is_an_error_that_names_them(
-    run: RunDir, digits: Path, tmp_path: Path, drop: str | None, add: str | None
+def test_classes_without_pictures_are_said_and_the_others_are_evaluated_exactly(
+    run: RunDir, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (*(c for c in "56789" if c != drop), *([add] if add else [])):
-        (tmp_path / "odd" / name).mkdir(parents=True)
-        Image.new("RGB", (40, 40)).save(tmp_path / "odd" / name / "a.png")
-    with pytest.raises(DataError, match="its classes are not the run's") as raised:
+    whole = evaluated(capsys, run.path, digits / "val")
+    for name in "689":  # without the first class, so that every label has another index
+        shutil.copytree(digits / "val" / name, tmp_path / "some" / name)
+    record = evaluated(capsys, run.path, tmp_path / "some")
+    absent = [0, 2]
+    expected = [row if i not in absent else [0] * 5 for i, row in enumerate(whole["confusion"])]
+    assert record["confusion"] == expected
+    assert record["classes_without_pictures"] == ["5", "7"]
+    assert record["accuracy"] == sum(expected[i][i] for i in range(5)) / 9
+    recalls = [figures["accuracy"] for figures in record["per_class"]]
+    assert [recalls[i] for i in absent] == [None, None]
+    kept = [figures["accuracy"] for figures in whole["per_class"] if figures["class"] in "689"]
+    assert [recall for recall in recalls if recall is not None] == kept
+    main(["evaluate", str(run.path), str(tmp_path / "some")])
+    shown = capsys.readouterr().out
+    assert "no pictures of: 5 and 7\n" in shown
+    assert f"accuracy {sum(kept) / 3:.4f}, mean over 3 of 5 classes\n" in shown
+    assert [line.split()[2] for line in shown.splitlines() if line[:2] in ("5 ", "7 ")][:2] == ["-", "-"]  # noqa: E501  # fmt: skip
+
+
+def test_a_class_whose_name_is_decomposed_is_the_same_class(
+    train: Train, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"5": "apple", "6": unicodedata.normalize("NFC", "café"), "7": "zebra"}
+    for split in ("train", "val"):
+        for digit, name in names.items():
+            shutil.copytree(digits / split / digit, tmp_path / "data" / split / name)
+    run = train(strategy="freeze", epochs=1, data_dir=tmp_path / "data")
+    whole = evaluated(capsys, run.path, tmp_path / "data" / "val")
+    decomposed = tmp_path / "mac" / unicodedata.normalize("NFD", "café")
+    shutil.copytree(digits / "val" / "6", decomposed)
+    record = evaluated(capsys, run.path, tmp_path / "mac")
+    assert record["confusion"] == [[0, 0, 0], whole["confusion"][1], [0, 0, 0]]
+    assert record["classes_without_pictures"] == ["apple", "zebra"]
+
+
+def test_two_forms_of_a_name_are_two_classes_of_a_run_that_has_both(tmp_path: Path) -> None:
+    forms = [unicodedata.normalize(form, "café") for form in ("NFD", "NFC")]
+    for name in ("zebra", *forms):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    pictures = find_pictures(tmp_path)
+    assert pictures.class_names == (*forms, "zebra")
+    assert run_labels(pictures, [*forms, "owl", "zebra"]).tolist() == [0, 1, 3]
+    assert run_labels(pictures, ["owl", "zebra", forms[0]]).tolist() == [2, 2, 1]
+
+
+def test_a_class_unknown_to_the_run_is_an_error_with_the_nearest_class(tmp_path: Path) -> None:
+    for name in ("Insect", "Mammalia", "xyz"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    with pytest.raises(DataError) as raised:
+        run_labels(find_pictures(tmp_path), ["Aves", "Insecta", "Mammalia"])
+    unknown = "classes unknown to the run: Insect (did you mean Insecta?) and xyz. Its classes"
+    assert unknown in str(raised.value)
+
+
+def test_an_unknown_class_stops_before_anything_is_recorded(
+    run: RunDir, digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits / "val", tmp_path / "odd")
+    shutil.copytree(digits / "val" / "5", tmp_path / "odd" / "owl")
+    with pytest.raises(DataError, match="classes unknown to the run: owl"):
         main(["evaluate", str(run.path), str(tmp_path / "odd")])
-    assert ("missing: 5" in str(raised.value)) == bool(drop)
-    assert ("unknown to the run: owl" in str(raised.value)) == bool(add)
     assert not (run.path / "evaluation.json").exists()
+
+
+def test_more_than_100_classes_are_recorded_as_pairs_instead_of_a_matrix(digits: Path) -> None:
+    names = [f"c{i:03}" for i in range(115)] + list("56789")
+    cpu = torch.device("cpu")
+    predictor = Predictor(build(120, seed=1).eval(), names, Preprocessing(32), None, cpu, None)
+    pictures = find_pictures(digits / "val")
+    record = measure(predictor, pictures, run_labels(pictures, names), skip_unreadable=False)
+    assert record["confusion"] == []
+    assert len(record["per_class"]) == 120
+    num_wrong = sum(count for _, _, count in record["most_confused_pairs"])
+    assert record["num_pictures"] - num_wrong == round(record["accuracy"] * 15)
+    assert {label for label, _, _ in record["most_confused_pairs"]} <= set(range(115, 120))
+    shown = describe(record | {"folder": "there"})
+    num_pairs = len(record["most_confused_pairs"])
+    assert f"{min(num_pairs, 12)} of {num_pairs} pairs" in shown
+    assert "mean over 5 of 120 classes" in shown
+    matrix = np.zeros((120, 120), dtype=int)
+    for label, guess, count in record["most_confused_pairs"]:
+        matrix[label, guess] = count
+    earlier = {"confusion": matrix.tolist(), "most_confused_pairs": [], "folder": "there"}
+    assert describe(record | earlier) == shown
 
 
 def test_a_run_without_a_test_set_is_refused(train: Train) -> None:

@@ -7,7 +7,13 @@ import signal
 import numpy as np
 import pytest
 
-from finetune.runs.predictions import confident_mistakes, confusion_counts
+from finetune.runs.predictions import (
+    class_accuracies,
+    confident_mistakes,
+    confusion_counts,
+    mean_over_classes,
+    most_confused_pairs,
+)
 from finetune.runs.result import Failure, failure_of
 from finetune.system.errors import ConfigError, Pruned, Stopped
 
@@ -29,6 +35,20 @@ def test_without_mistakes_the_list_is_empty() -> None:
 def test_confusion_counts_have_truths_in_rows() -> None:
     guesses = LOGITS.argmax(axis=1)
     assert confusion_counts(LABELS, guesses, 3).tolist() == [[1, 2, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_the_most_confused_pairs_come_first() -> None:
+    counts = np.array([[9, 1, 0], [2, 8, 3], [1, 0, 7]])
+    assert most_confused_pairs(counts) == [(1, 2, 3), (1, 0, 2), (0, 1, 1), (2, 0, 1)]
+    assert most_confused_pairs(np.diag([4, 4])) == []
+    assert counts[0, 0] == 9
+
+
+def test_a_class_without_pictures_has_no_accuracy_and_no_part_in_the_mean() -> None:
+    accuracies = class_accuracies(np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]]))
+    assert accuracies == [0.75, None, 0.5]
+    assert mean_over_classes(accuracies) == (0.625, "mean over 2 of 3 classes")
+    assert mean_over_classes([None]) == (None, "mean over 0 of 1 classes")
 
 
 @pytest.mark.parametrize(

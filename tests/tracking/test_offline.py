@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from finetune.runs.result import METRICS
+from finetune.runs.run_dir import RunDir
 from finetune.tracking.environment import mode
 from tests.conftest import ROOT
 from tests.support.process_server import fast_python
+from tests.support.synthetic import write_predictions, write_run
 from tests.test_agent import as_flags
 
 
@@ -68,6 +71,73 @@ def test_an_offline_run_has_every_metric(fields: dict[str, Any], tmp_path: Path)
     assert {"confusion_matrix_table", "per_class_accuracy", "confident_mistakes"} <= last
     assert config["strategy"] == "partial"
     assert config["val_fraction"] == 0
+
+
+LOG_RESULT = """
+import sys, warnings
+from pathlib import Path
+from finetune.runs.result import RunResult
+from finetune.runs.run_dir import RunDir
+from finetune.tracking.tracker import Tracker
+warnings.simplefilter("error", RuntimeWarning)
+run_dir = RunDir(Path(sys.argv[1]))
+tracker = Tracker.open(run_dir.read_config(), run_dir)
+tracker.log_result(RunResult.load(run_dir.path), run_dir)
+tracker.close()
+"""
+
+
+def logged_tables(tmp_path: Path, counts: dict[tuple[int, int], int], num_classes: int) -> Any:
+    """The tables that W&B's client gets of a run with these predictions, by key, and the output."""
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    run_dir = write_run(tmp_path / "runs", "r", classes=[f"c{i}" for i in range(num_classes)])
+    write_predictions(run_dir, counts, num_classes, str(picture))
+    RunDir(run_dir).best_path.write_bytes(b"a model")
+    done = subprocess.run(
+        [fast_python(), "-c", LOG_RESULT, str(run_dir)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"WANDB_MODE": "offline"},
+        cwd=ROOT,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = run_dir.glob("wandb/offline-run-*/files/media/table/*.table.json")
+    return {f.name.rsplit("_", 2)[0]: json.loads(f.read_text()) for f in files}, done.stdout
+
+
+def test_more_than_100_classes_are_logged_as_their_most_confused_pairs(tmp_path: Path) -> None:
+    # 239 pairs: one of three pictures, the others of one or two
+    counts = {(i, i): 3 for i in range(120)} | {(i, (i + 1) % 120): 2 for i in range(120)}
+    counts |= {(i, (i + 2) % 120): 1 for i in range(119)} | {(7, 8): 3}
+    tables, output = logged_tables(tmp_path, counts, 120)
+    assert "confusion_matrix_table" not in tables
+    pairs = tables["most_confused_pairs"]
+    assert pairs["columns"] == ["label", "prediction", "count"]
+    assert pairs["data"][:2] == [["c7", "c8", 3], ["c0", "c1", 2]]
+    assert [row[2] for row in pairs["data"]] == [3] + [2] * 119 + [1] * 80
+    assert "most_confused_pairs has the 200 most frequent of 239 pairs" in output
+    per_class = {name: (share, n) for name, share, n in tables["per_class_accuracy"]["data"]}
+    assert len(per_class) == 120
+    assert (per_class["c0"], per_class["c7"]) == ((3 / 6, 6), (3 / 7, 7))
+
+
+def test_100_classes_are_logged_with_their_confusion_matrix(tmp_path: Path) -> None:
+    counts = {(i, i): 1 for i in range(100)} | {(99, 0): 4}
+    tables, output = logged_tables(tmp_path, counts, 100)
+    matrix = tables["confusion_matrix_table"]["data"]
+    assert len(matrix) == 100 * 100
+    assert ["c99", "c0", 4] in matrix
+    assert "most_confused_pairs" not in tables
+    assert "confused" not in output
+
+
+def test_a_class_without_pictures_is_logged_without_an_accuracy(tmp_path: Path) -> None:
+    tables, _ = logged_tables(tmp_path, {(1, 1): 3, (1, 0): 1, (2, 2): 2}, 3)
+    assert tables["per_class_accuracy"]["data"] == [["c0", None, 0], ["c1", 0.75, 4], ["c2", 1, 2]]
+    assert sum(row[-1] for row in tables["confusion_matrix_table"]["data"]) == 6
 
 
 def records(log: Path) -> Iterator[bytes]:

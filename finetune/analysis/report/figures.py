@@ -14,6 +14,7 @@ from finetune.analysis.by_strategy import StrategySummary, by_strategy
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.statistics import Difference
 from finetune.config.strategies import STRATEGIES
+from finetune.runs.predictions import class_accuracies
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
@@ -58,7 +59,7 @@ def scatter(mode: str, name: str, x: Sequence[Any], y: Sequence[Any], **options:
     return {"type": "scatter", "mode": mode, "name": text(name), "x": x, "y": y, **shown, **options}
 
 
-def bars(x: Sequence[float], y: Sequence[str], hover: str, **options: Any) -> Trace:
+def bars(x: Sequence[float | None], y: Sequence[str], hover: str, **options: Any) -> Trace:
     """Horizontal bars."""
     shown = {"hovertemplate": f"{hover}<extra></extra>", "marker": {"color": _PALETTE[0]}}
     return {"type": "bar", "orientation": "h", "x": x, "y": y, **shown, **options}
@@ -226,24 +227,27 @@ def confusion(counts: np.ndarray[Any, Any], class_names: Sequence[str]) -> Figur
 
 
 def accuracy_per_class(counts: np.ndarray[Any, Any], class_names: Sequence[str]) -> Figure:
-    """The accuracy on each class's pictures, the lowest at the bottom."""
-    totals = counts.sum(axis=1)
-    shares = np.diag(counts) / np.maximum(totals, 1)
-    order = np.argsort(shares, kind="stable")
-    names = _class_labels(class_names)
+    """The accuracy on each class's pictures, the lowest at the bottom.
+
+    Below it are the classes without pictures, which have no bar.
+    """
+    totals, labels = counts.sum(axis=1), _class_labels(class_names)
+    percents = [None if one is None else 100 * one for one in class_accuracies(counts)]
+    order = sorted(range(len(labels)), key=lambda i: -1 if (p := percents[i]) is None else p)
+    names = [labels[i] if totals[i] else f"{labels[i]} (no pictures)" for i in order]
     trace = bars(
-        [100 * float(shares[i]) for i in order],
-        [names[i] for i in order],
+        [percents[i] for i in order],
+        names,
         "%{y}: %{x:.1f} %",
-        text=[f"{100 * shares[i]:.0f} % of {totals[i]}" for i in order],
+        text=["" if (p := percents[i]) is None else f"{p:.0f} % of {totals[i]}" for i in order],
         textposition="auto",
         marker={"color": "rgba(67,147,230,0.75)"},
     )
     return figure(
         [trace],
-        min(130 + 30 * len(shares), 900),
+        min(130 + 30 * len(labels), 900),
         xaxis=axis("accuracy, %", range=[0, 100]),
-        yaxis={"type": "category"},
+        yaxis={"type": "category", "categoryorder": "array", "categoryarray": names},
         margin=PLAIN_MARGIN,
     )
 

@@ -11,7 +11,16 @@ from finetune.analysis.report import figures
 from finetune.analysis.report.markup import Column, code, esc, place, table, warning
 from finetune.config.field_tables import fields_with_role, shown, title
 from finetune.data.layout import PICTURE_FORMATS
-from finetune.runs.predictions import Array, confident_mistakes, confusion_counts
+from finetune.runs.predictions import (
+    MAX_MATRIX_CLASSES,
+    MAX_PAIRS,
+    Array,
+    class_accuracies,
+    confident_mistakes,
+    confusion_counts,
+    mean_over_classes,
+    most_confused_pairs,
+)
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import RunDirError
 
@@ -32,11 +41,8 @@ def winner_section(winner: RunRecord) -> str:
         f'<p class="soft">Run {code(winner.run_dir)} at its best epoch ({result.best_epoch}), on '
         f"its {len(labels)} validation pictures. {esc(_settings(winner))}.</p>",
         _evaluations(RunDir(winner.run_dir)),
-        '<div class="columns"><div><h3>Confusion</h3>',
-        place("confusion", figures.confusion(counts, names)),
-        "</div><div><h3>Accuracy per class</h3>",
-        place("classes", figures.accuracy_per_class(counts, names)),
-        "</div></div>",
+        f'<div class="columns"><div>{_confusion(counts, names)}</div>',
+        f"<div>{_accuracy_per_class(counts, names)}</div></div>",
         _mistakes(logits, labels, paths, names),
     ]
     return f"<section>{''.join(parts)}</section>"
@@ -59,6 +65,40 @@ def _evaluations(run_dir: RunDir) -> str:
         Column("recorded", lambda record: record["recorded_at"]),
     ]
     return "<h3>Evaluations</h3>" + table(columns, records) if records else ""
+
+
+def _confusion(counts: Array, names: Sequence[str]) -> str:
+    if len(names) <= MAX_MATRIX_CLASSES:
+        return "<h3>Confusion</h3>" + place("confusion", figures.confusion(counts, names))
+    pairs = most_confused_pairs(counts)
+    shown = pairs[:MAX_PAIRS]
+    columns = [
+        Column("label", lambda pair: names[pair[0]], esc),
+        Column("prediction", lambda pair: names[pair[1]], esc),
+        Column("count", lambda pair: pair[2]),
+    ]
+    about = f"The {len(shown)} most frequent of {len(pairs)} pairs of label and prediction."
+    about += f" Up to {MAX_MATRIX_CLASSES} classes are shown as a matrix."
+    head = f'<h3>Most confused classes</h3><p class="soft">{about}</p>'
+    return head + table(columns, shown, tall=True)
+
+
+def _accuracy_per_class(counts: Array, names: Sequence[str]) -> str:
+    accuracies = class_accuracies(counts)
+    mean, what = mean_over_classes(accuracies)
+    head = "<h3>Accuracy per class</h3>"
+    if mean is not None:
+        head += f'<p class="soft">{percent(mean)}, {what}.</p>'
+    if len(names) <= MAX_MATRIX_CLASSES:
+        return head + place("classes", figures.accuracy_per_class(counts, names))
+    rows = list(zip(names, accuracies, counts.sum(axis=1).tolist(), strict=True))
+    rows.sort(key=lambda row: 2.0 if row[1] is None else row[1])
+    columns = [
+        Column("class", lambda row: row[0], esc),
+        Column("accuracy", lambda row: row[1], percent),
+        Column("pictures", lambda row: row[2]),
+    ]
+    return head + table(columns, rows, tall=True)
 
 
 def _mistakes(logits: Array, labels: Array, paths: Array, names: Sequence[str]) -> str:
