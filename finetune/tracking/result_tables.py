@@ -25,7 +25,7 @@ def result_tables(
     import wandb
 
     counts = confusion_counts(labels, logits.argmax(axis=1), len(names))
-    # W&B keeps 200,000 rows of a table.
+    # W&B's client keeps 200,000 rows of a table in its artifact: enough for all classes.
     per_class = zip(names, class_accuracies(counts), counts.sum(axis=1).tolist(), strict=True)
     mistakes = [
         [_picture(str(paths[i])), one_line(paths[i]), names[labels[i]], names[guess], share]

@@ -256,12 +256,12 @@ def test_a_class_without_pictures_is_shown_without_an_accuracy(
     browser: Browser, tmp_path: Path
 ) -> None:
     run_dir = write_run(tmp_path, "r", classes=("a", "b", "c"))
-    write_predictions(run_dir, {(0, 0): 3, (0, 1): 1, (2, 1): 4}, 3)
+    write_predictions(run_dir, {(0, 0): 3, (0, 1): 1, (2, 2): 1, (2, 1): 3}, 3)
     assert not main(["report", str(tmp_path)])
     browser.open(tmp_path / "report.html", 1280, 900)
-    assert "37.5 %, mean over 2 of 3 classes." in browser.run("document.body.innerText")
+    assert "50.0 %, mean over 2 of 3 classes." in browser.run("document.body.innerText")
     figure = browser.run("document.querySelector('#classes').textContent")
-    for shown in ("b (no pictures)", "0 % of 4", "75 % of 4"):
+    for shown in ("b (no pictures)", "25 % of 4", "75 % of 4"):
         assert shown in figure
 
 
