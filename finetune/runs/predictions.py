@@ -8,7 +8,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 MAX_MATRIX_CLASSES = 100
-"""The most classes whose confusion is shown as a matrix; of more, the most confused pairs are shown.
+"""The most classes whose confusion is shown as a matrix; of more, the most confused pairs are.
 W&B's client writes the first 10,000 rows of a table to the run, so a larger matrix would be cut."""
 MAX_PAIRS = 200
 """The most pairs that are shown instead of a matrix."""
