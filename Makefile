@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m finetune demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not long"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -30,7 +30,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=20
 
 long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
