@@ -8,12 +8,10 @@ import shutil
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
-from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import pytest
 from websockets.sync.client import ClientConnection, connect
@@ -58,12 +56,9 @@ class Browser:
             assert time.monotonic() < deadline, "Chromium did not start"
             time.sleep(0.05)
         port = port_file.read_text().splitlines()[0]
-        while True:
-            with suppress(URLError), urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
-                tabs = json.load(answer)
-                break
-            assert time.monotonic() < deadline, "Chromium does not answer"
-            time.sleep(0.05)
+        # urlopen would keep the proxies of its first call, which may have been a test's.
+        with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/json/list") as answer:
+            tabs = json.load(answer)
         address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
         return connect(address, max_size=None)
 
