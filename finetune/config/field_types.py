@@ -1,11 +1,13 @@
 """The types of a config's values, and what each field says about itself."""
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import annotated_types as at
+from PIL import ImageColor
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from finetune.system.files import absolute
@@ -75,6 +77,38 @@ def _weights(value: object) -> object:
     return str(absolute(Path(str(value)))) if is_path else value
 
 
+def _colour(value: str) -> str:
+    try:
+        if len(ImageColor.getrgb(value)) == 3:
+            return value
+    except ValueError:
+        pass
+    raise ValueError("must be a colour such as white, black or #f0f0f0")
+
+
+def bounds(pixel_range: str) -> tuple[float, float] | None:
+    """LOW and HIGH of `LOW..HIGH`; None for the words. Raises `ValueError`.
+
+    >>> bounds("0..4095"), bounds("none")
+    ((0.0, 4095.0), None)
+    """
+    if pixel_range in ("auto", "none"):
+        return None
+    low, _, high = pixel_range.partition("..")
+    found = float(low), float(high)
+    if not (all(map(math.isfinite, found)) and found[0] < found[1]):
+        raise ValueError
+    return found
+
+
+def _pixel_range(value: object) -> str:
+    try:
+        bounds(str(value))
+    except ValueError:
+        raise ValueError("must be auto, none or LOW..HIGH, such as 0..4095") from None
+    return str(value)
+
+
 _number = BeforeValidator(_refuse_boolean)
 Integer = Annotated[int, _number]
 Count = Annotated[Integer, at.Ge(1)]
@@ -85,6 +119,8 @@ AutoOrNumber = Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_numbe
 Directory = Annotated[Path, AfterValidator(absolute)]
 Augmentation = Annotated[Literal["y", "n", "strong"], BeforeValidator(_augmentation)]
 AutoOrOff = Annotated[bool, BeforeValidator(lambda value: True if value == "auto" else value)]
+Colour = Annotated[str, AfterValidator(_colour)]
+PixelRange = Annotated[str, BeforeValidator(_pixel_range)]
 Weights = Annotated[str, BeforeValidator(_weights)]
 Precision = Annotated[
     Literal["auto", "32-true", "bf16-mixed", "16-mixed"],

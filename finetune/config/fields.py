@@ -74,6 +74,14 @@ class RunConfig(BaseModel):
     image_size: Annotated[types.Integer, at.Ge(32), at.Le(1024)] = searched(
         256, "pixels per side; pictures are resized to a square without keeping their aspect ratio"
     )
+    background: types.Colour = searched(
+        "white", "the colour behind transparent pixels: a name or #rrggbb"
+    )
+    pixel_range: types.PixelRange = searched(
+        "auto",
+        "the values LOW..HIGH that become black and white in pictures of more than 8 bits; auto: "
+        "found over train/; none: the range of their type",
+    )
     data_dir: types.Directory = environment(
         Path("data/inaturalist_12K"), "holds train/CLASS/*, val/CLASS/* and optionally test/CLASS/*"
     )
@@ -177,6 +185,10 @@ class RunConfig(BaseModel):
     @property
     def plan(self) -> Plan:
         return plan(self.strategy, self.unfreeze_from, self.unfreeze_every, self.lr_decay)
+
+    @property
+    def pixel_bounds(self) -> tuple[float, float] | None:
+        return types.bounds(self.pixel_range)
 
     def _readable_name(self) -> str:
         words = [self.strategy]

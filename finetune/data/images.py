@@ -13,12 +13,13 @@ import torch
 import torchvision
 from torch import Tensor
 
-from finetune.data.decode import Decoded, Preprocessing, decode_many
+from finetune.data.decode import DECODER, Decoded, Preprocessing, decode_many
 from finetune.data.pictures import Indices, Pictures
 from finetune.system.array_store import Cache
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, no_progress
 
+Notes = dict[str, dict[str, str]]
 _ADVICE = "repair or remove it, or pass --skip_unreadable"
 
 
@@ -61,9 +62,10 @@ def open_images(
     stored: Any | None = None
     unreadable: dict[str, str] = {}
     if cache is not None:
-        stored, unreadable = _open_store(pictures.whole, preprocessing, cache, progress)
+        stored, notes = _open_store(pictures.whole, preprocessing, cache, progress)
+        unreadable = notes["unreadable"]
     if stored is None and skip_unreadable:
-        unreadable = _decode_all(pictures, preprocessing, "reading", progress)
+        unreadable = _decode_all(pictures, preprocessing, "reading", progress)["unreadable"]
     affected = [name for name in pictures.names if name in unreadable]
     if affected and not skip_unreadable:
         more = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
@@ -77,19 +79,37 @@ def open_images(
     return Images(pictures, preprocessing, stored), affected
 
 
+def picture_hashes(
+    pictures: Pictures,
+    preprocessing: Preprocessing,
+    cache: Cache | None,
+    progress: StartProgress = no_progress,
+) -> list[str | None]:
+    """A hash of each picture's pixels in full size; None for those that can't be read.
+
+    Read from the cache's decoded pictures, which are built if need be. Without a cache, every
+    picture is decoded.
+    """
+    whole = pictures.whole
+    stored, notes = _open_store(whole, preprocessing, cache, progress) if cache else (None, {})
+    if stored is None:
+        notes = _decode_all(whole, preprocessing, "reading", progress)
+    return [notes["hashes"].get(whole.names[row]) for row in pictures.rows]
+
+
 def _open_store(
     pictures: Pictures, preprocessing: Preprocessing, cache: Cache, progress: StartProgress
-) -> tuple[Any | None, dict[str, str]]:
-    """The decoded pictures, (N, H, W, 3), and the errors of those that are missing."""
+) -> tuple[Any | None, Notes]:
+    """The decoded pictures, (N, H, W, 3), if the cache has space, and what is known of them."""
     build = partial(_decode_all, pictures, preprocessing, "decoding", progress)
     description = {
         "files": pictures.identity,
         **preprocessing._asdict(),
-        "decoder": [torchvision.__version__, PIL.__version__],
+        "decoder": [DECODER, torchvision.__version__, PIL.__version__],
     }
     shape = (len(pictures), preprocessing.image_size, preprocessing.image_size, 3)
     stored = cache.open_or_build("images", description, shape, "uint8", build)
-    return (stored.array, dict(stored.notes)) if stored else (None, {})
+    return (stored.array, dict(stored.notes)) if stored else (None, {"unreadable": {}})
 
 
 def _decode_all(
@@ -98,17 +118,23 @@ def _decode_all(
     what: str,
     progress: StartProgress,
     images_NHWC: Any = None,
-) -> dict[str, str]:
-    """Decode all pictures, into the array if there is one; errors by name of unreadable ones."""
+) -> Notes:
+    """Decode all pictures, into the array if there is one.
+
+    Returns by name the `unreadable` ones' errors and the others' `hashes`.
+    """
     done = progress(f"{what} {pictures.folder.name}/", len(pictures))
     unreadable: dict[str, str] = {}
+    hashes: dict[str, str] = {}
 
     def store(index: int, decoded: Decoded | DataError) -> None:
         if isinstance(decoded, DataError):
             unreadable[pictures.names[index]] = str(decoded)
-        elif images_NHWC is not None:
-            images_NHWC[index] = decoded.image.numpy()
+        else:
+            hashes[pictures.names[index]] = decoded.pixels_hash
+            if images_NHWC is not None:
+                images_NHWC[index] = decoded.image.numpy()
         done()
 
     decode_many([pictures.path(i) for i in range(len(pictures))], preprocessing, store)
-    return unreadable
+    return {"unreadable": unreadable, "hashes": hashes}

@@ -13,10 +13,6 @@ IMAGE_SUFFIXES = frozenset(
 )
 """The suffixes that torchvision's ImageFolder reads; other files are ignored."""
 
-PICTURE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "TIFF", "WEBP", "GIF")
-"""The formats, in Pillow's names, that a picture's content may have, whatever its suffix. Pillow's
-readers for other formats are less safe: an EPS file is executed by Ghostscript."""
-
 SPLITS = ("train", "val", "test")
 
 

@@ -3,18 +3,15 @@
 python -m finetune check --data_dir data/inaturalist_12K
 """
 
-import hashlib
 import json
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from PIL import Image
+from typing import Any
 
 from finetune.data import layout
-from finetune.data.decode import Preprocessing, decode_many
+from finetune.data.decode import Decoded, Preprocessing, decode_many
 from finetune.data.splits import AUTO_VAL_FRACTION, num_held_out
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, bar, no_progress
@@ -24,15 +21,6 @@ MAX_IMBALANCE = 3.0
 """Ratio of a split's largest to its smallest class from which a warning is printed."""
 _PREPROCESSING = Preprocessing(image_size=64)  # enough to compare pictures, and quick
 _MAX_LISTED = 10
-
-
-class Picture(NamedTuple):
-    """One readable picture."""
-
-    width: int
-    height: int
-    mode: str  # Pillow's: RGB, L, P, CMYK ...
-    pixels_hash: str
 
 
 @dataclass
@@ -75,19 +63,14 @@ def examine(data_dir: Path, progress: StartProgress = no_progress) -> Findings:
     findings = Findings(str(data_dir))
     names = _list_files(data_dir, findings)
     done = progress(f"reading {data_dir}", len(names))
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, Decoded] = {}
 
     def add(index: int, decoded: Any) -> None:
         name = names[index]
         if isinstance(decoded, DataError):
             findings.unreadable[name] = str(decoded)
         else:
-            with Image.open(data_dir / name, formats=layout.PICTURE_FORMATS) as image:
-                content = (
-                    f"{image.width}x{image.height} ".encode() + decoded.image.numpy().tobytes()
-                )
-                pixels_hash = hashlib.blake2b(content).hexdigest()
-                pictures[name] = Picture(image.width, image.height, image.mode, pixels_hash)
+            pictures[name] = decoded
         done()
 
     decode_many([data_dir / name for name in names], _PREPROCESSING, add)
@@ -142,7 +125,7 @@ def _list_files(data_dir: Path, findings: Findings) -> list[str]:
     return names
 
 
-def _find_repeated(data_dir: Path, pictures: dict[str, Picture]) -> list[dict[str, object]]:
+def _find_repeated(data_dir: Path, pictures: dict[str, Decoded]) -> list[dict[str, object]]:
     """Pictures that occur in several splits or classes: of the same size and decoded pixels."""
     by_pixels: dict[str, list[str]] = defaultdict(list)
     for name, picture in pictures.items():

@@ -45,7 +45,7 @@ class EpochLoader:
 
     def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
         config = self._config
-        preprocessing, skip = Preprocessing(config.image_size), config.skip_unreadable
+        preprocessing, skip = Preprocessing.of(config), config.skip_unreadable
         images, unreadable = open_images(split, preprocessing, skip, self._cache, bar)
         self.unreadable += [f"{split.folder.name}/{name}" for name in unreadable]
         return SplitInputs(images, is_flipped)

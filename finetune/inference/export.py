@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
+from finetune.data.decode import Preprocessing
 from finetune.model.network import MEAN, STD, forward, load_best, normalise, on_meta
 from finetune.model.weights import read_checkpoint, write_checkpoint
 from finetune.system.errors import MissingPackage, RunDirError, WeightsError
@@ -43,8 +44,9 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
         "image_size": size,
         "mean": list(MEAN),
         "std": list(STD),
-        "preprocessing": f"RGB picture, resized to {size}x{size} without keeping its aspect, "
-        "bilinear with antialiasing; divided by 255; mean subtracted; divided by std",
+        "reading": _reading(model.preprocessing),
+        "preprocessing": f"resized to {size}x{size} without keeping its aspect, bilinear with "
+        "antialiasing; divided by 255; mean subtracted; divided by std",
         "run": run_dir.absolute().name,
     }
     try:
@@ -65,6 +67,14 @@ def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
     return 0
 
 
+def _reading(preprocessing: Preprocessing) -> str:
+    """How a file becomes the RGB picture that is resized, in words."""
+    words = f"RGB, upright by EXIF's orientation, transparent pixels on {preprocessing.background}"
+    if bounds := preprocessing.pixel_range:
+        words += f"; in pictures of more than 8 bits {bounds[0]:g}..{bounds[1]:g} becomes 0..255"
+    return words
+
+
 @torch.inference_mode()
 def _difference(model: ResNet, image_size: int, exported: ExportedModel) -> float:
     """The largest difference of a logit over random pictures, as a batch and as one picture."""
@@ -78,7 +88,7 @@ def _difference(model: ResNet, image_size: int, exported: ExportedModel) -> floa
 
 
 def _write_state_dict(model: ResNet, about: dict[str, Any], path: Path) -> ExportedModel:
-    about["input"] = about["preprocessing"]
+    about["input"] = f"picture: {about['reading']}; {about['preprocessing']}"
     about["output"] = f"logits of {', '.join(about['class_names'])}"
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     write_checkpoint(about | {"state_dict": state}, path)
@@ -109,8 +119,8 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedMod
         raise MissingPackage("onnx onnxscript onnxruntime", "export", purpose) from None
     size = about["image_size"]
     about["input"] = (
-        f"pictures: uint8, (batch, {size}, {size}, 3), RGB, resized without keeping the aspect, "
-        "bilinear with antialiasing; normalising is part of the network"
+        f"pictures: uint8, (batch, {size}, {size}, 3), {about['reading']}; resized without keeping "
+        "the aspect, bilinear with antialiasing; normalising is part of the network"
     )
     about["output"] = f"logits: float32, (batch, {len(about['class_names'])}), one per class name"
     program = _onnx_program(model, size)

@@ -76,8 +76,9 @@ def load_predictor(run_dir: Path) -> Predictor:
     if config is None or device is None or device.type != config.accelerator:
         device = torch.device("cpu")
     dtype = _DTYPES.get(config.precision) if config and device.type == config.accelerator else None
-    preprocessing = Preprocessing(model.image_size)
-    return Predictor(model.to(device), model.class_names, preprocessing, config, device, dtype)
+    return Predictor(
+        model.to(device), model.class_names, model.preprocessing, config, device, dtype
+    )
 
 
 def predict_logits(

@@ -3,7 +3,7 @@
 Legend: B batch, H height, W width, C channels, D=512 features, K classes.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18
 
+from finetune.config.fields import RunConfig
 from finetune.config.strategies import PARTS
+from finetune.data.decode import Preprocessing
 from finetune.model.state_dicts import adapt
 from finetune.model.weights import State, fingerprint, read_checkpoint, read_source
 from finetune.runs.result import RunResult
-from finetune.system.errors import WeightsError
+from finetune.system.errors import ConfigError, WeightsError
 
 MODEL_NAME = "resnet18"  # in checkpoints
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -156,8 +158,8 @@ def _repeated(channels: tuple[float, ...], width: int, device: torch.device) -> 
 def load_best(run_dir: Path | str) -> ResNet:
     """A run's model at its best epoch, in eval mode, on the CPU.
 
-    `.result` is the run's `RunResult`, or None if the run hasn't finished; `.class_names` and
-    `.image_size` are those it was trained with. Raises `WeightsError`.
+    `.result` is the run's `RunResult`, or None if the run hasn't finished; `.class_names`,
+    `.image_size` and `.preprocessing` are those it was trained with. Raises `WeightsError`.
     """
     run_dir = Path(run_dir)
     content = _read_best(run_dir)
@@ -171,6 +173,7 @@ def load_best(run_dir: Path | str) -> ResNet:
     model.result = RunResult.load(run_dir) if (run_dir / "result.json").exists() else None
     model.class_names = content["class_names"]
     model.image_size = content["image_size"]
+    model.preprocessing = _preprocessing(content)
     return model.eval()
 
 
@@ -189,3 +192,14 @@ def _read_best(run_dir: Path) -> dict[str, Any]:
     if not are_names or not isinstance(size, int) or not 32 <= size <= 1024:
         raise WeightsError(f"{path} is no run's checkpoint: class_names or image_size is wrong")
     return content
+
+
+def _preprocessing(content: Mapping[str, Any]) -> Preprocessing:
+    """How a checkpoint's pictures are read; 0.1.0 wrote the size alone."""
+    given = {name: content[name] for name in ("background", "pixel_range") if name in content}
+    try:
+        return Preprocessing.of(
+            RunConfig.from_fields(given | {"image_size": content["image_size"]})
+        )
+    except ConfigError as error:
+        raise WeightsError(f"best.ckpt is damaged: {error}") from None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune.config.fields import RunConfig, advice, differences, read_mapping
+from finetune.data.bit_depth import find_range
 from finetune.data.splits import Splits, find_splits
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import num_stored_bytes
@@ -70,11 +71,18 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Splits]:
         cache_gb = round(min(DEFAULT_CACHE_GB, free_bytes / 2e9), 1)
     resolved = {
         "val_fraction": splits.val_fraction,
+        "pixel_range": _pixel_range(splits) if config.pixel_range == "auto" else config.pixel_range,
         "accelerator": accelerator,
         "precision": _precision(accelerator) if config.precision == "auto" else config.precision,
         "cache_gb": cache_gb,
     }
     return config.model_copy(update=resolved), splits
+
+
+def _pixel_range(splits: Splits) -> str:
+    pictures = splits.train.whole
+    found = find_range([pictures.path(i) for i in range(len(pictures))])
+    return "none" if found is None else f"{found[0]:g}..{found[1]:g}"
 
 
 def _accelerator(asked: str) -> str:

@@ -1,9 +1,10 @@
 """A run's predictions as W&B's charts and tables: confusion, accuracy per class, mistakes."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from finetune.data.layout import PICTURE_FORMATS
+from finetune.data.formats import shown
 from finetune.runs.predictions import (
     MAX_MATRIX_CLASSES,
     MAX_PAIRS,
@@ -70,9 +71,7 @@ def _confusion(
 def _picture(path: str) -> Any:
     """A picture for W&B; a copy if its file name has characters that W&B can't store."""
     import wandb
-    from PIL import Image
 
     if path.isprintable():
         return wandb.Image(path)
-    with Image.open(path, formats=PICTURE_FORMATS) as image:
-        return wandb.Image(image.convert("RGB"))
+    return wandb.Image(shown(Path(path)))

@@ -171,6 +171,8 @@ class Recorder(pl.Callback):
             "state_dict": {k: v.cpu() for k, v in module.network.state_dict().items()},
             "class_names": list(pictures.class_names),
             "image_size": self.config.image_size,
+            "background": self.config.background,
+            "pixel_range": self.config.pixel_range,
             "mean": list(MEAN),
             "std": list(STD),
             "epoch": row["epoch"],

@@ -10,7 +10,7 @@ from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report import figures
 from finetune.analysis.report.markup import Column, code, esc, place, table, warning
 from finetune.config.field_tables import fields_with_role, shown, title
-from finetune.data.layout import PICTURE_FORMATS
+from finetune.data import formats
 from finetune.runs.predictions import (
     MAX_MATRIX_CLASSES,
     MAX_PAIRS,
@@ -122,12 +122,9 @@ def _thumbnail(path: Path) -> str:
 
     size = (_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS)
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            image.draft("RGB", size)
-            small = image.convert("RGB")
+        small = formats.shown(path, _THUMBNAIL_PIXELS)
         if max(small.size) < _THUMBNAIL_PIXELS:
             small = ImageOps.contain(small, size, Image.Resampling.NEAREST)
-        small.thumbnail(size)
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=82)
     except Exception:  # decoders raise errors of any type
