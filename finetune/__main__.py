@@ -61,6 +61,7 @@ COMMANDS: dict[str, Command] = {
         "read every picture once: counts, unreadable files, the same picture in two splits",
         "finetune.datasets.check:check",
         _path("--data_dir", f"the data set to read (default: {_DATA_DIR})", default=_DATA_DIR),
+        _path("--labels", "a CSV or metadata.jsonl with the pictures' labels"),
         _switch("--json", "print one JSON object", dest="as_json"),
     ),
     "sweep": (

@@ -85,6 +85,10 @@ class RunConfig(BaseModel):
     data_dir: types.Directory = environment(
         Path("data/inaturalist_12K"), "holds train/CLASS/*, val/CLASS/* and optionally test/CLASS/*"
     )
+    labels: types.Directory | None = environment(
+        None,
+        "a CSV (path, label, perhaps split) or metadata.jsonl, for pictures without class folders",
+    )
     val_fraction: types.AutoOrNumber = searched(
         "auto",
         "0 to 0.9; above 0: this stratified share of train/ is the validation set and val/ is kept "

@@ -123,7 +123,7 @@ def _decode_all(
 
     Returns by name the `unreadable` ones' errors and the others' `hashes`.
     """
-    done = progress(f"{what} {pictures.folder.name}/", len(pictures))
+    done = progress(f"{what} {pictures.name}/", len(pictures))
     unreadable: dict[str, str] = {}
     hashes: dict[str, str] = {}
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import unicodedata
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from finetune.data.layout import IMAGE_SUFFIXES, class_dirs, pictures_of_class
+from finetune.data.layout import list_pictures, nfc
 from finetune.system.array_store import digest
 from finetune.system.errors import DataError
 
@@ -29,6 +28,14 @@ class Pictures:
     class_names: tuple[str, ...]
     rows: Indices
     """The index of each in `whole`, and so in the cache."""
+    name: str
+    """train, val or test; `all` for pictures that are not divided on disk."""
+    labels_file: Path | None = None
+    """Where the labels are, if not in the paths."""
+    left_out: tuple[str, ...] = ()
+    """Other files of the folder, which are not read."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about them, one line each."""
     parent: "Pictures | None" = None
     """The pictures that these were chosen from."""
 
@@ -43,7 +50,7 @@ class Pictures:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The files in Unicode's NFC: a picture's identity on every machine."""
-        return tuple(unicodedata.normalize("NFC", file) for file in self.files)
+        return tuple(map(nfc, self.files))
 
     def path(self, index: int) -> Path:
         return self.folder / self.files[index]
@@ -73,8 +80,10 @@ class Pictures:
     def sizes(self) -> list[tuple[str, int]]:
         """SPLIT/CLASS/FILE and its size in bytes, -1 for a broken link."""
         sizes = [(_file_status(self.folder / file, "st_size") or [-1])[0] for file in self.files]
-        split = self.folder.name
-        return [(f"{split}/{n}", size) for n, size in zip(self.names, sizes, strict=True)]
+        names = [f"{self.name}/{name}" for name in self.names]
+        if self.labels_file:
+            names = [f"{n}={self.class_names[i]}" for n, i in zip(names, self.labels, strict=True)]
+        return list(zip(names, sizes, strict=True))
 
 
 def _file_status(path: Path, *fields: str) -> list[int]:
@@ -86,19 +95,31 @@ def _file_status(path: Path, *fields: str) -> list[int]:
     return [getattr(found, field) for field in fields]
 
 
-def find_pictures(folder: Path) -> Pictures:
-    """The pictures below `folder`/CLASS, without hidden and other files.
+def find_pictures(folder: Path, name: str = "", allow_empty: bool = False) -> Pictures:
+    """The pictures below `folder`/CLASS; a class folder without pictures is no class.
 
-    Raises `DataError` for a folder without classes and a class without pictures.
+    `name` is train, val, test or all. Raises `DataError` if there are no pictures, and for a class
+    of train/ without pictures unless `allow_empty`.
     """
-    found = {class_dir.name: pictures_of_class(class_dir) for class_dir in class_dirs(folder)}
+    listing = list_pictures(folder)
+    found = {class_name: files for class_name, files in listing.files.items() if files}
+    empty = [class_name for class_name, files in listing.files.items() if not files]
+    if found and empty and name == "train" and not allow_empty:
+        raise DataError(f"{folder / empty[0]} is a class without pictures; add some or remove it")
     if not found:
-        raise DataError(f"{folder} holds no class folders; each class needs one, with its pictures")
-    if empty := [name for name, files in found.items() if not files]:
         raise DataError(
-            f"{folder / empty[0]} is a class without pictures (looked for "
-            f"{' '.join(sorted(IMAGE_SUFFIXES))}); add some or remove the folder"
+            f"{folder} holds no class folders with pictures; each class needs a folder with its "
+            "pictures, or pass --labels FILE.csv"
         )
-    files = tuple(f"{name}/{file}" for name, files in found.items() for file in files)
+    files = tuple(file for files in found.values() for file in files)
     labels = np.repeat(np.arange(len(found)), list(map(len, found.values())))
-    return Pictures(folder, files, labels, tuple(found), np.arange(len(files)))
+    return Pictures(
+        folder,
+        files,
+        labels,
+        tuple(found),
+        np.arange(len(files)),
+        name or folder.name,
+        left_out=tuple(listing.left_out),
+        notes=tuple(listing.notes),
+    )

@@ -1,15 +1,28 @@
-"""The training, validation and test pictures of a run; they depend on the pictures' names alone."""
+"""The training, validation and test pictures of a run.
 
-from dataclasses import dataclass
+They depend on the pictures' names and on which are copies of each other, not on a seed, the order
+of the directory or the machine.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from finetune.config.fields import RunConfig
-from finetune.data.layout import find_data_dir
+from finetune.data.bit_depth import find_range
+from finetune.data.decode import Preprocessing
+from finetune.data.images import picture_hashes
+from finetune.data.labels import read_labels
+from finetune.data.layout import find_layout, nfc, num, subfolders
 from finetune.data.pictures import Indices, Pictures, find_pictures
 from finetune.data.seeding import mixed
-from finetune.system.array_store import digest
+from finetune.system.array_store import Cache, digest
 from finetune.system.errors import DataError
+from finetune.system.progress import StartProgress, no_progress
+from finetune.system.text import listed, nearest
 
 AUTO_VAL_FRACTION = 0.2
 
@@ -22,8 +35,10 @@ class Splits:
     val: Pictures
     test: Pictures | None
     val_fraction: float
-    note: str
-    """The splits in one line for the terminal."""
+    pixel_range: str
+    """As in `RunConfig`, never auto."""
+    notes: tuple[str, ...]
+    """What is unusual about the data, and how it is divided, one line each."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -37,62 +52,204 @@ class Splits:
 
     @property
     def split_fingerprint(self) -> str:
-        return digest([[p.folder.name, p.names] for p in (self.train, self.val)])
+        return digest([[p.name, p.names] for p in (self.train, self.val)])
 
 
-def find_splits(config: RunConfig) -> Splits:
-    """The splits that `config` asks for. Raises `DataError`."""
-    data_dir = find_data_dir(config.data_dir)
-    has_test = (data_dir / "test").is_dir()
-    fraction = config.val_fraction
-    if fraction == "auto":
-        fraction = 0.0 if has_test else AUTO_VAL_FRACTION
-    train, val = find_pictures(data_dir / "train"), find_pictures(data_dir / "val")
-    _same_classes(train, val)
-    test = find_pictures(data_dir / "test") if has_test and fraction == 0 else None
-    if test:
-        _same_classes(train, test)
+def find_splits(
+    config: RunConfig, cache: Cache | None = None, progress: StartProgress = no_progress
+) -> Splits:
+    """The splits that `config` asks for. Raises `DataError`.
+
+    Where training pictures are held out, every picture is read to find copies; with a cache, this
+    stores the decoded pictures, which a run needs in any case.
+    """
+    sources, notes = find_sources(config)
+    whole = sources.get("all") or sources["train"]
+    fraction = resolve_fraction(config, sources)
+    if config.pixel_range == "auto":
+        pixel_range = _find_pixel_range(whole.whole)
+        config = config.model_copy(update={"pixel_range": pixel_range})
+    train, val, test = whole, sources.get("val"), _test_of(sources, fraction)
     if fraction > 0:
-        kept, validating = split_stratified(train, fraction)
-        test, train, val = val, train.subset(kept), train.subset(validating)
-        if not len(val):
-            raise DataError(
-                f"val_fraction: {fraction:g} of {len(train)} training pictures leaves none to "
-                "validate; pass a larger one, or 0 to validate on val/"
-            )
-        what = f"{fraction:.0%} of train/ validates ({len(val)} pictures); val/ is kept"
-    else:
-        what = f"val/ validates ({len(val)} pictures); {'test/' if test else 'nothing'} is kept"
-    count = f" ({len(test)} pictures)" if test else ""
-    note = f"{len(train)} pictures train; {what} for the test{count}"
-    return Splits(train, val, test, float(fraction), note)
-
-
-def _same_classes(train: Pictures, other: Pictures) -> None:
-    ours, theirs = set(train.class_names), set(other.class_names)
-    if ours != theirs:
-        only = [f"{c!r} only in {train.folder.name}/" for c in sorted(ours - theirs)]
-        only += [f"{c!r} only in {other.folder.name}/" for c in sorted(theirs - ours)]
+        hashes = picture_hashes(whole, Preprocessing.of(config), cache, progress)
+        notes += _note_on_copies(hashes)
+        train, val = _divide(whole, fraction, hashes)
+        if "all" in sources:
+            rest = [hashes[row] for row in train.rows]
+            train, test = _divide(train, fraction / (1 - fraction), rest)
+    assert val is not None
+    if not len(val):
         raise DataError(
-            f"{train.folder.parent}: the splits hold different classes: {', '.join(only)}; "
-            "each split needs all classes"
+            f"val_fraction: {fraction:g} of {num(len(whole), 'training picture')} leaves none to "
+            "validate; pass a larger one, or 0 to validate on val/"
         )
+    notes += _note_on_classes(val, "validation")
+    notes += _note_on_classes(test, "test") if test else []
+    notes.append(_summary(train, val, test, sources, fraction))
+    return Splits(train, val, test, fraction, config.pixel_range, tuple(notes))
 
 
-def split_stratified(pictures: Pictures, fraction: float) -> tuple[Indices, Indices]:
+def find_test(config: RunConfig) -> Pictures | None:
+    """The test pictures of `find_splits`; none is read if they have a folder of their own."""
+    sources, _ = find_sources(config)
+    if "all" in sources:
+        return find_splits(config).test
+    return _test_of(sources, resolve_fraction(config, sources))
+
+
+def find_sources(config: RunConfig) -> tuple[dict[str, Pictures], list[str]]:
+    """The labelled pictures by split, or all of them as `all`, and notes. Raises `DataError`.
+
+    The classes are those of the training pictures.
+    """
+    if config.labels:
+        sources = read_labels(config.labels, config.data_dir)
+        notes = [f"labels: from {config.labels}"]
+    else:
+        layout = find_layout(config.data_dir)
+        folders = layout.folders or {"all": layout.data_dir}
+        sources = {s: find_pictures(p, s) for s, p in folders.items() if _is_labelled(s, folders)}
+        notes = [*layout.notes, *(n for pictures in sources.values() for n in pictures.notes)]
+        if "test" in folders and "test" not in sources:
+            notes.append("test/ has no labels; it is not used, except by predict")
+    if "all" not in sources and "train" not in sources:
+        raise DataError(f"labels: {config.labels} lists no training pictures")
+    first = sources.get("all") or sources["train"]
+    _check_classes(first)
+    for split in ("val", "test"):
+        if split in sources:
+            sources[split] = _with_classes_of(first, sources[split])
+    return sources, notes
+
+
+def _is_labelled(split: str, folders: dict[str, Path]) -> bool:
+    """Whether it has class folders: for test/, at least one of train/'s."""
+    if split != "test":
+        return True
+    known, given = ({nfc(p.name) for p in subfolders(folders[s])} for s in ("train", "test"))
+    return bool(known & given)
+
+
+def _check_classes(pictures: Pictures) -> None:
+    """Raises `DataError` for a single class or an empty one."""
+    if len(pictures.class_names) > 1:
+        return
+    name, inner = pictures.class_names[0], Counter[str]()
+    for file in pictures.files:
+        inner.update(file.split("/")[1:-1][:1])
+    deeper = f"; are the classes one folder deeper ({listed(sorted(inner))})?" if inner else ""
+    raise DataError(f"{pictures.folder} holds only one class, {name}{deeper}")
+
+
+def _with_classes_of(train: Pictures, other: Pictures) -> Pictures:
+    """The other split's pictures with train's classes. Raises `DataError` for an unknown class."""
+    unknown = [name for name in other.class_names if name not in train.class_names]
+    if unknown:
+        named = [f"{name}{nearest(name, train.class_names)}" for name in unknown]
+        raise DataError(
+            f"{other.folder}: no training pictures of {listed(named)}; the classes are those of "
+            f"{train.name}/: {listed(train.class_names)}"
+        )
+    positions = np.array([train.class_names.index(name) for name in other.class_names])
+    return replace(other, labels=positions[other.labels], class_names=train.class_names)
+
+
+def _note_on_classes(pictures: Pictures, what: str) -> list[str]:
+    present = set(pictures.labels.tolist())
+    missing = [name for i, name in enumerate(pictures.class_names) if i not in present]
+    if not missing:
+        return []
+    return [f"no {what} pictures of {num(missing, 'class', 'classes')}: {listed(missing)}"]
+
+
+def resolve_fraction(config: RunConfig, sources: dict[str, Pictures]) -> float:
+    """`val_fraction` without auto. Raises `DataError` if 0 leaves nothing to validate on."""
+    asked = config.val_fraction
+    if "val" not in sources and asked == 0:
+        raise DataError(
+            f"val_fraction: got 0, but {config.data_dir} has no val/; pass a val_fraction above 0"
+        )
+    if asked == "auto":
+        return 0.0 if {"val", "test"} <= sources.keys() else AUTO_VAL_FRACTION
+    return float(asked)
+
+
+def _test_of(sources: dict[str, Pictures], fraction: float) -> Pictures | None:
+    """The split that is kept for the test: val/, unless it validates."""
+    return (sources.get("val") if fraction > 0 else None) or sources.get("test")
+
+
+def _summary(
+    train: Pictures,
+    val: Pictures,
+    test: Pictures | None,
+    sources: dict[str, Pictures],
+    fraction: float,
+) -> str:
+    """How the pictures are divided, in one line."""
+    counts = f"{num(len(train), 'picture')} train"
+    if "all" in sources:
+        tested = len(test) if test else 0
+        return f"{counts}, {len(val)} validate and {tested} are kept for the test, by class"
+    what = f"{fraction:.0%} of train/ validates" if fraction > 0 else "val/ validates"
+    kept = f"{test.name}/ is kept for the test ({num(len(test), 'picture')})" if test else ""
+    unused = "; test/ is not used" if test and test.name == "val" and "test" in sources else ""
+    kept = (kept or "nothing is kept for the test") + unused
+    return f"{counts}; {what} ({num(len(val), 'picture')}); {kept}"
+
+
+def _find_pixel_range(pictures: Pictures) -> str:
+    found = find_range([pictures.path(i) for i in range(len(pictures))])
+    return "none" if found is None else f"{found[0]:g}..{found[1]:g}"
+
+
+def _note_on_copies(hashes: Sequence[str | None]) -> list[str]:
+    known = [found for found in hashes if found is not None]
+    count = len(known) - len(set(known))
+    if not count:
+        return []
+    return [f"{num(count, 'picture')} repeat others; equal ones stay on one side of the split"]
+
+
+def _divide(
+    pictures: Pictures, fraction: float, hashes: Sequence[str | None]
+) -> tuple[Pictures, Pictures]:
+    kept, held_out = split_stratified(pictures, fraction, hashes)
+    return pictures.subset(kept), pictures.subset(held_out)
+
+
+def split_stratified(
+    pictures: Pictures, fraction: float, hashes: Sequence[str | None] = ()
+) -> tuple[Indices, Indices]:
     """Indices (kept, held out): the same share of each class, rounded to whole pictures.
 
-    It depends on the pictures' names alone, not on a seed, the order of the directory or the
-    machine. At least one picture of each class is kept.
+    Pictures of equal hashes, in whatever class, are on the same side. At least one picture of each
+    class is kept, and of a class of two or more, one is held out.
     """
-    held_out = np.zeros(len(pictures), dtype=bool)
+    group_of = _groups(hashes, len(pictures))
+    group_keys = mixed(pictures.keys, 0x5B117)[group_of]
+    side: dict[int, bool] = {}  # by group: whether it is held out
     for label in range(len(pictures.class_names)):
         members = np.flatnonzero(pictures.labels == label)
-        ranked = members[np.argsort(mixed(pictures.keys[members], 0x5B117), kind="stable")]
-        held_out[ranked[: num_held_out(len(members), fraction)]] = True
+        ranked = members[np.argsort(group_keys[members], kind="stable")]
+        sizes = Counter(group_of[ranked].tolist())
+        missing = num_held_out(len(members), fraction)
+        missing -= sum(size for group, size in sizes.items() if side.get(group))
+        for group, size in sizes.items():  # in the order of their keys
+            if group not in side:
+                side[group] = 0 < size <= missing
+                missing -= size * side[group]
+    held_out = np.array([side[group] for group in group_of.tolist()], dtype=bool)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def _groups(hashes: Sequence[str | None], count: int) -> Indices:
+    """For each picture the first one with its hash, or itself."""
+    first: dict[str, int] = {}
+    known = list(hashes) or [None] * count
+    return np.array([i if h is None else first.setdefault(h, i) for i, h in enumerate(known)])
+
+
 def num_held_out(num_pictures: int, fraction: float) -> int:
-    """The number of a class's pictures that `split_stratified` holds out."""
-    return max(0, min(round(num_pictures * fraction), num_pictures - 1))
+    """The number of a class's pictures that `split_stratified` holds out, without copies."""
+    return min(max(1, round(num_pictures * fraction)), max(0, num_pictures - 1))

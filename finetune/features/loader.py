@@ -28,13 +28,15 @@ class EpochLoader:
     """A run's training and validation batches by epoch; their randomness follows from the seed."""
 
     def __init__(
-        self, config: RunConfig, splits: Splits, log: Callable[[str], None] = print
+        self,
+        config: RunConfig,
+        splits: Splits,
+        cache: Cache | None,
+        log: Callable[[str], None] = print,
     ) -> None:
         """Decodes the pictures, or opens them in the cache. Raises `DataError`."""
         started = time.perf_counter()
-        self._config, self._log, self._cache = config, log, None
-        if config.cache and config.cache_gb:
-            self._cache = Cache(config.cache_dir, config.cache_gb * 1e9, log)
+        self._config, self._log, self._cache = config, log, cache
         self.unreadable: list[str] = []  # left out, as SPLIT/CLASS/FILE
         self.train = self._open(splits.train, is_flipped=config.data_aug == "y")
         self.val = self._open(splits.val, is_flipped=False)
@@ -47,7 +49,7 @@ class EpochLoader:
         config = self._config
         preprocessing, skip = Preprocessing.of(config), config.skip_unreadable
         images, unreadable = open_images(split, preprocessing, skip, self._cache, bar)
-        self.unreadable += [f"{split.folder.name}/{name}" for name in unreadable]
+        self.unreadable += [f"{split.name}/{name}" for name in unreadable]
         return SplitInputs(images, is_flipped)
 
     def train_epoch(self, epoch: int) -> EpochBatches:

@@ -154,7 +154,7 @@ class PrefixCache:
         self, split: SplitInputs, is_flipped: bool, shape: tuple[int, ...]
     ) -> StoredArray | None:
         num_pictures, description = len(split.pictures), self._description(split, is_flipped)
-        what = f"{'flipped ' * is_flipped}{split.pictures.folder.name}/ up to {self.boundary}"
+        what = f"{'flipped ' * is_flipped}{split.pictures.name}/ up to {self.boundary}"
 
         def build(rows: Array) -> dict[str, Any]:
             done = bar(f"computing {what}", num_pictures)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.pictures import Indices, Pictures, find_pictures
-from finetune.data.splits import find_splits
+from finetune.data.splits import find_test
 from finetune.inference.predict import Predictor, load_predictor, predict_logits
 from finetune.model.weights import fingerprint
 from finetune.runs.predictions import (
@@ -45,7 +45,7 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     """
     run, predictor = RunDir(run_dir), load_predictor(run_dir)
     config = predictor.config
-    pictures = find_pictures(folder) if folder else find_splits(config or run.read_config()).test
+    pictures = find_pictures(folder) if folder else find_test(config or run.read_config())
     if pictures is None:
         raise DataError(
             f"{run.path} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torchvision.models import ResNet
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
 from finetune.data.decode import Preprocessing, decode
-from finetune.data.layout import IMAGE_SUFFIXES, is_picture_name
+from finetune.data.layout import by_suffix, is_picture
 from finetune.model.network import forward, load_best, normalise
 from finetune.runs.predictions import softmax
 from finetune.runs.run_dir import RunDir
@@ -108,32 +108,46 @@ def predict_logits(
         return [outcome for batch in pool.map(predict_batch, bounds) for outcome in batch]
 
 
-def find_images(given: Path) -> list[tuple[Path, DataError | None]]:
+class FoundImages(NamedTuple):
+    """The pictures of a path that was given to `predict`."""
+
+    images: list[tuple[Path, DataError | None]]
+    """Each path, with the reason if it can't be predicted."""
+    left_out: list[str]
+    """Other files of a folder."""
+
+
+def find_images(given: Path) -> FoundImages:
     """A file as it is; a folder as its pictures, ordered by class as in validation.
 
     A folder without pictures, or that can't be read, comes with the reason.
     """
     if not given.is_dir():
-        return [(given, None)]
+        return FoundImages([(given, None)], [])
     errors: list[OSError] = []
-    names = [
-        (place / name).relative_to(given)
-        for place, _, files in walk(given, errors.append)
-        for name in files
-        if is_picture_name(name)
-    ]
+    folders = walk(given, errors.append, follow_links=True)
+    files = [place / name for place, _, names in folders for name in names]
+    pictures = list(filter(is_picture, files))
+    left_out = sorted(map(str, set(files) - set(pictures)))
+    names = [path.relative_to(given) for path in pictures]
     names.sort(key=lambda name: (name.parts[0], name.as_posix()))
     reasons = [(e.filename, DataError(f"{e.filename} can't be read: {e.strerror}")) for e in errors]
     if not names and not reasons:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        reasons = [(given, DataError(f"{given} holds no pictures (looked for {suffixes})"))]
-    return [(given / name, None) for name in names] + [(Path(p), error) for p, error in reasons]
+        found = f" (found: {by_suffix(left_out)})" if left_out else ""
+        reasons = [(given, DataError(f"{given} holds no pictures{found}"))]
+    failed: list[tuple[Path, DataError | None]] = [(Path(p), error) for p, error in reasons]
+    return FoundImages([(given / name, None) for name in names] + failed, left_out)
 
 
 def predict(run_dir: Path, given: Sequence[Path], top: int = 3, as_json: bool = False) -> int:
     """Print the `top` classes of each picture; 1 if one of them can't be predicted, else 0."""
     predictor = load_predictor(run_dir)
-    found = [image for path in given for image in find_images(path)]
+    found: list[tuple[Path, DataError | None]] = []
+    for path in given:
+        images, left_out = find_images(path)
+        found += images
+        if left_out:
+            print(f"left out in {one_line(path)}: {by_suffix(left_out)}", file=sys.stderr)
     paths = [path for path, error in found if error is None]
     progress = bar if sys.stderr.isatty() and not as_json else no_progress
     logits = iter(predict_logits(predictor, paths, progress))

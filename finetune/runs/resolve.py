@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from finetune.config.fields import RunConfig, advice, differences, read_mapping
-from finetune.data.bit_depth import find_range
 from finetune.data.splits import Splits, find_splits
 from finetune.runs.run_dir import RunDir
-from finetune.system.array_store import num_stored_bytes
+from finetune.system.array_store import Cache, num_stored_bytes
 from finetune.system.errors import ConfigError
 from finetune.system.files import absolute
+from finetune.system.progress import StartProgress, no_progress
 
 DEFAULT_CACHE_GB = 20.0
 
@@ -60,29 +60,28 @@ def _run_id() -> str:
     return run_id
 
 
-def resolve(config: RunConfig) -> tuple[RunConfig, Splits]:
+def resolve(
+    config: RunConfig,
+    log: Callable[[str], None] = print,
+    progress: StartProgress = no_progress,
+) -> tuple[RunConfig, Splits, Cache | None]:
     """Replace `auto` and the cache's size by what the machine and the data allow."""
-    splits = find_splits(config)
     accelerator = _accelerator(config.accelerator)
     cache_gb = config.cache_gb
     if cache_gb is None:
         existing = next(p for p in (config.cache_dir, *config.cache_dir.parents) if p.exists())
         free_bytes = shutil.disk_usage(existing).free + num_stored_bytes(config.cache_dir)
         cache_gb = round(min(DEFAULT_CACHE_GB, free_bytes / 2e9), 1)
+    cache = Cache(config.cache_dir, cache_gb * 1e9, log) if config.cache and cache_gb else None
+    splits = find_splits(config, cache, progress)
     resolved = {
         "val_fraction": splits.val_fraction,
-        "pixel_range": _pixel_range(splits) if config.pixel_range == "auto" else config.pixel_range,
+        "pixel_range": splits.pixel_range,
         "accelerator": accelerator,
         "precision": _precision(accelerator) if config.precision == "auto" else config.precision,
         "cache_gb": cache_gb,
     }
-    return config.model_copy(update=resolved), splits
-
-
-def _pixel_range(splits: Splits) -> str:
-    pictures = splits.train.whole
-    found = find_range([pictures.path(i) for i in range(len(pictures))])
-    return "none" if found is None else f"{found[0]:g}..{found[1]:g}"
+    return config.model_copy(update=resolved), splits, cache
 
 
 def _accelerator(asked: str) -> str:

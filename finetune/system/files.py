@@ -22,16 +22,27 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def is_hidden_folder(name: str) -> bool:
+    """Whether programs keep their own files in it: `.thumbnails`, Synology's `@eaDir`, macOS's."""
+    return name.startswith((".", "@")) or name == "__MACOSX"
+
+
 def walk(
-    folder: Path, on_error: Callable[[OSError], None] = _raise
+    folder: Path, on_error: Callable[[OSError], None] = _raise, follow_links: bool = False
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
     """`os.walk` without hidden files and folders: each folder with its folders and files, sorted.
 
-    As with `os.walk`, the walk doesn't enter what is removed from the list of folders, nor links.
+    As with `os.walk`, the walk doesn't enter what is removed from the list of folders. With
+    `follow_links`, it enters linked folders, but none twice and none that it started from.
     `on_error` gets the `OSError` of a folder that can't be read; by default it is raised.
     """
-    for place, folders, files in os.walk(folder, onerror=on_error):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    entered = set(map(str, folder.resolve().parents))
+    for place, folders, files in os.walk(folder, onerror=on_error, followlinks=follow_links):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not is_hidden_folder(name))
         yield Path(place), folders, sorted(name for name in files if not name.startswith("."))
 
 

@@ -27,7 +27,9 @@ from finetune.model.network import build_from, load_best
 from finetune.runs.resolve import prepare_run, resolve
 from finetune.runs.result import RunResult, best_epoch, failure_of
 from finetune.runs.run_dir import RunDir
+from finetune.system.array_store import Cache
 from finetune.system.errors import FinetuneError, RunDirError, Shortage
+from finetune.system.progress import bar
 from finetune.system.resources import is_out_of_memory, shortage
 from finetune.system.shutdown import defer_stop, stoppable
 from finetune.system.text import one_line
@@ -63,10 +65,10 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: EpochCallback | None = Non
     `on_epoch` is called with every epoch's row after its files are written; it may raise `Pruned`.
     """
     _silence_lightning()
-    config, splits = resolve(config)
+    config, splits, cache = resolve(config, log, bar)
     with stoppable():
         run_dir.claim(config)
-        execution = _Execution(config, run_dir, splits, on_epoch)
+        execution = _Execution(config, run_dir, splits, cache, on_epoch)
         try:
             return execution.run()
         except BaseException as error:
@@ -88,6 +90,7 @@ class _Execution:
     config: RunConfig
     run_dir: RunDir
     splits: Splits
+    cache: Cache | None
     on_epoch: EpochCallback | None = None
     tracker: Tracker | None = None
     recorder: Recorder | None = None
@@ -95,14 +98,15 @@ class _Execution:
     def run(self) -> RunResult:
         config, run_dir = self.config, self.run_dir
         log(f"run {run_dir.path.name}: {config.name} in {run_dir.path}")
-        log(self.splits.note)
+        for note in self.splits.notes:
+            log(note)
         num_classes = len(self.splits.class_names)
         network, source = build_from(config.weights, num_classes, config.seed, log)
         self.recorder = recorder = Recorder(run_dir, config, source, log, self.on_epoch)
         checkpoint_path = recorder.restore()
         self.tracker = tracker = Tracker.open(config, run_dir, log)
         tracker.log_missing_epochs(recorder.rows)
-        loader = EpochLoader(config, self.splits, log)
+        loader = EpochLoader(config, self.splits, self.cache, log)
         if not recorder.is_complete:
             module = FineTuning(network, config, loader)
             _trainer(recorder, tracker).fit(module, ckpt_path=checkpoint_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
 from finetune.data.decode import Preprocessing, augment_strongly, decode, decode_many
 from finetune.data.images import open_images
-from finetune.data.layout import find_data_dir
+from finetune.data.layout import find_layout
 from finetune.data.pictures import find_pictures
 from finetune.data.seeding import epoch_augment_seeds, epoch_flips, epoch_order
 from finetune.data.splits import find_splits, split_stratified
@@ -55,21 +56,23 @@ def uneven(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("nested", ["", "inaturalist_12K", "mirror/inaturalist_12K"])
 def test_a_data_dir_is_found_up_to_two_levels_down(tmp_path: Path, nested: str) -> None:
     place_files(tmp_path / nested, {"train/a": 1, "val/a": 1})
-    assert find_data_dir(tmp_path) == tmp_path / nested
+    assert find_layout(tmp_path).data_dir == tmp_path / nested
 
 
 def test_a_data_dir_three_levels_down_or_hidden_is_not_found(tmp_path: Path) -> None:
     place_files(tmp_path / "a/b/c", {"train/a": 1, "val/a": 1})
     place_files(tmp_path / ".data.unpacking", {"train/a": 1, "val/a": 1})
-    with pytest.raises(DataError, match=r"no train/ and val/ folders \(found: .*a"):
-        find_data_dir(tmp_path)
+    with pytest.raises(
+        DataError, match=r"no train/CLASS/ folders and no class folders \(found: .*a"
+    ):
+        find_layout(tmp_path)
 
 
 def test_two_data_sets_in_one_folder_are_named(tmp_path: Path) -> None:
     for name in ("one", "two"):
         place_files(tmp_path / name, {"train/a": 1, "val/a": 1})
-    with pytest.raises(DataError, match=r"several data sets: .*one, .*two"):
-        find_data_dir(tmp_path)
+    with pytest.raises(DataError, match=r"several data sets: .*one and .*two"):
+        find_layout(tmp_path)
 
 
 def test_a_missing_data_dir_names_the_download_command(tmp_path: Path) -> None:
@@ -83,12 +86,12 @@ def test_a_missing_data_dir_names_the_download_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "words"),
     [
-        ({"train/a": 1}, "no train/ and val/"),
-        ({"train": 2, "val/a": 1}, "train holds no class folders"),
+        ({"val/a": 1, "val/b": 1}, "no train/CLASS/ folders"),
+        ({"train": 2, "val/a": 1}, "no train/CLASS/ folders"),
         ({"train/a": 1, "train/b": 0, "val/a": 1, "val/b": 1}, "train/b is a class without"),
-        ({"train/a": 1, "train/b": 1, "val/a": 1}, "'b' only in train/"),
-        ({"train/a": 1, "val/a": 1, "val/b": 1}, "'b' only in val/"),
-        ({"train/a": 1, "val/a": 1, "test/b": 1}, "'b' only in test/"),
+        ({"train/a": 1, "train/b": 1, "val/a": 1, "val/c": 1}, "val: no training pictures of c"),
+        ({"train/a": 1, "train/b": 1, "val/a": 1, "test/a": 1, "test/c": 1}, "test: no .* of c"),
+        ({"train/a": 0, "train/b": 0, "val/a": 1}, "train holds no class folders with pictures"),
     ],
 )
 def test_folders_that_cannot_be_used_are_named(
@@ -143,16 +146,17 @@ def test_stray_files_are_ignored(tmp_path: Path) -> None:
 def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/a": 2, "val/a": 1})
     (tmp_path / "train/a/up").symlink_to(tmp_path)
+    (tmp_path / "train/a/again").symlink_to(tmp_path / "train/a")
     (tmp_path / "train/self").symlink_to(tmp_path / "train/self")
     assert find_pictures(tmp_path / "train").names == ("a/00000.jpg", "a/00001.jpg")
 
 
 def test_file_names_may_have_any_bytes(tmp_path: Path) -> None:
     names = [b"new\nline.jpg", b"quo\"te's.jpg", "snö☃.JPG".encode(), b"latin\xe9.jpg"]
-    for split in ("train", "val"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        for name in names:
-            (tmp_path / split / "a" / os.fsdecode(name)).write_bytes(jpeg(1))
+    for place in ("train/a", "train/b", "val/a"):
+        (tmp_path / place).mkdir(parents=True)
+        for i, name in enumerate(names):
+            (tmp_path / place / os.fsdecode(name)).write_bytes(jpeg(i + 10 * len(place)))
     splits = find_splits(config(tmp_path, val_fraction=0.5))
     assert {os.fsencode(n)[2:] for n in splits.train.names + splits.val.names} == set(names)
     assert splits.split_fingerprint
@@ -163,7 +167,7 @@ def test_file_names_may_have_any_bytes(tmp_path: Path) -> None:
 
 
 def test_a_broken_link_is_refused_by_name(tmp_path: Path) -> None:
-    place_files(tmp_path, {"train/a": 1, "val/a": 1}, jpeg(1))
+    place_files(tmp_path, {"train/a": 1, "train/b": 1, "val/a": 1}, jpeg(1))
     (tmp_path / "train/a/gone.jpg").symlink_to("nowhere.jpg")
     splits = find_splits(config(tmp_path, val_fraction=0))
     assert splits.dataset_fingerprint
@@ -173,7 +177,7 @@ def test_a_broken_link_is_refused_by_name(tmp_path: Path) -> None:
         images.batch(np.arange(2))
     images, lost = open_images(splits.train, Preprocessing(32), True, None)
     assert lost == ["a/gone.jpg"]
-    assert len(images.pictures) == 1
+    assert len(images.pictures) == 2
 
 
 # splits
@@ -234,10 +238,12 @@ def test_splits_are_the_same_on_another_machine(uneven: Path, tmp_path: Path) ->
 
 
 def test_the_split_of_known_names_never_changes(uneven: Path) -> None:
-    """Results of earlier versions stay comparable."""
+    """Results of earlier versions stay comparable; 0.1.0 held none of two pictures out."""
     splits = find_splits(config(uneven))
-    assert [n for n in splits.val.names if n[0] in "abc"] == ["c/00004.jpg"]
-    assert splits.split_fingerprint == "328fe88909933e34685d0f5a"
+    assert [n for n in splits.val.names if n[0] in "abc"] == ["b/00000.jpg", "c/00004.jpg"]
+    shutil.rmtree(uneven / "train/b")
+    shutil.rmtree(uneven / "val/b")
+    assert find_splits(config(uneven)).split_fingerprint == "6715d0af7b53667f2da6bd9d"
 
 
 def test_the_data_sets_fingerprint_does_not_depend_on_how_it_is_split(uneven: Path) -> None:
@@ -268,11 +274,11 @@ def test_val_fraction_selects_the_validation_and_test_sets(
     assert splits.val.folder.name == val
     assert (splits.test.folder.name if splits.test else None) == test
     assert not set(splits.train.names) & set(splits.val.names) or val != "train"
-    assert f"{val}/" in splits.note
+    assert f"{val}/" in splits.notes[-1]
 
 
 def test_a_fraction_without_validation_pictures_is_refused(tmp_path: Path) -> None:
-    place_files(tmp_path, {"train/a": 2, "val/a": 1})
+    place_files(tmp_path, {"train/a": 1, "train/b": 1, "val/a": 1})
     with pytest.raises(DataError, match="leaves none to validate"):
         find_splits(config(tmp_path, val_fraction=0.1))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.layout import find_data_dir
+from finetune.data.layout import find_layout
 from finetune.datasets import zip_safety
 from finetune.datasets.archive import read_manifest, unpack
 from finetune.datasets.zip_safety import ArchiveError, find_root
@@ -54,7 +54,7 @@ def with_member(name: str, content: bytes = b"x", kind: int = 0) -> bytes:
 def test_the_data_set_is_found_at_any_depth(folder: Path, root: str) -> None:
     unpack(write(folder, zipped(FILES, root)), folder / "data", "test")
     assert {n: (folder / "data" / n).read_bytes() for n in FILES} == FILES
-    assert find_data_dir(folder / "data") == folder / "data"
+    assert find_layout(folder / "data").data_dir == folder / "data"
 
 
 def test_files_beside_the_splits_are_left_out(folder: Path) -> None:

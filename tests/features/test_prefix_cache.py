@@ -23,10 +23,10 @@ COMPARED = ("train_loss", "train_acc", "val_loss", "val_acc")
 
 
 def prepared(config: RunConfig) -> EpochLoader:
-    config, splits = resolve(config)
+    config, splits, cache = resolve(config)
     network = build(5, config.seed).eval()
     load_source(network, str(config.weights), print)
-    loader = EpochLoader(config, splits)
+    loader = EpochLoader(config, splits, cache)
     loader.prepare(network, 0)
     return loader
 

@@ -18,7 +18,7 @@ import torch
 from finetune.config.fields import RunConfig
 from finetune.data.decode import Preprocessing
 from finetune.data.images import open_images
-from finetune.data.layout import pictures_of_class
+from finetune.data.layout import list_pictures
 from finetune.data.pictures import find_pictures
 from finetune.model.network import load_best
 from finetune.model.weights import read_checkpoint
@@ -353,7 +353,7 @@ def test_pictures_are_not_called_unreadable_or_missing_for_lack_of_file_handles(
         with pytest.raises(OSError, match="Too many open files"):
             open_images(pictures, Preprocessing(32), True, None)
         with pytest.raises(DataError, match="can't be read: Too many open files"):
-            pictures_of_class(digits / "train" / pictures.class_names[0])
+            list_pictures(digits / "train")
     for spare in range(4):
         with few_handles(spare), suppress(OSError, DataError):
             open_images(pictures, Preprocessing(32), True, cache)

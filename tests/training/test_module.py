@@ -143,7 +143,7 @@ def test_a_run_equals_a_plain_loop(strategy: str, train: Train, fields: dict[str
 
 def test_frozen_batchnorm_stays_in_eval_mode_when_train_is_called(config: RunConfig) -> None:
     network = resnet18(num_classes=5)
-    module = FineTuning(network, config, EpochLoader(config, find_splits(config)))
+    module = FineTuning(network, config, EpochLoader(config, find_splits(config), None))
     module.open_parts(0)
     module.train()  # as Lightning calls it, at any moment
     frozen = [m for n, m in network.named_modules() if n.startswith(("bn1", "layer1", "layer2"))]
