@@ -13,9 +13,9 @@ from tests.conftest import ROOT
 from tests.support.process_server import fast_python
 
 
-def agent(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def agent(*flags: str, python: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [fast_python(), "agent.py", *flags],
+        [python or fast_python(), "agent.py", *flags],
         capture_output=True,
         text=True,
         env=os.environ | environment,

@@ -14,6 +14,7 @@ from finetune.config.fields import RunConfig, advice, differences, read_mapping
 from finetune.data.splits import Splits, find_splits
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import Cache, num_stored_bytes
+from finetune.system.devices import refuse_torchrun
 from finetune.system.errors import ConfigError
 from finetune.system.files import absolute
 from finetune.system.progress import StartProgress, no_progress
@@ -28,6 +29,7 @@ def prepare_run(fields: Mapping[str, Any], log: Callable[[str], None]) -> tuple[
     `resume` a run directory, whose config must not change except for a larger number of epochs.
     Raises `ConfigError` and `RunDirError`.
     """
+    refuse_torchrun()
     given = {name: value for name, value in fields.items() if value not in (None, "None")}
     resume, file = given.pop("resume", None), given.pop("config", None)
     if file is not None:

@@ -4,9 +4,25 @@ import os
 import shutil
 import subprocess
 
+from finetune.system.errors import ConfigError
+
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_torchrun() -> None:
+    """Raise `ConfigError` if torchrun has started several processes of this run.
+
+    Each would be a complete run of its own. Slurm's tasks, which are several runs, are allowed.
+    """
+    num_processes = os.environ.get("WORLD_SIZE") or "1"
+    if "TORCHELASTIC_RUN_ID" in os.environ and num_processes != "1":
+        raise ConfigError(
+            f"torchrun: started {num_processes} processes, but a run uses one process and one "
+            "device; start agent.py with python instead. Several devices run several runs: "
+            "one `wandb agent` on each, or python -m finetune sweep or gpus"
+        )
 
 
 def visible_devices() -> list[str]:

@@ -71,6 +71,11 @@ class Tracker:
         run.define_metric("*", step_metric="epoch")
         return cls(run)
 
+    def log_row(self, row: Row) -> None:
+        """Log one epoch."""
+        if self.run is not None:
+            self.run.log(row)
+
     def log_missing_epochs(self, rows: Sequence[Row]) -> None:
         """Log the epochs that W&B lacks: a killed attempt may not have sent its last ones."""
         if self.run is None:

@@ -68,6 +68,7 @@ class Recorder(pl.Callback):
     weights_fingerprint: str | None
     log_line: Callable[[str], None] = print  # Lightning sets `log` to its own
     on_epoch: EpochCallback | None = None
+    log_row: EpochCallback | None = None
     rows: list[Row] = field(default_factory=list)
     train_seconds: float = 0.0
     _epoch_started: float = 0.0
@@ -147,8 +148,8 @@ class Recorder(pl.Callback):
         self.run_dir.write_metrics(self.rows)
         self.train_seconds += time.perf_counter() - self._epoch_started
         trainer.save_checkpoint(self.run_dir.last_path)
-        for logger in trainer.loggers:
-            logger.log_metrics(row)
+        if self.log_row is not None:
+            self.log_row(row)
         self.log_line(
             f"epoch {row['epoch']:>2.0f}/{self.config.epochs - 1}  train loss "
             f"{row['train_loss']:.3f} acc {row['train_acc']:.3f}  val loss {row['val_loss']:.3f} "

@@ -17,7 +17,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from pytorch_lightning.loggers import WandbLogger
 from torchvision.models import ResNet
 
 from finetune.config.fields import RunConfig
@@ -106,10 +105,11 @@ class _Execution:
         checkpoint_path = recorder.restore()
         self.tracker = tracker = Tracker.open(config, run_dir, log)
         tracker.log_missing_epochs(recorder.rows)
+        recorder.log_row = tracker.log_row
         loader = EpochLoader(config, self.splits, self.cache, log)
         if not recorder.is_complete:
             module = FineTuning(network, config, loader)
-            _trainer(recorder, tracker).fit(module, ckpt_path=checkpoint_path)
+            _trainer(recorder).fit(module, ckpt_path=checkpoint_path)
         result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir, log)
         with defer_stop():  # the server and the directory agree on how the run ended
@@ -135,14 +135,14 @@ class _Execution:
                 log(f"{type(unsent).__name__}: {unsent}")
 
 
-def _trainer(recorder: Recorder, tracker: Tracker) -> pl.Trainer:
+def _trainer(recorder: Recorder) -> pl.Trainer:
     config: Any = recorder.config
     return pl.Trainer(
         max_epochs=config.epochs,
         accelerator=config.accelerator,
         devices=1,
         precision=config.precision,
-        logger=WandbLogger(experiment=tracker.run) if tracker.run is not None else False,
+        logger=False,  # Lightning's log on rank 0 only, and Slurm's tasks have ranks
         callbacks=[recorder],
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
         default_root_dir=recorder.run_dir.path,
