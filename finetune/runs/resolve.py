@@ -1,6 +1,5 @@
 """A run's config and directory, from what was given and from what the machine and data allow."""
 
-import os
 import re
 import secrets
 import shutil
@@ -22,8 +21,10 @@ from finetune.system.progress import StartProgress, no_progress
 DEFAULT_CACHE_GB = 20.0
 
 
-def prepare_run(fields: Mapping[str, Any], log: Callable[[str], None]) -> tuple[RunConfig, RunDir]:
-    """The config and directory of a run with these fields.
+def prepare_run(
+    fields: Mapping[str, Any], log: Callable[[str], None], run_id: str | None = None
+) -> tuple[RunConfig, RunDir]:
+    """The config and directory of a run with these fields; `run_id` is W&B's, if it has one.
 
     Besides those of `RunConfig`, `config` is a YAML file of fields, which the others override, and
     `resume` a run directory, whose config must not change except for a larger number of epochs.
@@ -40,7 +41,7 @@ def prepare_run(fields: Mapping[str, Any], log: Callable[[str], None]) -> tuple[
         config = RunConfig.from_fields(given)
         for line in advice(given, config):
             log(line)
-        run_dir = RunDir(config.out / _run_id())
+        run_dir = RunDir(config.out / _checked(run_id or secrets.token_hex(4)))
         if not run_dir.config_path.exists():
             return config, run_dir
     recorded = run_dir.read_config(allow_unknown=False)
@@ -50,15 +51,17 @@ def prepare_run(fields: Mapping[str, Any], log: Callable[[str], None]) -> tuple[
         epochs = changes.pop("epochs")[1]
     if changes:
         listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changes.items())
-        raise ConfigError(f"{run_dir.path} has another config: {listed}; only epochs may increase")
+        raise ConfigError(
+            f"{run_dir.path} has another config: {listed}; only epochs may increase, "
+            "other values need a new run"
+        )
     return recorded.model_copy(update={"epochs": epochs}), run_dir
 
 
-def _run_id() -> str:
-    """W&B's id of this run if W&B has set one; it is the name of the run directory too."""
-    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+def _checked(run_id: str) -> str:
+    """A run's id if it can be the name of its directory."""
     if not re.fullmatch(r"[\w-][\w.-]*", run_id):
-        raise ConfigError(f"WANDB_RUN_ID: got {run_id!r}; letters, digits, - _ and . are allowed")
+        raise ConfigError(f"W&B's run id: got {run_id!r}; letters, digits, - _ and . are allowed")
     return run_id
 
 

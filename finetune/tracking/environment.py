@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,20 @@ def _has_key(environ: Mapping[str, str]) -> bool:
         return False
 
 
+def active_run() -> Any | None:
+    """W&B's run that `wandb.init` has opened in this process, if it has not ended."""
+    wandb = sys.modules.get("wandb")
+    return None if wandb is None else wandb.run
+
+
+def run_id() -> str | None:
+    """W&B's id of this run if it has one already: the active run's, or what an agent has set."""
+    run = active_run()
+    if run is not None and not run.disabled:
+        return str(run.id)
+    return os.environ.get("WANDB_RUN_ID") or None
+
+
 def sweep_name(config: RunConfig, wandb_mode: str) -> str | None:
     """The name of the W&B sweep that this run belongs to, or its id if it has no name.
 
@@ -57,19 +72,21 @@ def sweep_name(config: RunConfig, wandb_mode: str) -> str | None:
         return sweep_id
 
 
-def fields_of_run(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's fields: the parameters of its W&B sweep, if an agent started it, and its flags.
+def fields_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's fields: those given, and the parameters of its W&B sweep, if an agent started it.
 
     Raises `ConfigError` if they contradict each other: W&B would show the sweep's value.
     """
     parameters = sweep_parameters()
-    if shared := {name: flags[name] for name in flags.keys() & parameters.keys()}:
+    if shared := {name: given[name] for name in given.keys() & parameters.keys()}:
         of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
         differing = differences(RunConfig.from_fields(of_sweep), shared)
-        for name, (in_sweep, given) in differing.items():
-            both = f"{given} on the command line and {in_sweep} from the sweep"
-            raise ConfigError(f"{name}: got {both}; set it in one of them only")
-    return parameters | dict(flags)
+        for name, (in_sweep, asked) in differing.items():
+            raise ConfigError(
+                f"{name}: got {asked}, but the W&B sweep sets {in_sweep}; set it in one of them "
+                "only: in the sweep, or on the command line or in the call"
+            )
+    return dict(given) | parameters
 
 
 def sweep_parameters() -> dict[str, Any]:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finetune.config.fields import RunConfig
-from finetune.runs.result import Failure, Row, RunResult, failure_of
+from finetune.runs.result import METRICS, Failure, Row, RunResult, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError, Stopped
 from finetune.system.resources import require_handles
 from finetune.system.shutdown import defer_stop, is_stopping
 from finetune.system.text import one_line
-from finetune.tracking.environment import mode, sweep_name, sweep_parameters
+from finetune.tracking.environment import active_run, mode, sweep_name, sweep_parameters
 from finetune.tracking.result_tables import result_tables
 
 FOLDER = "finetune"  # of a run's W&B files
@@ -36,11 +36,13 @@ class Tracker:
     """The W&B side of one run. It does nothing, and doesn't import wandb, if W&B is disabled."""
 
     has_opened: ClassVar[bool] = False
-    """Whether this process has opened a W&B run."""
+    """Whether the run that this process carries out has a W&B run."""
 
-    def __init__(self, run: Any | None) -> None:
+    def __init__(self, run: Any | None, is_joined: bool = False) -> None:
         self.run = run
         """W&B's run object; None if W&B is disabled or the run has ended."""
+        self.is_joined = is_joined
+        """Whether the caller has opened the run. It is then the caller who finishes it."""
 
     @classmethod
     def open(
@@ -48,8 +50,11 @@ class Tracker:
     ) -> Tracker:
         """Start or resume the W&B run that has the name of the run directory as its id.
 
-        Raises `FinetuneError` if W&B can't be reached or refuses.
+        If the caller has an active W&B run, this run is logged into it. Raises `FinetuneError` if
+        W&B can't be reached or refuses.
         """
+        if (active := active_run()) is not None:
+            return cls(None) if active.disabled else cls._join(active, config, log)
         wandb_mode = mode()
         if wandb_mode == "disabled":
             return cls(None)
@@ -71,6 +76,27 @@ class Tracker:
         run.define_metric("*", step_metric="epoch")
         return cls(run)
 
+    @classmethod
+    def _join(cls, run: Any, config: RunConfig, log: Callable[[str], None]) -> Tracker:
+        """Log into the caller's run: its config gets this run's fields."""
+        sends = " (`wandb sync` with it sends the run)" if run.offline else ""
+        log(f"W&B: logging into the active run {run.id}; its files are in {_folder(run)}{sends}")
+        locked = sweep_parameters()
+        fields = {k: v for k, v in config.to_fields().items() if k not in locked}
+        before = dict(run.config)
+        for name in fields.keys() & before.keys():
+            if before[name] != fields[name]:
+                log(
+                    f"W&B: {name} was {before[name]} in the active run's config; it is now "
+                    f"{fields[name]}"
+                )
+        run.config.update(fields, allow_val_change=True)
+        run.tags = tuple(dict.fromkeys((*(run.tags or ()), config.strategy)))
+        for name in METRICS:
+            run.define_metric(name, step_metric=None if name == "epoch" else "epoch")
+        cls.has_opened = True
+        return cls(run, is_joined=True)
+
     def log_row(self, row: Row) -> None:
         """Log one epoch."""
         if self.run is not None:
@@ -80,12 +106,18 @@ class Tracker:
         """Log the epochs that W&B lacks: a killed attempt may not have sent its last ones."""
         if self.run is None:
             return
-        # An offline run can't ask. Earlier attempts left folders, which `wandb sync` joins.
-        folder = Path(self.run.dir).parent
-        has_earlier = any(other != folder for other in folder.parent.glob("*run-*-*"))
-        num_logged = len(rows) if self.run.offline and has_earlier else self.run.starting_step
-        for row in rows[num_logged:]:
+        for row in rows[self._num_logged(len(rows)) :]:
             self.run.log(row)
+
+    def _num_logged(self, num_rows: int) -> int:
+        """How many of the run's first rows W&B has."""
+        assert self.run is not None
+        if self.is_joined:  # its steps may be the caller's own
+            return int(self.run.summary.get("epoch", -1)) + 1
+        # An offline run can't ask. Earlier attempts left folders, which `wandb sync` joins.
+        folder = _folder(self.run)
+        has_earlier = any(other != folder for other in folder.parent.glob("*run-*-*"))
+        return num_rows if self.run.offline and has_earlier else int(self.run.starting_step)
 
     def log_result(
         self, result: RunResult, run_dir: RunDir, log: Callable[[str], None] = print
@@ -152,13 +184,14 @@ class Tracker:
                     self._upload_files(run_dir)
                     self._log_model(run_dir, {"state": failure.state})
             finally:
-                run.finish(exit_code=failure.exit_code)
+                if not self.is_joined:
+                    run.finish(exit_code=failure.exit_code)
 
         self._end(send)
 
     def close(self) -> None:
-        """Send everything and end the W&B run as finished."""
-        if self.run is not None:
+        """Send everything and end the W&B run as finished, unless it is the caller's."""
+        if self.run is not None and not self.is_joined:
             self._end(self.run.finish)
 
     def _end(self, send: Callable[[], object]) -> None:
@@ -184,9 +217,13 @@ class Tracker:
                 deadline = min(deadline, time.monotonic() + STOP_SECONDS)
         self.run = None
         if not done.done():
-            folder = Path(run.dir).parent
-            raise FinetuneError(f"W&B: timed out; `wandb sync {folder}` sends the rest")
+            raise FinetuneError(f"W&B: timed out; `wandb sync {_folder(run)}` sends the rest")
         done.result()
+
+
+def _folder(run: Any) -> Path:
+    """The folder of a run's W&B files, which `wandb sync` sends."""
+    return Path(run.dir).parent
 
 
 def _init(wandb_mode: str, timeout_seconds: float = INIT_SECONDS, **options: Any) -> Any:
@@ -223,15 +260,25 @@ def _init(wandb_mode: str, timeout_seconds: float = INIT_SECONDS, **options: Any
 def report_early_failure() -> Iterator[None]:
     """Within it, an error before the W&B run is open is sent to W&B if an agent started the run.
 
-    Otherwise the run would stay pending: the agent doesn't report how its programs end.
+    Otherwise the run would stay pending: the agent doesn't report how its programs end. An active
+    run of the caller gets the state and the reason too.
     """
+    Tracker.has_opened = False
     try:
         yield
     except (Exception, Stopped) as error:
-        by_agent = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
-        if by_agent and mode() == "online" and not Tracker.has_opened:
+        if not Tracker.has_opened:
+            Tracker.has_opened = True  # of several such contexts one reports
             # If W&B can't be reached, the error itself is more important.
             with suppress(FinetuneError), defer_stop():
-                timeout_seconds = STOP_SECONDS / 2 if is_stopping() else INIT_SECONDS
-                Tracker(_init("online", timeout_seconds)).fail(failure_of(error))
+                _report(failure_of(error))
         raise
+
+
+def _report(failure: Failure) -> None:
+    by_agent = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
+    if (active := active_run()) is not None:
+        Tracker(active, is_joined=True).fail(failure)
+    elif by_agent and mode() == "online":
+        timeout_seconds = STOP_SECONDS / 2 if is_stopping() else INIT_SECONDS
+        Tracker(_init("online", timeout_seconds)).fail(failure)

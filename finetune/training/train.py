@@ -32,7 +32,8 @@ from finetune.system.progress import bar
 from finetune.system.resources import is_out_of_memory, shortage
 from finetune.system.shutdown import defer_stop, stoppable
 from finetune.system.text import one_line
-from finetune.tracking.tracker import Tracker
+from finetune.tracking.environment import fields_of_run, run_id
+from finetune.tracking.tracker import Tracker, report_early_failure
 from finetune.training.module import FineTuning
 from finetune.training.recorder import AtomicCheckpointIO, EpochCallback, Recorder
 
@@ -43,14 +44,16 @@ def train_and_finetune(**fields: Any) -> ResNet:
     """Fine-tune once and return the best epoch's model in eval mode.
 
     `fields` are those of `RunConfig`, and `config` (a YAML file of fields) or `resume` (a run
-    directory to continue). The model's `.result` is the run's `RunResult`, which is also in the run
-    directory, with the checkpoints. Raises `FinetuneError`.
+    directory to continue). In a function that `wandb.agent` calls, fields that the sweep sets come
+    from it. The model's `.result` is the run's `RunResult`, which is also in the run directory,
+    with the checkpoints. Raises `FinetuneError`.
     """
-    config, run_dir = prepare_run(fields, log)
-    try:
-        run(config, run_dir)
-    except Shortage as error:
-        raise Shortage(f"{error}, then continue with --resume {run_dir.path}") from None
+    with report_early_failure():
+        config, run_dir = prepare_run(fields_of_run(fields), log, run_id())
+        try:
+            run(config, run_dir)
+        except Shortage as error:
+            raise Shortage(f"{error}, then continue with --resume {run_dir.path}") from None
     return load_best(run_dir.path)
 
 
