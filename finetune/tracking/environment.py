@@ -3,7 +3,8 @@
 import netrc
 import os
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,11 +18,18 @@ MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # of W&B's
 NAME_TIMEOUT_SECONDS = 5  # of one request for a sweep's name; W&B's client makes two
 
 
+DISABLING = ("1", "on", "true", "yes")  # values of WANDB_DISABLED, in any case
+CLIENT_FOLDER = ".wandb-client"  # in the folder of runs, if the home directory can't be used
+
+
 def mode(environ: Mapping[str, str] = os.environ) -> str:
     """`WANDB_MODE` if it is set; else online if a key is configured, and offline if not.
 
-    Raises `ConfigError` for an unknown mode.
+    `WANDB_DISABLED=true`, which Hugging Face's trainer knows, means disabled. Raises
+    `ConfigError` for an unknown mode.
     """
+    if environ.get("WANDB_DISABLED", "").lower() in DISABLING:
+        return "disabled"
     if (given := environ.get("WANDB_MODE")) is not None:
         if given not in MODES:
             raise ConfigError(f"WANDB_MODE: got {given!r}; must be one of {', '.join(MODES)}")
@@ -32,11 +40,47 @@ def mode(environ: Mapping[str, str] = os.environ) -> str:
 def _has_key(environ: Mapping[str, str]) -> bool:
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    path = Path(environ.get("NETRC") or "~/.netrc").expanduser()
+    host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    path = Path(_expanded(environ.get("NETRC") or "~/.netrc"))
     try:
         return path.exists() and netrc.netrc(str(path)).authenticators(host) is not None
     except (netrc.NetrcParseError, OSError):
+        return False
+
+
+def _expanded(path: str) -> str:
+    """The path with the home in place of ~; unchanged, not an error, if there is no home."""
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
+def use_writable_folders(runs_dir: Path, log: Callable[[str], None]) -> None:
+    """Make W&B's client use a folder among the runs for files that it can't keep in the home.
+
+    Variables that are set already stay. The key and the settings in the home are still read.
+    """
+    from wandb import env
+
+    fallback = runs_dir / CLIENT_FOLDER
+    if not os.environ.get("HOME"):  # W&B's service asks for nothing else
+        home = _expanded("~")
+        os.environ["HOME"] = home if Path(home).is_absolute() else str(fallback)
+    defaults = {env.DATA_DIR: Path(env.get_data_dir()), env.CACHE_DIR: env.get_cache_dir()}
+    unusable = [
+        name for name, folder in defaults.items()
+        if name not in os.environ and not _is_writable(folder)
+    ]  # fmt: skip
+    if unusable:
+        log(f"W&B: the home directory can't be written; {fallback} is used instead")
+        os.environ.update(dict.fromkeys(unusable, str(fallback)))
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a file can be made in the folder, which is made too if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
         return False
 
 

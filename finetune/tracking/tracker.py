@@ -20,7 +20,13 @@ from finetune.system.errors import FinetuneError, Stopped
 from finetune.system.resources import require_handles
 from finetune.system.shutdown import defer_stop, is_stopping
 from finetune.system.text import one_line
-from finetune.tracking.environment import active_run, mode, sweep_name, sweep_parameters
+from finetune.tracking.environment import (
+    active_run,
+    mode,
+    sweep_name,
+    sweep_parameters,
+    use_writable_folders,
+)
 from finetune.tracking.result_tables import result_tables
 
 FOLDER = "finetune"  # of a run's W&B files
@@ -53,11 +59,13 @@ class Tracker:
         If the caller has an active W&B run, this run is logged into it. Raises `FinetuneError` if
         W&B can't be reached or refuses.
         """
-        if (active := active_run()) is not None:
+        active = active_run()
+        if active is None and mode() == "disabled":
+            return cls(None)
+        use_writable_folders(run_dir.path.parent, log)
+        if active is not None:
             return cls(None) if active.disabled else cls._join(active, config, log)
         wandb_mode = mode()
-        if wandb_mode == "disabled":
-            return cls(None)
         if wandb_mode == "offline" and "WANDB_MODE" not in os.environ:
             log("W&B: no key is configured; logging offline (wandb sync sends the run later)")
         locked = sweep_parameters()
@@ -246,9 +254,12 @@ def _init(wandb_mode: str, timeout_seconds: float = INIT_SECONDS, **options: Any
             ),
         )
     except Exception as error:  # of the server or of the client's own service
-        raise FinetuneError(
-            f"W&B: {error}. Set WANDB_MODE=offline to log into the run directory instead"
-        ) from error
+        other, does = (
+            ("disabled", "run without W&B")
+            if offline
+            else ("offline", "log into the run directory instead")
+        )
+        raise FinetuneError(f"W&B: {error}. Set WANDB_MODE={other} to {does}") from error
     except BaseException:  # a stop: the server may know the run already
         wandb.teardown(exit_code=1)
         raise
