@@ -546,7 +546,7 @@ class WandbServer:
             "type": "resume" if again else "run",
             "run_id": run.name,
             "args": args,
-            "program": sweep.config["program"],
+            "program": sweep.config.get("program"),
         }
 
 

@@ -104,6 +104,18 @@ def test_the_key_in_a_read_only_home_is_used(
 
 
 @pytest.mark.slow
+def test_an_agent_s_run_is_complete_with_a_read_only_home(
+    place: Place, fields: dict[str, Any], read_only_home: Path
+) -> None:
+    sweep = place.sweep(fixed(fields, strategy="freeze", epochs=2))
+    assert place.agent(sweep, HOME=str(read_only_home)).wait(120) == 0
+    (run,) = place.server.sweep_runs(sweep)
+    assert run.state == "finished"
+    assert_history_is_complete(run, place.run_dir(run))
+    assert run.artifact("model").files["best.ckpt"]
+
+
+@pytest.mark.slow
 def test_a_local_sweep_finishes_with_a_read_only_home(
     place: Place, fields: dict[str, Any], read_only_home: Path
 ) -> None:
