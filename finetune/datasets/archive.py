@@ -13,7 +13,12 @@ from typing import Any
 
 from finetune.data.layout import is_picture_name
 from finetune.datasets.fetch import check_free_space
-from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive, select_members
+from finetune.datasets.zip_safety import (
+    ArchiveError,
+    UnexpectedArchive,
+    encoding_of_names,
+    select_members,
+)
 from finetune.system.errors import DataError
 from finetune.system.progress import bar
 
@@ -81,10 +86,20 @@ def _open_zip(archive: Path) -> zipfile.ZipFile:
     with archive.open("rb") as file:
         start = file.read(60)
     try:
-        return zipfile.ZipFile(archive)
+        opened = zipfile.ZipFile(archive)
+        if encoding := encoding_of_names(opened.infolist()):
+            opened.close()
+            opened = zipfile.ZipFile(archive, metadata_encoding=encoding)
     except Exception as error:  # of many types, for damaged archives
         reason = f"is damaged or not a zip file ({error}); it starts with {start!r}"
         raise ArchiveError(reason) from None
+    if encoding:
+        print(f"{archive}: names that are not marked as UTF-8 are read as {encoding}")
+    if any("\\" in info.filename for info in opened.infolist()):
+        print(f"{archive}: backslashes in names are read as separators of folders")
+    for info in opened.infolist():  # after decoding: a character of GBK may have the byte of \
+        info.filename = info.filename.replace("\\", "/")
+    return opened
 
 
 def _extract(

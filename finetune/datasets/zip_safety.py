@@ -13,6 +13,7 @@ from finetune.system.errors import DataError
 MAX_MEMBERS = 1_000_000
 MAX_BYTES = 500 * 10**9
 MAX_RATIO = 100  # of unpacked bytes to packed bytes
+_UTF8_FLAG = 0x800
 
 
 class ArchiveError(DataError):
@@ -47,6 +48,36 @@ def select_members(infos: list[zipfile.ZipInfo], packed_bytes: int) -> dict[str,
     }
 
 
+def encoding_of_names(infos: Iterable[zipfile.ZipInfo]) -> str | None:
+    """The probable encoding of the names without the UTF-8 flag; None if all of them are ASCII.
+
+    `infos` were read without `metadata_encoding`, so that these names are decoded as cp437.
+    """
+    unmarked = (info.orig_filename for info in infos if not info.flag_bits & _UTF8_FLAG)
+    names = b"/".join(name.encode("cp437") for name in unmarked if not name.isascii())
+    if not names:
+        return None
+    try:
+        names.decode("utf-8")
+        return "utf-8"
+    except UnicodeDecodeError:
+        return "gbk" if _is_chinese(names) else "cp437"
+
+
+def _is_chinese(names: bytes) -> bool:
+    """Whether these are names in GBK.
+
+    Most names of Western Europe in cp437 can be decoded as GBK too, but not as characters of the
+    older GB2312, which has nearly all characters that are in use.
+    """
+    try:
+        text = [character for character in names.decode("gbk") if not character.isascii()]
+    except UnicodeDecodeError:
+        return False
+    in_use = "".join(text).encode("gb2312", "ignore").decode("gb2312")
+    return 2 * len(in_use) > len(text)
+
+
 def _check_size(infos: list[zipfile.ZipInfo], packed_bytes: int) -> None:
     total_bytes = sum(info.file_size for info in infos)
     if len(infos) > MAX_MEMBERS:
@@ -60,14 +91,15 @@ def _check_size(infos: list[zipfile.ZipInfo], packed_bytes: int) -> None:
 
 def _reasons_to_refuse(info: zipfile.ZipInfo) -> dict[str, bool]:
     """Each reason, and whether it applies."""
-    name, method = info.orig_filename, info.compress_type
+    # The original name still has what follows a NUL.
+    name, method = info.orig_filename.replace("\\", "/"), info.compress_type
     parts = name.removesuffix("/").split("/")
     kind = stat.S_IFMT(info.external_attr >> 16)
     # zipfile unpacks other methods in blocks of any size: 1,000 bytes of bzip2 may be a gigabyte.
     is_allowed_method = method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     is_bad_part = any(part in ("", ".") or len(part) > 255 for part in parts)
     return {
-        "is not a relative path": name.startswith("/") or "\\" in name or ":" in parts[0],
+        "is not a relative path": name.startswith("/") or ":" in parts[0],
         "leads out of its folder": ".." in parts,
         "has empty, too long or invalid parts": is_bad_part or "\0" in name,
         "is a link or a special file": kind not in (0, stat.S_IFREG, stat.S_IFDIR),

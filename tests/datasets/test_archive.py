@@ -31,6 +31,29 @@ def write(folder: Path, content: bytes) -> Path:
     return archive
 
 
+def with_names(rename: Callable[[str], bytes], marked: Callable[[str], bool]) -> bytes:
+    """A zip of FILES with these bytes as names, of which some are marked as UTF-8."""
+
+    class Info(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+            flag = 0x800 if marked(self.filename) else 0
+            return rename(self.filename), self.flag_bits | flag
+
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in FILES.items():
+            archive.writestr(Info(name), content)
+    return out.getvalue()
+
+
+def never(name: str) -> bool:
+    return False
+
+
+def with_windows_paths(root: str) -> bytes:
+    return with_names(lambda name: (root + name).replace("/", "\\").encode(), never)
+
+
 def assert_nothing_left(folder: Path) -> None:
     """The archive is the only file, in its folder and beside it."""
     assert [p.relative_to(folder.parent).as_posix() for p in folder.parent.rglob("*")] == [
@@ -57,6 +80,76 @@ def test_the_data_set_is_found_at_any_depth(folder: Path, root: str) -> None:
     assert find_layout(folder / "data").data_dir == folder / "data"
 
 
+@pytest.mark.parametrize("root", ["", "inaturalist_12K/", "mirror/nature 12K/"])
+def test_backslashes_separate_folders(
+    folder: Path, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unpack(write(folder, with_windows_paths(root)), folder / "data", "test")
+    assert {n: (folder / "data" / n).read_bytes() for n in FILES} == FILES
+    assert "backslashes in names are read as separators of folders" in capsys.readouterr().out
+
+
+def test_folders_of_their_own_with_backslashes_are_no_files(folder: Path) -> None:
+    archive = write(folder, with_windows_paths("d/"))
+    with zipfile.ZipFile(archive, "a") as opened:
+        for name in ("d\\", "d\\train\\", "d\\train\\Aves\\"):
+            opened.writestr(name, b"")
+    unpack(archive, folder / "data", "test")
+    assert {n: (folder / "data" / n).read_bytes() for n in FILES} == FILES
+
+
+CHINESE, RARE, ACCENTED = "两栖动物", "朱镕", "Möwen und Füchse"
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "assumed"),
+    [
+        (CHINESE, "gbk", "gbk"),
+        (f"{CHINESE}{RARE}", "gbk", "gbk"),
+        (f"{CHINESE}誠", "gbk", "gbk"),  # whose second byte is that of a backslash
+        (CHINESE, "utf-8", "utf-8"),
+        (ACCENTED, "utf-8", "utf-8"),
+        (ACCENTED, "cp437", "cp437"),
+        ("Pájaros", "cp437", "cp437"),
+    ],
+)
+@pytest.mark.parametrize("separator", "/\\")
+def test_names_that_are_not_marked_as_utf8_are_decoded(
+    folder: Path,
+    name: str,
+    encoding: str,
+    assumed: str,
+    separator: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def rename(path: str) -> bytes:
+        return path.replace("Aves", name).replace("/", separator).encode(encoding)
+
+    counts = unpack(write(folder, with_names(rename, never)), folder / "data", "test")
+    assert counts == {split: {name: n, "Fungi": n} for split, n in (("train", 3), ("val", 2))}
+    assert (folder / "data" / "val" / name / "001.jpg").is_file()
+    assert f"names that are not marked as UTF-8 are read as {assumed}" in capsys.readouterr().out
+
+
+def test_names_marked_as_utf8_are_utf8_beside_names_in_gbk(folder: Path) -> None:
+    def rename(path: str) -> bytes:
+        known = {"Aves": CHINESE, "Fungi": ACCENTED}
+        for old, new in known.items():
+            path = path.replace(old, new)
+        return path.encode("gbk" if CHINESE in path else "utf-8")
+
+    content = with_names(rename, lambda path: "Fungi" in path)
+    counts = unpack(write(folder, content), folder / "data", "test")
+    assert counts["train"] == {CHINESE: 3, ACCENTED: 3}
+
+
+def test_nothing_is_assumed_about_plain_names(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unpack(write(folder, zipped(FILES)), folder / "data", "test")
+    assert capsys.readouterr().out == ""
+
+
 def test_files_beside_the_splits_are_left_out(folder: Path) -> None:
     extra = {
         "__MACOSX/inaturalist_12K/train/Aves/._000.jpg": b"x",
@@ -78,8 +171,16 @@ def test_files_beside_the_splits_are_left_out(folder: Path) -> None:
         ("/etc/cron.d/x", 0, "not a relative path"),
         ("../outside.jpg", 0, "leads out"),
         ("inaturalist_12K/train/Aves/../../../../outside.jpg", 0, "leads out"),
-        ("..\\outside.jpg", 0, "not a relative path"),
+        ("..\\outside.jpg", 0, "leads out"),
+        ("inaturalist_12K\\train\\Aves\\..\\..\\..\\..\\outside.jpg", 0, "leads out"),
+        ("inaturalist_12K/train/Aves\\../../../..\\outside.jpg", 0, "leads out"),
+        ("\\windows\\x.jpg", 0, "not a relative path"),
+        ("\\\\server\\share\\x.jpg", 0, "not a relative path"),
         ("C:/windows/x.jpg", 0, "not a relative path"),
+        ("C:\\windows\\x.jpg", 0, "not a relative path"),
+        ("inaturalist_12K\\train\\Aves\\000.jpg\\x.jpg", 0, "also a file"),
+        ("inaturalist_12K\\\\train\\Aves\\x.jpg", 0, "empty"),
+        ("inaturalist_12K\\train\\Aves\\x.jpg\0.png", 0, "invalid parts"),
         ("inaturalist_12K/train/Aves/link.jpg", stat.S_IFLNK, "link"),
         ("inaturalist_12K/train/Linked", stat.S_IFLNK, "link"),
         ("inaturalist_12K/train/Aves/pipe.jpg", stat.S_IFIFO, "special"),
@@ -100,8 +201,10 @@ def test_an_unsafe_member_is_refused_and_nothing_is_left(
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_a_duplicate_member_is_refused(folder: Path) -> None:
-    archive = write(folder, with_member("inaturalist_12K/train/Aves/000.jpg"))
+@pytest.mark.parametrize("separator", "/\\")
+def test_a_duplicate_member_is_refused(folder: Path, separator: str) -> None:
+    name = "inaturalist_12K/train/Aves/000.jpg".replace("/", separator)
+    archive = write(folder, with_member(name))
     with pytest.raises(ArchiveError, match="twice"):
         unpack(archive, folder / "data", "test")
     assert_nothing_left(folder)
