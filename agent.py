@@ -11,7 +11,7 @@ from finetune.config.fields import RunConfig
 from finetune.config.flags import given_fields
 from finetune.system.progress import close_bars
 from finetune.system.shutdown import defer_stop, run_cli
-from finetune.tracking.environment import fields_of_run
+from finetune.tracking.environment import fields_of_run, sweep_parameters
 from finetune.tracking.tracker import report_early_failure
 
 
@@ -19,7 +19,7 @@ from finetune.tracking.tracker import report_early_failure
 def main() -> None:
     """Check the fields before anything heavy is imported, then run."""
     with report_early_failure():
-        given = fields_of_run(given_fields(sys.argv[1:]))
+        given = fields_of_run(given_fields(sys.argv[1:], swept=sweep_parameters()))
         if not given.keys() & {"config", "resume"}:
             RunConfig.from_fields(given)
         with defer_stop():  # an exception while torch is imported would abort the process

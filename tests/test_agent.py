@@ -34,7 +34,10 @@ def as_flags(fields: dict[str, Any]) -> list[str]:
     ("flags", "words"),
     [
         (["--strategy=partail"], "must be one of freeze, partial, gradual, scratch"),
-        (["--learning-rate=1"], "did you mean learning_rate"),
+        (["--lerning-rate=1"], "did you mean learning_rate"),
+        (["--learning-rate=-1"], "learning_rate: got '-1'"),
+        (["batch_size=0"], "batch_size: got '0'"),
+        (['{"batch_size": 0}'], "batch_size: got 0"),
         (["--epochs=0"], "epochs: got '0'"),
         (["--config=missing.yaml"], "missing.yaml can't be read"),
         (["--epochs"], "expected one argument"),
@@ -46,6 +49,29 @@ def test_a_wrong_command_line_is_one_message_and_code_2(flags: list[str], words:
     assert done.stderr.startswith("error: ")
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["--seed=4"], ["seed=4"], ['{"seed": 4}'], ["+seed=4"]])
+def test_a_contradiction_to_the_sweep_is_refused_in_every_spelling(
+    words: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("wandb_version: 1\nseed: {value: 3}\n")
+    done = agent(*words, WANDB_SWEEP_PARAM_PATH=str(path))
+    assert done.returncode == 2
+    assert "seed: got 4" in done.stderr and "in one of them only" in done.stderr
+
+
+def test_a_config_file_may_be_a_parameter_of_a_sweep(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    base, path = tmp_path / "base.yaml", tmp_path / "config.yaml"
+    base.write_text("epochs: 0\n")
+    path.write_text(f"wandb_version: 1\nconfig: {{value: {base}}}\n")
+    done = agent(f"--config={base}", *as_flags(fields | {"epochs": None}),
+                 WANDB_SWEEP_PARAM_PATH=str(path))  # fmt: skip
+    assert done.returncode == 2
+    assert "epochs: got 0" in done.stderr
 
 
 def test_missing_data_names_the_download_command(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import annotated_types as at
 from PIL import ImageColor
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
 from finetune.system.files import absolute
 from finetune.system.text import nearest
@@ -70,6 +71,11 @@ def _augmentation(value: object) -> object:
     """YAML and W&B spell a boolean in many ways."""
     word = str(value).lower() if isinstance(value, bool | str) else value
     return "y" if word in _YES else "n" if word in _NO else value
+
+
+def takes_boolean(field: FieldInfo) -> bool:
+    """Whether true is a value of the field, so that its flag needs none."""
+    return field.annotation is bool or _YES & set(get_args(field.annotation)) != set()
 
 
 def _weights(value: object) -> object:

@@ -4,12 +4,17 @@ Values stay text here; `RunConfig` checks them, however a run is started.
 """
 
 import argparse
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Container, Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NoReturn
 
 import annotated_types as at
 from pydantic.fields import FieldInfo
 
+from finetune.config.field_types import takes_boolean
 from finetune.config.fields import RunConfig, unknown_field
 from finetune.system.errors import ConfigError
 
@@ -49,8 +54,8 @@ def parser(program: str) -> argparse.ArgumentParser:
             metavar="VALUE",
             help=f"{field.description}{bounds}{default}".replace("%", "%%"),
             # `--skip_unreadable` without a value means true
-            nargs="?" if field.annotation is bool else None,
-            const="true" if field.annotation is bool else None,
+            nargs="?" if takes_boolean(field) else None,
+            const="true" if takes_boolean(field) else None,
         )
     made.add_argument("--config", metavar="FILE", help="a YAML file of fields; flags override it")
     made.add_argument(
@@ -62,14 +67,67 @@ def parser(program: str) -> argparse.ArgumentParser:
     return made
 
 
-def given_fields(arguments: Sequence[str], program: str = "agent.py") -> dict[str, Any]:
-    """The fields of a command line. Raises `ConfigError` for unknown ones."""
-    known, rest = parser(program).parse_known_args(arguments)
-    # W&B's agent adds such arguments to a run that it queues again.
-    rest = [word for word in rest if not word.startswith("--_wandb")]
-    if rest:
-        named = [word.lstrip("-").partition("=")[0] for word in rest if word.startswith("-")]
-        raise ConfigError(
-            "; ".join(map(unknown_field, named)) if named else f"unexpected argument {rest[0]!r}"
-        )
-    return {k: v for k, v in vars(known).items() if v not in (None, "None")}
+def given_fields(
+    arguments: Sequence[str], program: str = "agent.py", swept: Container[str] = ()
+) -> dict[str, Any]:
+    """The fields of a command line. Raises `ConfigError` for unknown ones.
+
+    Besides flags it may have what W&B's agents make of the macros in a sweep's command: NAME=VALUE,
+    +NAME=VALUE, ++NAME=VALUE, a JSON object, the path of a .json file, and the bare names of the
+    sweep's parameters, `swept`, whose values come from the agent's file.
+    """
+    flags, rest = parser(program).parse_known_args(list(_spelled_out(arguments)))
+    words = list(_without_internal(rest))
+    if unknown := [word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")]:
+        raise ConfigError("; ".join(map(unknown_field, unknown)))
+    given: dict[str, Any] = {}
+    for word in words:
+        if assigned := re.fullmatch(r"\+{0,2}(\w[\w.-]*)=(.*)", word, re.DOTALL):
+            given[assigned[1]] = assigned[2]
+        elif word.startswith("{") or word.endswith(".json"):
+            given |= _read_json(word)
+        elif word not in swept:
+            raise ConfigError(f"unexpected argument {word!r}")
+    if unknown := [name for name in given if name not in vars(flags)]:
+        raise ConfigError("; ".join(map(unknown_field, unknown)))
+    given |= {name: value for name, value in vars(flags).items() if value is not None}
+    return {name: value for name, value in given.items() if value not in (None, "None")}
+
+
+def _spelled_out(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with _ for - in names of flags, and with the value of a flag without one."""
+    for word, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        field = RunConfig.model_fields.get(name)
+        if not word.startswith("--") or field is None:
+            yield word
+            continue
+        has_value = following.isalnum() and following not in RunConfig.model_fields
+        if takes_boolean(field) and not equals and not has_value:
+            equals, value = "=", "true"
+        yield f"--{name}{equals}{value}"
+
+
+def _without_internal(words: Sequence[str]) -> Iterator[str]:
+    """The words but `_wandb...`, which W&B's agent adds to a run that it queues again."""
+    is_its_value = False
+    for word in words:
+        if re.match(r"(--|\+{0,2})_wandb", word):
+            is_its_value = word.startswith("--") and "=" not in word
+        elif is_its_value and not word.startswith("-"):
+            is_its_value = False
+        else:
+            yield word
+
+
+def _read_json(word: str) -> dict[str, Any]:
+    """The fields of a JSON object, or of a file that holds one."""
+    try:
+        text = word if word.startswith("{") else Path(word).read_text(encoding="utf-8")
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"unexpected argument {word!r}, which is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f'{word}: must hold a JSON object with fields, such as {{"epochs": 10}}')
+    return {name: value for name, value in found.items() if not name.startswith("_wandb")}

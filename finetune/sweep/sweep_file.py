@@ -1,8 +1,7 @@
 """Reads and checks W&B sweep files: what passes here is valid for W&B's agents too."""
 
 import itertools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,14 +11,13 @@ from pydantic import BaseModel, Field, ValidationError
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.field_types import Count, one_of
 from finetune.config.fields import RunConfig, read_mapping, unknown_field
-from finetune.config.flags import given_fields
+from finetune.sweep.command import PROGRAM, Values, fields_of_command
 from finetune.sweep.distributions import Constant, Dimension, Value, read_parameter
 from finetune.sweep.spec import DEFAULT_METRIC, EarlyTermination, Metric, Sweep
 from finetune.system.errors import ConfigError
 from finetune.system.files import load_yaml
 from finetune.system.text import nearest
 
-PROGRAM = "agent.py"
 _MAX_CELLS = 100_000
 _MAX_CHECKED = 2_000
 # Keys that may change before a sweep is resumed:
@@ -58,7 +56,9 @@ def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
     if not isinstance(content, dict):
         raise ConfigError(f"{source} is not a sweep file: it must have method and parameters")
     reader = _Reader(content, str(source))
-    if content.get("program") is None and content.get("command") is None:
+    command = content.get("command")
+    is_needed = not command or (isinstance(command, list) and "${program}" in command)
+    if content.get("program") is None and is_needed:
         reader.faults.append(f"program: missing; W&B's agents need 'program: {PROGRAM}'")
     return reader.read(source.stem)
 
@@ -81,7 +81,7 @@ class _Reader:
         content = self.content
         file = self._validated()
         dimensions, constants = self._parameters()
-        fixed = self._with_config_file(self._command() | constants)
+        fixed = self._with_config_file(self._command(dimensions, constants) | constants)
         self._raise_faults()
         assert file is not None
         labels = {key: content[key] for key in ("project", "entity") if content.get(key)}
@@ -120,23 +120,14 @@ class _Reader:
             self.faults += map(_fault, error.errors())
             return None
 
-    def _command(self) -> dict[str, Value]:
-        """The fields that a custom command sets, apart from W&B's own placeholders."""
+    def _command(self, dimensions: Iterable[Dimension], constants: Values) -> dict[str, Value]:
+        """The fields that a custom command sets."""
         command = self.content.get("command")
         if not isinstance(command, list):
             return {}
-        words = [str(word) for word in command if not re.fullmatch(r"\$\{\w+\}", str(word))]
-        program = list(itertools.takewhile(lambda word: not word.startswith("--"), words))
-        self.faults += [
-            f"command: {word!r} is not supported; use {PROGRAM} and its flags"
-            for word in program
-            if not re.fullmatch(rf"python[\d.]*|env|-u|{re.escape(PROGRAM)}", Path(word).name)
-        ]
+        example = {dimension.name: dimension.examples()[0] for dimension in dimensions}
         try:
-            given = given_fields(words[len(program) :])
-            if "resume" in given:
-                raise ConfigError("resume: a sweep starts new runs; remove it")
-            return given
+            return fields_of_command(command, {**example, **constants})
         except ConfigError as error:
             self.faults.append(f"command: {error}")
             return {}

@@ -122,8 +122,8 @@ def fields_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises `ConfigError` if they contradict each other: W&B would show the sweep's value.
     """
     parameters = sweep_parameters()
-    if shared := {name: given[name] for name in given.keys() & parameters.keys()}:
-        of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
+    of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
+    if shared := {name: given[name] for name in given.keys() & of_sweep.keys()}:
         differing = differences(RunConfig.from_fields(of_sweep), shared)
         for name, (in_sweep, asked) in differing.items():
             raise ConfigError(

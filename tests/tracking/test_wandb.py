@@ -114,6 +114,32 @@ def test_parameters_without_flags_come_from_the_sweep(place: Place, fields: dict
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "${env} ${interpreter} -m agent ${args_no_hyphens} ${args_json} ${args_json_file}",
+        "${interpreter} ${program} --patience=${envvar:WAIT} ${args_dict} ${args_no_equals} "
+        "${args_append_hydra} ${args_override_hydra} ${args_no_boolean_flags}",
+    ],
+    ids=["module", "program"],
+)
+def test_the_real_agent_starts_runs_with_every_macro(
+    place: Place, fields: dict[str, Any], command: str
+) -> None:
+    changed = {"strategy": "freeze", "epochs": 1, "data_aug": True, "skip_unreadable": False}
+    sweep = place.sweep(fixed(fields, **changed, name="two words"), command=command.split())
+    check = place.start("-m", "finetune", "sweep", "--check", f"{place.path}/sweep.yaml", WAIT="7")
+    assert check.wait(60) == 0
+    assert place.agent(sweep, WAIT="7").wait(120) == 0
+    (run,) = place.server.sweep_runs(sweep)
+    assert run.state == "finished"
+    result = json.loads((place.run_dir(run) / "result.json").read_text())
+    made = {name: result["config"][name] for name in (*changed, "name", "learning_rate")}
+    assert made == changed | {"data_aug": "y", "name": "two words", "learning_rate": 0.01}
+    assert result["config"]["patience"] == (7 if "WAIT" in command else 3)
+
+
+@pytest.mark.slow
 def test_a_stopped_run_is_complete_on_the_server_in_time(
     place: Place, fields: dict[str, Any]
 ) -> None:
