@@ -16,11 +16,12 @@ import annotated_types as at
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finetune.config import field_types as types
+from finetune.config.aliases import hint
 from finetune.config.field_types import environment, field, label, one_of, searched
 from finetune.config.strategies import PARTS, SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
 from finetune.system.files import load_yaml
-from finetune.system.text import nearest
+from finetune.system.text import brief, nearest
 
 
 class RunConfig(BaseModel):
@@ -204,8 +205,12 @@ class RunConfig(BaseModel):
 
 
 def unknown_field(name: str) -> str:
-    """The message for a name that is not a field, with the most similar fields."""
-    names = [*RunConfig.model_fields, "config", "resume"]  # flags that are not fields
+    """The message for a name that is not a field, with the field that it may mean."""
+    flags = ["config", "resume"]  # that are not fields
+    names = [*RunConfig.model_fields, *flags]
+    known = "it is a flag of agent.py" if name in flags else hint(name, names)
+    if known:
+        return f"unknown field {name!r}: {known}"
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
 
 
@@ -248,12 +253,4 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return message
     message = message.replace("Input should be", "must be")
     allowed = model.model_fields[name].description
-    return f"{name}: got {_shown(error['input'])}; {message[0].lower()}{message[1:]} ({allowed})"
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print an integer of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return f"{name}: got {brief(error['input'])}; {message[0].lower()}{message[1:]} ({allowed})"

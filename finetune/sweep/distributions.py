@@ -40,6 +40,8 @@ class Dimension:
     meaning: Callable[[Any], Value] = lambda point: point
     steps: tuple[Value, ...] | None = None
     """All values in order, where they are finitely many: the values of a grid."""
+    note: str = ""
+    """What a user should know about the values."""
 
     def examples(self) -> list[Value]:
         """Values to check a field with: all choices, or the range's ends and middle."""
@@ -164,6 +166,14 @@ DISTRIBUTIONS: Mapping[str, _Form] = {
     **{f"q_{name}": _quantized(form) for name, form in _QUANTIZED.items()},
 }
 
+# Those whose bounds are exponents of e, and what takes values:
+_OF_VALUES = {
+    "log_uniform": "log_uniform_values",
+    "inv_log_uniform": "inv_log_uniform_values",
+    "log_normal": "normal",
+    "q_log_uniform": "q_log_uniform_values",
+    "q_log_normal": "q_normal",
+}
 _UNSUPPORTED = ("beta", "q_beta")  # their quantiles have no closed form
 _NUMBERS = ("min", "max", "mu", "sigma", "q")
 _KEYS = ("value", "values", "probabilities", "distribution", *_NUMBERS)
@@ -174,7 +184,8 @@ def read_parameter(name: str, given: object, is_numeric: bool = False) -> Dimens
 
     A numeric parameter can't have numbers that YAML reads as strings: W&B would pass strings on.
     """
-    form = _form(name, given)
+    distribution = _distribution(name, given)
+    form = DISTRIBUTIONS[distribution]
     assert isinstance(given, dict)
     settings = {**form.defaults, **given}
     _check_numbers(name, settings)
@@ -184,15 +195,29 @@ def read_parameter(name: str, given: object, is_numeric: bool = False) -> Dimens
             raise ConfigError(f"{name}: got {value!r}; must be a single value")
         if is_numeric and isinstance(value, str) and (advice := _number_as_text(value)):
             raise ConfigError(f"{name}: {advice}")
-    return form.build(name, settings)
+    read = form.build(name, settings)
+    if isinstance(read, Dimension) and distribution in _OF_VALUES:
+        return replace(read, note=_range_note(read, distribution, settings))
+    return read
 
 
-def _form(name: str, given: object) -> _Form:
+def _range_note(dimension: Dimension, distribution: str, settings: Mapping[str, Any]) -> str:
+    """The values that a distribution with exponents draws; a warning if values may be meant."""
+    low, *_, high = dimension.examples()
+    lowest, keys = (
+        (settings["min"], "min and max") if "min" in settings else (settings["mu"], "mu and sigma")
+    )
+    return (
+        f"{'warning: ' if lowest > 0 else ''}{dimension.name}: {distribution} draws {low:.5g} to "
+        f"{high:.5g}, as its {keys} are exponents of e; {_OF_VALUES[distribution]} takes the "
+        "values themselves"
+    )
+
+
+def _distribution(name: str, given: object) -> str:
     """The distribution of an entry with the right keys. Raises `ConfigError`."""
     if not isinstance(given, dict) or not given:
         raise ConfigError(f"{name}: got {given!r}; must be a mapping, such as 'values: [1, 2]'")
-    if "parameters" in given:
-        raise ConfigError(f"{name}: nested parameters aren't supported; a run's fields are flat")
     for key in given:
         if key not in (*_KEYS, "a", "b"):
             raise ConfigError(f"{name}: unknown key {key!r}{nearest(str(key), _KEYS)}")
@@ -208,7 +233,7 @@ def _form(name: str, given: object) -> _Form:
         raise ConfigError(f"{where} needs {', '.join(missing)}")
     if foreign := given.keys() - {*form.needs, *form.defaults, "distribution"}:
         raise ConfigError(f"{where} doesn't use {', '.join(sorted(foreign))}")
-    return form
+    return distribution
 
 
 def _check_numbers(name: str, settings: Mapping[str, Any]) -> None:

@@ -75,6 +75,8 @@ def run_sweep(
 def sweep_command(sweep: Path, **options: Any) -> int:
     """`python -m finetune sweep`: run the sweep and print its results; returns the exit code."""
     console, spec = open_console(), read_sweep(sweep)
+    for note in spec.notes:
+        console.print(note, soft_wrap=True)
     return conclude(run_sweep(spec, console=console, **options), spec.metric.name, console)
 
 

@@ -135,6 +135,11 @@ class Sweep:
             words.append(f"1 in {rule.eta} continues after {rule.min_iter} epochs")
         return ", ".join(words)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the dimensions."""
+        return [dimension.note for dimension in self.dimensions if dimension.note]
+
     def cells(self) -> Iterator[dict[str, Value]]:
         """A grid's cells in a fixed order; the first parameter changes most slowly."""
         if self.listed is not None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import annotated_types as at
+import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from finetune.config.aliases import field_of
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.field_types import Count, one_of
 from finetune.config.fields import RunConfig, read_mapping, unknown_field
@@ -16,7 +18,7 @@ from finetune.sweep.distributions import Constant, Dimension, Value, read_parame
 from finetune.sweep.spec import DEFAULT_METRIC, EarlyTermination, Metric, Sweep
 from finetune.system.errors import ConfigError
 from finetune.system.files import load_yaml
-from finetune.system.text import nearest
+from finetune.system.text import brief, nearest
 
 _MAX_CELLS = 100_000
 _MAX_CHECKED = 2_000
@@ -27,6 +29,13 @@ _UNSUPPORTED = {
     **dict.fromkeys(("job", "image_uri", "scheduler", "launch"), "it belongs to W&B Launch"),
     "prior_runs": "runs of a W&B project can't be read here",
 }
+
+_EXAMPLE = "{type: hyperband, min_iter: 4}"
+_ENDS_EARLY = ("hyperband", "asha", "sha", "bohb", "successive_halving", "median", "pruning")
+_EARLY_TERMINATION = f"""method: got {{found!r}}, which ends runs early and doesn't choose values; \
+write it beside a method:
+    method: random
+    early_terminate: {_EXAMPLE.replace("{", "{{").replace("}", "}}")}"""
 
 
 class _SweepFile(BaseModel, extra="forbid"):
@@ -65,7 +74,8 @@ def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
 
 def check_command(sweep: Path, **_: object) -> int:
     """`python -m finetune sweep --check`: read a sweep file and say what it does."""
-    print(f"{sweep} is valid. {read_sweep(sweep).summary()}")
+    read = read_sweep(sweep)
+    print("\n".join([f"{sweep} is valid. {read.summary()}", *read.notes]))
     return 0
 
 
@@ -97,13 +107,13 @@ class _Reader:
         )
         for check in (self._check_grid, self._check_configs):
             check(sweep)
-            self._raise_faults()
+            self._raise_faults(sweep.notes)
         return sweep
 
-    def _raise_faults(self) -> None:
+    def _raise_faults(self, notes: Iterable[str] = ()) -> None:
         if faults := list(dict.fromkeys(self.faults)):
             count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
-            raise ConfigError("\n  ".join([f"{self.where}: {count}:", *faults]))
+            raise ConfigError("\n  ".join([f"{self.where}: {count}:", *faults, *notes]))
 
     def _validated(self) -> _SweepFile | None:
         given = {key: value for key, value in self.content.items() if value is not None}
@@ -192,6 +202,11 @@ def _fault(error: Any) -> str:
     *parents, key = where = [str(part) for part in error["loc"]]
     models: dict[str, type[BaseModel]] = {"metric": Metric, "early_terminate": EarlyTermination}
     fields = models.get(where[0], _SweepFile).model_fields
+    text = error["input"] if isinstance(error["input"], str) else ""
+    if where == ["method"] and text.lower() in _ENDS_EARLY:
+        return _EARLY_TERMINATION.format(found=text)
+    if where == ["early_terminate"] and text:
+        return f"{key}: got {text!r}; must be a mapping, such as {_EXAMPLE}"
     if key in _UNSUPPORTED and not parents:
         return f"{key}: not supported: {_UNSUPPORTED[key]}"
     if error["type"] == "extra_forbidden":
@@ -200,17 +215,44 @@ def _fault(error: Any) -> str:
         hint = fields[key].description
         return f"{'.'.join(where)}: missing{f'; must be {hint}' if hint else ''}"
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{'.'.join(where)}: got {error['input']!r}; {message}"
+    return f"{'.'.join(where)}: got {brief(error['input'])}; {message}"
 
 
 def _read_field(name: str, entry: object) -> Dimension | Constant:
     """One entry of `parameters`. Raises `ConfigError`."""
+    if isinstance(entry, dict) and "parameters" in entry:
+        raise ConfigError(f"{name}: {_nested(entry)}")
     if name not in RunConfig.model_fields and name != "config":
         raise ConfigError(unknown_field(name))
     read = read_parameter(name, entry, name in NUMERIC_FIELDS)
     if isinstance(read, Dimension) and name in ("config", "out", "group"):
         raise ConfigError(f"{name}: must have the same value in all trials")
     return read
+
+
+def _nested(entry: Mapping[str, Any]) -> str:
+    """The message for W&B's nested parameters, with the lines to write instead."""
+    message = "nested parameters aren't supported, as a run's fields are flat"
+    lines, names = [], [*RunConfig.model_fields, "config"]
+    for name, inner in _leaves(entry):
+        if field := field_of(name, names):
+            text = yaml.dump(inner, default_flow_style=True, width=200, sort_keys=False)
+            lines.append(f"    {field}: {text.strip()}")
+        else:
+            message += f"; {unknown_field(name)}"
+    if not lines:
+        return message
+    return "\n    ".join([f"{message}; write instead:", "parameters:", *lines])
+
+
+def _leaves(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The parameters that are not nested further, at any depth."""
+    inner = entry["parameters"]
+    for name, given in inner.items() if isinstance(inner, Mapping) else ():
+        if isinstance(given, Mapping) and "parameters" in given:
+            yield from _leaves(given)
+        else:
+            yield str(name), given
 
 
 def _samples(sweep: Sweep) -> Iterator[dict[str, Value]]:

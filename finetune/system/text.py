@@ -27,3 +27,12 @@ def one_line(name: object) -> str:
 def message(error: BaseException) -> str:
     """An error's message with its own line breaks; other unprintable characters are escaped."""
     return "\n".join(map(one_line, str(error).split("\n")))
+
+
+def brief(value: object) -> str:
+    """A value from outside as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."

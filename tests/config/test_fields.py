@@ -131,6 +131,8 @@ def test_arguments_that_wandb_adds_are_ignored_and_others_refused() -> None:
     assert given_fields(["--epochs=2", "--_wandb_requeue=1"]) == {"epochs": "2"}
     assert given_fields(["--skip_unreadable"]) == {"skip_unreadable": "true"}
     with pytest.raises(ConfigError, match="did you mean batch_size"):
+        given_fields(["--batchsice", "3"])
+    with pytest.raises(ConfigError, match="'batchsize': the field is batch_size"):
         given_fields(["--batchsize", "3"])
     with pytest.raises(ConfigError, match="unexpected argument"):
         given_fields(["partial"])

@@ -131,7 +131,55 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"parameters": {"seed": {"values": [1, 2], "probabilities": [0.5, 0.6]}}},
         "must be 2 numbers >= 0 that sum to 1",
     ),
-    ({"parameters": {"resume": {"value": "runs/x"}}}, "unknown field 'resume'"),
+    ({"parameters": {"resume": {"value": "runs/x"}}}, "'resume': it is a flag of agent.py"),
+    (
+        {"method": "hyperband"},
+        "method: got 'hyperband', which ends runs early and doesn't choose values; write it beside "
+        "a method:\n    method: random\n    early_terminate: {type: hyperband, min_iter: 4}",
+    ),
+    ({"method": "ASHA"}, "early_terminate: {type: hyperband, min_iter: 4}"),
+    ({"method": "bohb"}, "early_terminate: {type: hyperband, min_iter: 4}"),
+    ({"early_terminate": "hyperband"}, "such as {type: hyperband, min_iter: 4}"),
+    (
+        {
+            "parameters": {
+                "optimizer": {
+                    "parameters": {
+                        "lr": {"values": [0.1, 1e-5]},
+                        "inner": {"parameters": {"momentum": {"value": 0.9}}},
+                    }
+                }
+            }
+        },
+        "parameters: optimizer: nested parameters aren't supported, as a run's fields are flat; "
+        "write instead:\n    parameters:\n        momentum: {value: 0.9}\n"
+        "        learning_rate: {values: [0.1, 1.0e-05]}",
+    ),
+    (
+        {"parameters": {"model": {"parameters": {"dropout": {"value": 0.1}}}}},
+        "as a run's fields are flat; unknown field 'dropout': there is no such field",
+    ),
+    (
+        {"parameters": {"seed": {"parameters": [1]}}},
+        "seed: nested parameters aren't supported, as a run's fields are flat",
+    ),
+    (
+        {
+            "parameters": {"momentum": {"distribution": "log_uniform", "min": 0.1, "max": 0.9}},
+            "method": "random",
+        },
+        "\n  warning: momentum: log_uniform draws 1.1052 to 2.4596, as its min and max are "
+        "exponents of e; log_uniform_values takes the values themselves",
+    ),
+    (
+        {
+            "parameters": {
+                "batch_size": {"distribution": "q_log_uniform", "min": 16, "max": 64, "q": 8}
+            },
+            "method": "random",
+        },
+        "warning: batch_size: q_log_uniform draws 8.8861e+06 to 6.2351e+27",
+    ),
     (
         {"metric": {"name": "val_accuracy", "goal": "maximize"}},
         "metric.name: got 'val_accuracy'; must be one of epoch, train_loss",
@@ -186,6 +234,60 @@ def test_an_invalid_file_is_refused_with_the_reason(
     assert sorted(tmp_path.iterdir()) == [path], "files were written"
 
 
+EXPONENTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"distribution": "log_uniform", "min": 0.0001, "max": 0.1},
+        "warning: learning_rate: log_uniform draws 1.0001 to 1.1052, as its min and max are "
+        "exponents of e; log_uniform_values takes the values themselves\n",
+    ),
+    (
+        {"distribution": "log_uniform", "min": -9.2103, "max": -2.3026},
+        "\nlearning_rate: log_uniform draws 0.0001 to 0.099999, as its min and max",
+    ),
+    (
+        {"distribution": "inv_log_uniform", "min": 0.0001, "max": 0.1},
+        "warning: learning_rate: inv_log_uniform draws 0.90484 to 0.9999, as its min and max are "
+        "exponents of e; inv_log_uniform_values takes the values themselves\n",
+    ),
+    (
+        {"distribution": "q_log_uniform", "min": 0.01, "max": 1.0, "q": 0.1},
+        "warning: learning_rate: q_log_uniform draws 1 to 2.7, as its min and max are exponents "
+        "of e; q_log_uniform_values takes",
+    ),
+    (
+        {"distribution": "log_normal", "mu": 0.001, "sigma": 0.1},
+        "warning: learning_rate: log_normal draws 0.7349 to 1.3635, as its mu and sigma are "
+        "exponents of e; normal takes",
+    ),
+    (
+        {"distribution": "q_log_normal", "mu": 0.001, "sigma": 0.1, "q": 0.01},
+        "warning: learning_rate: q_log_normal draws 0.73 to 1.36, as its mu and sigma",
+    ),
+]
+
+
+@pytest.mark.parametrize(("entry", "note"), EXPONENTS, ids=lambda x: str(x)[:40])
+def test_distributions_of_exponents_say_what_they_draw(
+    entry: dict[str, Any], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"program": "agent.py", "method": "random", "parameters": {"learning_rate": entry}}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert main(["sweep", "--check", str(path)]) == 0
+    assert note in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--max_runs"):  # before the first trial
+        main(["sweep", str(path)])
+    assert note.lstrip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["log_uniform_values", "q_log_uniform_values", "uniform"])
+def test_distributions_of_values_say_nothing(name: str) -> None:
+    entry = {"distribution": name, "min": 0.0001, "max": 0.1}
+    if name.startswith("q_"):
+        entry["q"] = 0.0001
+    assert sweep(method="random", parameters={"lr_decay": entry}).notes == []
+
+
 def test_all_faults_are_listed_together() -> None:
     with pytest.raises(ConfigError) as refused:
         sweep(methd=1, run_cap=-1, parameters={"lerning_rate": {"value": 1}})
@@ -214,6 +316,7 @@ def test_all_faults_are_listed_together() -> None:
         "epochs: 2001-99-99",
         f"epochs: {'9' * 10_000}",
         f"epochs: 0x{'f' * 10_000}",
+        f"method: 0x{'f' * 10_000}",
         "epochs: 1\n? [a, {b: c}]\n: 2",
         f"a: {'x' * 2_000_000}",
         "- a list",
@@ -221,7 +324,7 @@ def test_all_faults_are_listed_together() -> None:
         "\ud800",
     ],
     ids=["alias bomb", "deep", "object", "merge bomb", "loop", "name", "tag", "date", "long number",
-         "long hex", "key", "long", "list", "binary", "no text"],
+         "long hex", "long hex as method", "key", "long", "list", "binary", "no text"],
 )  # fmt: skip
 def test_a_hostile_or_broken_file_is_one_message(
     text: str, read: Callable[[Path], Any], tmp_path: Path

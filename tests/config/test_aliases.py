@@ -1,0 +1,111 @@
+"""Names that other programs use: every way to give fields says what they are called here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config.aliases import ALIASES, NO_FIELD, hint
+from finetune.config.fields import RunConfig, read_mapping
+from finetune.config.flags import given_fields
+from finetune.sweep.sweep_file import read_sweep
+from finetune.system.errors import ConfigError
+from finetune.training.train import train_and_finetune
+
+FLAGS = {*RunConfig.model_fields, "config", "resume"}
+NAMES = {
+    "lr": "learning_rate",
+    "LR": "learning_rate",
+    "bs": "batch_size",
+    "batchSize": "batch_size",
+    "wd": "weight_decay",
+    "n_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "augmentation": "data_aug",
+    "augment": "data_aug",
+    "dataset": "data_dir",
+    "data_path": "data_dir",
+    "data": "data_dir",
+    "img_size": "image_size",
+    "scheduler": "lr_schedule",
+    "pretrained": "weights",
+    "early_stopping": "patience",
+    "output_dir": "out",
+    "device": "accelerator",
+    "run_name": "name",
+}
+WITHOUT_FIELD = {
+    "model_type": "the network is always torchvision's ResNet18",
+    "arch": "the network is always torchvision's ResNet18",
+    "backbone": "the network is always torchvision's ResNet18",
+    "dropout": "the network is ResNet18, which has no dropout",
+    "num_classes": "the classes are the folders in data_dir",
+    "optimizer": "the optimizer is SGD",
+    "num_workers": "a run reads pictures from its cache",
+}
+MESSAGES = {
+    **{name: f"unknown field {name!r}: the field is {field}" for name, field in NAMES.items()},
+    **{n: f"unknown field {n!r}: there is no such field; {r}" for n, r in WITHOUT_FIELD.items()},
+}
+
+
+def from_a_file(fields: dict[str, Any]) -> object:
+    Path("config.yaml").write_text("".join(f"{k}: {v}\n" for k, v in fields.items()))
+    return RunConfig.from_fields(read_mapping(Path("config.yaml")))
+
+
+def from_a_sweep(fields: dict[str, Any]) -> object:
+    parameters = {name: {"value": value} for name, value in fields.items()}
+    return read_sweep({"method": "grid", "parameters": parameters})
+
+
+WAYS = {
+    "flags": lambda fields: given_fields([f"--{k}={v}" for k, v in fields.items()]),
+    "flags and values": lambda fields: given_fields([w for k in fields for w in (f"--{k}", "3")]),
+    "words": lambda fields: given_fields([f"{k}={v}" for k, v in fields.items()]),
+    "file": from_a_file,
+    "sweep": from_a_sweep,
+    "call": lambda fields: train_and_finetune(**fields),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_name_of_other_programs_is_refused_with_the_field(
+    name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        WAYS[way]({name: 3})
+    assert MESSAGES[name] in str(refused.value)
+
+
+@pytest.mark.parametrize("way", ["file", "sweep", "call"])
+def test_a_field_with_a_hyphen_is_named(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="'weight-decay': the field is weight_decay"):
+        WAYS[way]({"weight-decay": 0.1})
+
+
+def test_flags_may_have_hyphens() -> None:
+    words = ["--weight-decay=0.1", "--batch-size", "3", "--skip-unreadable", "--lr-schedule=cosine"]
+    assert given_fields(words) == {
+        "weight_decay": "0.1",
+        "batch_size": "3",
+        "skip_unreadable": "true",
+        "lr_schedule": "cosine",
+    }
+
+
+def test_every_alias_means_one_field_and_is_none() -> None:
+    assert ALIASES.keys() <= FLAGS
+    aliases = " ".join([*ALIASES.values(), *NO_FIELD.values()]).split()
+    assert len(set(aliases)) == len(aliases)
+    assert not FLAGS & set(aliases)
+    assert all(hint(alias) for alias in aliases)
+    assert not any(hint(field) for field in FLAGS)
