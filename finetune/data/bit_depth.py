@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.data.formats import open_picture
+from finetune.data.formats import first_bytes, open_picture
 from finetune.system.devices import num_cores
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -73,9 +73,8 @@ def find_range(paths: Sequence[Path]) -> Range | None:
 
 def _is_deep_file(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
-            if file.read(2) == b"\xff\xd8":  # JPEG has 8 bits
-                return False
+        if first_bytes(path, 2) == b"\xff\xd8":  # JPEG has 8 bits
+            return False
         with open_picture(path) as image:
             return is_deep(image.mode)
     except Exception:  # decoding it will name the file and the reason

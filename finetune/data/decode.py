@@ -6,7 +6,6 @@ Legend: H height, W width, C=3 channels (RGB).
 """
 
 import re
-import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,8 +93,6 @@ def _decode(path: Path, preprocessing: Preprocessing) -> Decoded:
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> Decoded:
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
-        raise ValueError("it is not a regular file")
     with open_picture(path) as image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are too many")

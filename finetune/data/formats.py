@@ -1,5 +1,6 @@
 """Picture files: which formats are read, how they are opened, and how a viewer shows them."""
 
+import stat
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -23,12 +24,12 @@ def _known_formats() -> tuple[str, ...]:
 
 def open_picture(path: Path) -> Image.Image:
     """The file as Pillow's lazy image, by its content; `OSError` or `ValueError` if it is none."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+        raise ValueError("it is not a regular file")
     try:
         return Image.open(path, formats=_known_formats())
     except UnidentifiedImageError:
-        with path.open("rb") as file:
-            start = file.read(_SIGNATURE_BYTES)
-        if not _is_heif(start):
+        if not _is_heif(first_bytes(path, _SIGNATURE_BYTES)):
             raise
     try:
         import pillow_heif
@@ -42,17 +43,24 @@ def _is_heif(start: bytes) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
 
 
+def first_bytes(path: Path, count: int) -> bytes:
+    """The first bytes of a file; none if it can't be read. A pipe, which would block, has none."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return b""
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        return b""
+
+
 def has_picture_content(path: Path) -> bool:
     """Whether the file starts as a picture of these formats does; for files of unknown suffix.
 
     >>> has_picture_content(Path(__file__))
     False
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(_SIGNATURE_BYTES)
-    except OSError:
-        return False
+    start = first_bytes(path, _SIGNATURE_BYTES)
     is_tiff = start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     is_iso = start[4:8] == b"ftyp" and start[8:12] in (*_HEIF_BRANDS, b"avif", b"avis")
     starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")

@@ -64,29 +64,48 @@ def find_splits(
     stores the decoded pictures, which a run needs in any case.
     """
     sources, notes = find_sources(config)
-    whole = sources.get("all") or sources["train"]
-    fraction = resolve_fraction(config, sources)
+    source = sources.get("all") or sources["train"]
     if config.pixel_range == "auto":
-        pixel_range = _find_pixel_range(whole.whole)
+        pixel_range = _find_pixel_range(source.whole)
         config = config.model_copy(update={"pixel_range": pixel_range})
-    train, val, test = whole, sources.get("val"), _test_of(sources, fraction)
+    hashes: Sequence[str | None] = ()
+    if resolve_fraction(config, sources) > 0:
+        hashes = picture_hashes(source, Preprocessing.of(config), cache, progress)
+    return divide(config, sources, notes, hashes)
+
+
+def divide(
+    config: RunConfig,
+    sources: dict[str, Pictures],
+    notes: Sequence[str],
+    hashes: Sequence[str | None],
+) -> Splits:
+    """The splits of the pictures and notes from `find_sources`; `hashes` are the training ones'.
+
+    Raises `DataError`.
+    """
+    fraction = resolve_fraction(config, sources)
+    source = sources.get("all") or sources["train"]
+    train, val, test = source, sources.get("val"), _test_of(sources, fraction)
     if fraction > 0:
-        hashes = picture_hashes(whole, Preprocessing.of(config), cache, progress)
-        notes += _note_on_copies(hashes)
-        train, val = _divide(whole, fraction, hashes)
+        train, val = _hold_out(source, fraction, hashes)
         if "all" in sources:
             rest = [hashes[row] for row in train.rows]
-            train, test = _divide(train, fraction / (1 - fraction), rest)
+            train, test = _hold_out(train, fraction / (1 - fraction), rest)
     assert val is not None
     if not len(val):
         raise DataError(
-            f"val_fraction: {fraction:g} of {num(len(whole), 'training picture')} leaves none to "
+            f"val_fraction: {fraction:g} of {num(len(source), 'training picture')} leaves none to "
             "validate; pass a larger one, or 0 to validate on val/"
         )
-    notes += _note_on_classes(val, "validation")
-    notes += _note_on_classes(test, "test") if test else []
-    notes.append(_summary(train, val, test, sources, fraction))
-    return Splits(train, val, test, fraction, config.pixel_range, tuple(notes))
+    lines = [
+        *notes,
+        *_note_on_copies(hashes),
+        *_note_on_classes(val, "validation"),
+        *(_note_on_classes(test, "test") if test else []),
+        _summary(train, val, test, sources, fraction),
+    ]
+    return Splits(train, val, test, fraction, config.pixel_range, tuple(lines))
 
 
 def find_test(config: RunConfig) -> Pictures | None:
@@ -211,7 +230,7 @@ def _note_on_copies(hashes: Sequence[str | None]) -> list[str]:
     return [f"{num(count, 'picture')} repeat others; equal ones stay on one side of the split"]
 
 
-def _divide(
+def _hold_out(
     pictures: Pictures, fraction: float, hashes: Sequence[str | None]
 ) -> tuple[Pictures, Pictures]:
     kept, held_out = split_stratified(pictures, fraction, hashes)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.fields import RunConfig
+from finetune.data.bit_depth import find_range
 from finetune.data.decode import Decoded, Preprocessing, decode_many
 from finetune.data.layout import find_layout, list_pictures, num, suffix_of
 from finetune.data.pictures import Pictures, find_pictures
-from finetune.data.splits import find_sources, num_held_out, resolve_fraction
+from finetune.data.splits import divide, find_sources
 from finetune.datasets.copies import NearCopies, find_copies
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, bar, no_progress
@@ -23,8 +24,7 @@ from finetune.system.text import one_line
 
 MAX_IMBALANCE = 3.0
 """Ratio of a split's largest to its smallest class from which a warning is printed."""
-_ANY_RANGE = (0.0, 1.0)  # pictures of more than 8 bits are read for their values alone
-_PREPROCESSING = Preprocessing(64, pixel_range=_ANY_RANGE)  # enough to compare, and quick
+_IMAGE_SIZE = 64  # enough to compare pictures, and quick
 _MAX_LISTED = 10
 _MAX_RARE = 0.01  # of all pictures
 
@@ -100,18 +100,25 @@ def examine(
             read[names[index]] = decoded
         done()
 
-    decode_many(list(paths.values()), _PREPROCESSING, add)
+    pixel_range = find_range(list(paths.values()))
+    decode_many(list(paths.values()), Preprocessing(_IMAGE_SIZE, pixel_range=pixel_range), add)
     read = {name: read[name] for name in names if name in read}
     findings.unreadable = dict(sorted(findings.unreadable.items()))
     _examine_classes(sources, read, findings)
+    if not findings.faults:
+        source = sources.get("all") or sources["train"]
+        found = (read.get(f"{source.name}/{name}") for name in source.names)
+        hashes = [decoded and decoded.pixels_hash for decoded in found]
+        try:
+            findings.notes = list(divide(config, sources, findings.notes, hashes).notes)
+        except DataError as error:
+            findings.faults.append(str(error))
     _examine_files(read, findings)
     findings.repeated = find_copies(read, classes, paths)
     near = NearCopies()
-    hashes: set[str] = set()
-    for name, decoded in read.items():
-        if decoded.pixels_hash not in hashes:  # an equal one is in `repeated`
-            near.add(name, decoded.image)
-        hashes.add(decoded.pixels_hash)
+    different = {decoded.pixels_hash: name for name, decoded in reversed(read.items())}
+    for name in reversed(different.values()):  # equal ones are in `repeated`
+        near.add(name, read[name].image)
     findings.similar = near.pairs()
     return findings
 
@@ -120,7 +127,6 @@ def _find_sources(config: RunConfig, findings: Findings) -> dict[str, Pictures]:
     """The pictures by split, as a run finds them; without its rules if they stop it."""
     try:
         sources, findings.notes = find_sources(config)
-        resolve_fraction(config, sources)
     except DataError as error:
         findings.faults.append(str(error))
         if config.labels:
@@ -132,6 +138,7 @@ def _find_sources(config: RunConfig, findings: Findings) -> dict[str, Pictures]:
         for split, folder in folders.items():
             if any(list_pictures(folder).files.values()):
                 sources[split] = find_pictures(folder, split, allow_empty=True)
+                findings.notes += sources[split].notes
         if not sources:
             raise
     findings.ignored = [
@@ -159,10 +166,6 @@ def _examine_classes(
         ]
         if present := [number for number in counts.values() if number]:
             findings.imbalance[split] = round(max(present) / min(present), 2)
-    source = findings.counts.get("all") or findings.counts.get("train", {})
-    is_divided = {"val", "test"} <= sources.keys()
-    if not is_divided and not any(num_held_out(number, 0.2) for number in source.values()):
-        findings.faults.append("no class has two pictures, so none can be held out to validate")
 
 
 def _examine_files(read: dict[str, Decoded], findings: Findings) -> None:

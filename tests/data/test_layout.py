@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -225,3 +226,14 @@ def test_classes_missing_in_val_are_said_and_unknown_ones_stop(tmp_path: Path) -
     place(tmp_path, {"val/dogs": 1})
     with pytest.raises(DataError, match=r"no training pictures of dogs; did you mean dog\?"):
         splits_of(tmp_path)
+
+
+def test_pipes_are_never_opened(tmp_path: Path) -> None:
+    place(tmp_path, in_splits("train", "val"))
+    for name in ("pipe", "pipe.jpg"):
+        os.mkfifo(tmp_path / "train/cat" / name)
+    splits = splits_of(tmp_path)
+    assert [name for name in splits.train.names + splits.val.names if "pipe" in name] == [
+        "cat/pipe.jpg"
+    ]
+    assert "train/: left out 1 without suffix" in splits.notes
