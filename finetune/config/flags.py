@@ -62,7 +62,8 @@ def parser(program: str) -> argparse.ArgumentParser:
         "--resume",
         metavar="RUN_DIR",
         help="continue the run of this directory after its last finished epoch; only a larger "
-        "--epochs may differ from its config",
+        "--epochs, the device and the places of data, weights and caches may differ from its "
+        "config",
     )
     return made
 

@@ -55,6 +55,10 @@ class Pictures:
     def path(self, index: int) -> Path:
         return self.folder / self.files[index]
 
+    @property
+    def paths(self) -> list[Path]:
+        return [self.path(i) for i in range(len(self))]
+
     def subset(self, indices: Indices) -> Self:
         files = tuple(self.files[i] for i in indices)
         labels, rows = self.labels[indices], self.rows[indices]

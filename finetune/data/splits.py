@@ -54,6 +54,12 @@ class Splits:
     def split_fingerprint(self) -> str:
         return digest([[p.name, p.names] for p in (self.train, self.val)])
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Both, by their names in last.ckpt and result.json."""
+        names = ("dataset_fingerprint", "split_fingerprint")
+        return {name: getattr(self, name) for name in names}
+
 
 def find_splits(
     config: RunConfig, cache: Cache | None = None, progress: StartProgress = no_progress

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.config.fields import RunConfig
 from finetune.data.pictures import Indices, Pictures, find_pictures
 from finetune.data.splits import find_test
 from finetune.inference.predict import Predictor, load_predictor, predict_logits
@@ -45,12 +46,7 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
     """
     run, predictor = RunDir(run_dir), load_predictor(run_dir)
     config = predictor.config
-    pictures = find_pictures(folder) if folder else find_test(config or run.read_config())
-    if pictures is None:
-        raise DataError(
-            f"{run.path} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "
-            "pass a labelled folder, or train with a val_fraction above 0, which keeps val/"
-        )
+    pictures = find_pictures(folder) if folder else _test_set(run, config or run.read_config())
     labels = run_labels(pictures, predictor.class_names)
     about = {
         "folder": str(pictures.folder.absolute()),
@@ -67,6 +63,27 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
         print(f"recorded {record['recorded_at']}; the pictures are not evaluated again")
     print(json.dumps(record, ensure_ascii=False, indent=2) if as_json else describe(record))
     return 0
+
+
+def _test_set(run: RunDir, config: RunConfig) -> Pictures:
+    """Raises `DataError` if the run has none, or its data has been moved."""
+    command = f"python -m finetune evaluate {run.path} FOLDER"
+    try:
+        pictures = find_test(config)
+    except DataError as error:
+        if config.data_dir.is_dir():
+            raise DataError(f"{error}. Or pass a labelled folder: {command}") from None
+        name = "val" if config.val_fraction else "test"
+        raise DataError(
+            f"{run.path}: its data was at {config.data_dir}, which does not exist. Pass the folder "
+            f"of its test pictures, {name}/ of the data: {command}"
+        ) from None
+    if pictures is None:
+        raise DataError(
+            f"{run.path} has no test set: val/ validated, and there is no test/. Add test/CLASS/*, "
+            "pass a labelled folder, or train with a val_fraction above 0, which keeps val/"
+        )
+    return pictures
 
 
 def run_labels(pictures: Pictures, class_names: Sequence[str]) -> Indices:

@@ -20,6 +20,10 @@ from finetune.system.progress import StartProgress, no_progress
 
 DEFAULT_CACHE_GB = 20.0
 
+_PLACES = ("data_dir", "labels", "weights", "cache_dir", "out")
+"""Fields that a resume may change if the pictures and weights there have the same fingerprints."""
+_DEVICE = ("accelerator", "precision")
+
 
 def prepare_run(
     fields: Mapping[str, Any], log: Callable[[str], None], run_id: str | None = None
@@ -27,7 +31,8 @@ def prepare_run(
     """The config and directory of a run with these fields; `run_id` is W&B's, if it has one.
 
     Besides those of `RunConfig`, `config` is a YAML file of fields, which the others override, and
-    `resume` a run directory, whose config must not change except for a larger number of epochs.
+    `resume` a run directory, whose config must not change except for a larger number of epochs,
+    the device, and places.
     Raises `ConfigError` and `RunDirError`.
     """
     refuse_torchrun()
@@ -44,18 +49,44 @@ def prepare_run(
         run_dir = RunDir(config.out / _checked(run_id or secrets.token_hex(4)))
         if not run_dir.config_path.exists():
             return config, run_dir
+    return _resumed(run_dir, given, log), run_dir
+
+
+def _resumed(run_dir: RunDir, given: Mapping[str, Any], log: Callable[[str], None]) -> RunConfig:
+    """The config with which a run is continued; other pictures or weights are found later."""
     recorded = run_dir.read_config(allow_unknown=False)
-    changes = differences(recorded, given)
-    epochs = recorded.epochs
-    if changes.get("epochs", (0, 0))[1] > epochs:
-        epochs = changes.pop("epochs")[1]
+    changed = {name: given[name] for name in (*_PLACES, *_DEVICE) if name in given}
+    # The directory may have been moved: its place is where it is now.
+    changed["out"] = str(run_dir.path.parent)
+    if "accelerator" in changed:
+        changed.setdefault("precision", "auto")
+    changes = differences(recorded, {k: v for k, v in given.items() if k not in changed})
+    if changes.get("epochs", (0, 0))[1] > recorded.epochs:
+        changed["epochs"] = changes.pop("epochs")[1]
     if changes:
         listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changes.items())
         raise ConfigError(
-            f"{run_dir.path} has another config: {listed}; only epochs may increase, "
-            "other values need a new run"
+            f"{run_dir.path} has another config: {listed}; only epochs may increase, and "
+            f"{', '.join((*_PLACES, *_DEVICE))} may differ; other values need a new run"
         )
-    return recorded.model_copy(update={"epochs": epochs}), run_dir
+    config = RunConfig.from_fields(recorded.to_fields() | changed)
+    return _on_device(config, recorded, log) if changed.keys() & {*_DEVICE} else config
+
+
+def _on_device(config: RunConfig, recorded: RunConfig, log: Callable[[str], None]) -> RunConfig:
+    """Replace `auto` by the recorded precision, or on another device by that device's."""
+    accelerator = _accelerator(config.accelerator)
+    is_same = accelerator == recorded.accelerator
+    precision: str = config.precision
+    if precision == "auto":
+        precision = recorded.precision if is_same else _precision(accelerator)
+    if (accelerator, precision) != (recorded.accelerator, recorded.precision):
+        log(
+            f"resuming on {accelerator} in {precision}; the epochs so far were computed on "
+            f"{recorded.accelerator} in {recorded.precision}, so the result is not, to the bit, "
+            "that of an uninterrupted run"
+        )
+    return config.model_copy(update={"accelerator": accelerator, "precision": precision})
 
 
 def _checked(run_id: str) -> str:

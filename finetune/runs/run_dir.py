@@ -82,18 +82,20 @@ class RunDir:
     def claim(self, config: RunConfig) -> None:
         """Create or reopen the directory and lock it for this process until `release`.
 
-        An unfinished run is continued; a finished one too if `config` has more epochs: its result
-        is then renamed. Raises `RunDirError` if another process holds the directory, the run is
-        finished, or the directory can't be written, and `OSError` if no file handles are left.
+        An unfinished run is continued; a finished one too if `config` has more epochs. With a
+        last.ckpt nothing is changed before `resume`. Raises `RunDirError` if another process holds
+        the directory, the run is finished, or the directory can't be written, and `OSError` if no
+        file handles are left.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             if self.finished:
-                self._reopen(config)
+                self._check_more_epochs(config)
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink()
-            self.write_config(config)
+            if not self.last_path.exists():
+                self.write_config(config)
         except Timeout:
             raise RunDirError(f"{self.path} is in use by another process") from None
         except (OSError, RunDirError) as error:
@@ -104,17 +106,24 @@ class RunDir:
                 f"out: {self.path} can't be written: {error.strerror or error}; pass another --out"
             ) from None
 
-    def _reopen(self, config: RunConfig) -> None:
-        """Make a finished run unfinished, for more epochs."""
-        result = RunResult.load(self.path)
-        epochs, reason = result.config.get("epochs", result.epochs_run), ""
-        if config.epochs <= epochs:
+    def resume(self, config: RunConfig) -> None:
+        """Record the config of a resumed run, and make a finished one unfinished, for more epochs.
+
+        Only once last.ckpt is found to fit `config`: a refused resume changes nothing.
+        """
+        if self.finished:
+            epochs = _num_epochs(RunResult.load(self.path))
+            self.result_path.replace(self.path / f"result.{epochs}-epochs.json")
+        self.write_config(config)
+
+    def _check_more_epochs(self, config: RunConfig) -> None:
+        result, reason = RunResult.load(self.path), ""
+        if config.epochs <= _num_epochs(result):
             reason = "is finished; resume it with a larger --epochs, or start a new run"
         elif result.stopped_early:
             reason = "stopped early by its patience; more epochs would not change that"
         if reason:
             raise RunDirError(f"{self.path} {reason}")
-        self.result_path.replace(self.path / f"result.{epochs}-epochs.json")
 
     def release(self) -> None:
         self._lock.release()
@@ -162,6 +171,17 @@ class RunDir:
             reason = error.strerror or error
             raise RunDirError(f"{self.evaluation_path} can't be written: {reason}") from None
 
+    def write_predictions(self, logits: Array, labels: Array, paths: Sequence[Path]) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, logits=logits, labels=labels, paths=np.array([*map(str, paths)]))
+        write_atomically(self.predictions_path, buffer.getvalue())
+
+    def move_predictions(self, paths: Sequence[Path]) -> None:
+        """Write predictions.npz with the pictures' new paths, if they have moved."""
+        logits, labels, recorded = self.read_predictions()
+        if len(paths) == len(recorded) and [*map(str, paths)] != recorded.tolist():
+            self.write_predictions(logits, labels, paths)
+
     def read_predictions(self) -> tuple[Array, Array, Array]:
         """The best epoch's logits, (N, K), labels and paths, (N,). Raises `RunDirError`."""
         try:
@@ -179,6 +199,11 @@ class RunDir:
             reason = str(error) or type(error).__name__
             raise RunDirError(f"{self.predictions_path} is damaged: {reason}") from None
         return logits, labels, paths
+
+
+def _num_epochs(result: RunResult) -> int:
+    """The `epochs` that a finished run had."""
+    return int(result.config.get("epochs", result.epochs_run))
 
 
 def read_metrics(path: Path) -> list[Row]:

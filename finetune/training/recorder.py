@@ -3,15 +3,13 @@
 last.ckpt is written last and holds everything that a resume needs.
 """
 
-import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
@@ -22,7 +20,6 @@ from finetune.model.weights import FORMAT_VERSION, read_checkpoint, write_checkp
 from finetune.runs.result import Row, best_epoch
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import Diverged, RunDirError, WeightsError
-from finetune.system.files import write_atomically
 from finetune.system.shutdown import defer_stop
 from finetune.training.module import FineTuning
 
@@ -31,6 +28,13 @@ EpochCallback = Callable[[Row], None]
 
 STATE_KEY, _STATE_KEY_0_1 = "recorder", "Recorder"
 """The recorder's entry among the callbacks of last.ckpt, now and in 0.1; part of the format."""
+
+_ORIGINS = {
+    "weights_fingerprint": ("weights", "weights"),
+    "dataset_fingerprint": ("pictures", "data_dir"),
+    "split_fingerprint": ("pictures", "data_dir"),
+}
+"""What a fingerprint is of, and the field that says where it is."""
 
 
 def read_last(path: Path) -> dict[str, Any]:
@@ -65,7 +69,8 @@ class Recorder(pl.Callback):
 
     run_dir: RunDir
     config: RunConfig
-    weights_fingerprint: str | None
+    fingerprints: Mapping[str, str | None]
+    """Of the weights, the data set and the split, by their names in last.ckpt and result.json."""
     log_line: Callable[[str], None] = print  # Lightning sets `log` to its own
     on_epoch: EpochCallback | None = None
     log_row: EpochCallback | None = None
@@ -95,14 +100,27 @@ class Recorder(pl.Callback):
             self.run_dir.read_predictions()
         except (WeightsError, RunDirError) as error:
             raise WeightsError(f"{error}. Remove {path} to start from the beginning") from None
-        if (source := checkpoint.get("weights_fingerprint")) != self.weights_fingerprint:
-            raise WeightsError(
-                f"{path} belongs to weights {source}; {self.config.weights} are "
-                f"{self.weights_fingerprint}. Resume with the weights that it started from"
-            )
+        self._compare_fingerprints(checkpoint)
+        self.run_dir.resume(self.config)
         self.run_dir.write_metrics(self.rows)
         self.log_line(f"resuming after epoch {len(self.rows) - 1}")
         return path
+
+    def _compare_fingerprints(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raises `WeightsError` if last.ckpt belongs to other weights or pictures."""
+        if missing := [name for name in self.fingerprints if name not in checkpoint]:
+            self.log_line(
+                f"{self.run_dir.last_path} was written by an older version, without "
+                f"{' and '.join(missing)}; whether these are the same is not checked"
+            )
+        for name, found in self.fingerprints.items():
+            if (recorded := checkpoint.get(name, found)) != found:
+                what, field = _ORIGINS[name]
+                raise WeightsError(
+                    f"{self.run_dir.last_path} belongs to {what} {recorded}; those of "
+                    f"{getattr(self.config, field)} are {found} ({name}). Resume with the {what} "
+                    f"that it started from (--{field})"
+                )
 
     @property
     def out_of_patience(self) -> bool:
@@ -161,7 +179,7 @@ class Recorder(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["format_version"] = FORMAT_VERSION
-        checkpoint["weights_fingerprint"] = self.weights_fingerprint
+        checkpoint.update(self.fingerprints)
 
     def _write_best(self, row: Row, module: FineTuning) -> None:
         """best.ckpt, the complete network with its classes and preprocessing; predictions.npz."""
@@ -180,7 +198,5 @@ class Recorder(pl.Callback):
             "val_acc": row["val_acc"],
         }
         write_checkpoint(content, self.run_dir.best_path)
-        buffer = io.BytesIO()
-        paths = np.array([str(pictures.path(i)) for i in range(len(pictures))])
-        np.savez(buffer, logits=module.val_logits().numpy(), labels=pictures.labels, paths=paths)
-        write_atomically(self.run_dir.predictions_path, buffer.getvalue())
+        logits, paths = module.val_logits().numpy(), pictures.paths
+        self.run_dir.write_predictions(logits, pictures.labels, paths)

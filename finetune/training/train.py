@@ -104,12 +104,15 @@ class _Execution:
             log(note)
         num_classes = len(self.splits.class_names)
         network, source = build_from(config.weights, num_classes, config.seed, log)
-        self.recorder = recorder = Recorder(run_dir, config, source, log, self.on_epoch)
+        fingerprints = {"weights_fingerprint": source, **self.splits.fingerprints}
+        self.recorder = recorder = Recorder(run_dir, config, fingerprints, log, self.on_epoch)
         checkpoint_path = recorder.restore()
         self.tracker = tracker = Tracker.open(config, run_dir, log)
         tracker.log_missing_epochs(recorder.rows)
         recorder.log_row = tracker.log_row
         loader = EpochLoader(config, self.splits, self.cache, log)
+        if recorder.rows:
+            run_dir.move_predictions(loader.val.pictures.paths)
         if not recorder.is_complete:
             module = FineTuning(network, config, loader)
             _trainer(recorder).fit(module, ckpt_path=checkpoint_path)
@@ -181,9 +184,7 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         num_train=num_train,
         num_val=num_val,
         unreadable=loader.unreadable,
-        dataset_fingerprint=splits.dataset_fingerprint,
-        split_fingerprint=splits.split_fingerprint,
-        weights_fingerprint=recorder.weights_fingerprint,
+        **recorder.fingerprints,  # type: ignore[arg-type]
         versions={"python": sys.version.split()[0]} | {p: version(p) for p in _PACKAGES},
         git_commit=_git_commit(),
         config=config.to_fields(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,7 +338,10 @@ def test_a_killed_and_resumed_run_has_a_complete_history(
     killed.kill()
     killed.wait()
     run = the_run(place.server)
-    assert place.start("agent.py", f"--resume={place.run_dir(run)}").wait(120) == 0
+    moved = shutil.copytree(fields["data_dir"], place.path / "moved")
+    resume = [f"--resume={place.run_dir(run)}", f"--data_dir={moved}"]
+    assert place.start("agent.py", *resume).wait(120) == 0
+    assert run.config["data_dir"]["value"] == str(moved)
     assert run.state == "finished"
     assert_history_is_complete(run, place.run_dir(run))
 

@@ -63,10 +63,16 @@ def test_export_writes_the_state_dict(finished: RunDir) -> None:
     assert all(torch.equal(exported[key], recorded[key]) for key in recorded)
 
 
-def test_an_interrupted_run_resumes_to_the_result_of_the_whole_one(old: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_result_of_the_whole_one(
+    old: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     interrupted, whole = RunDir(old / "runs" / "interrupted"), RunDir(old / "runs" / "whole")
     assert len(read_metrics(interrupted.metrics_path)) == 2
     finetune.train_and_finetune(resume=interrupted.path)
+    assert (
+        f"{interrupted.last_path} was written by an older version, without dataset_fingerprint and "
+        "split_fingerprint; whether these are the same is not checked"
+    ) in capsys.readouterr().out
     rows, expected = (read_metrics(run.metrics_path) for run in (interrupted, whole))
     for row in (*rows, *expected):
         del row["images_per_second"]
