@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.flags import Parser
+from finetune.system.files import run_directory
 from finetune.system.progress import close_bars
 from finetune.system.shutdown import run_cli
 
@@ -39,7 +40,9 @@ _storage = partial(argument, "--storage", metavar="URL")
 _runs_dir = partial(_path, "runs_dir", metavar="RUNS_DIR")
 
 _DATA_DIR = Path("data/inaturalist_12K")
-_RUN_DIR = _path("run_dir", "the directory of a finished run", metavar="RUN_DIR")
+_RUN_DIR = argument(
+    "run_dir", "the directory of a finished run", metavar="RUN_DIR", type=run_directory
+)
 _WORKERS = _count("--workers", "runs at the same time (default: one per visible GPU, else 1)")
 
 COMMANDS: dict[str, Command] = {
@@ -118,6 +121,11 @@ COMMANDS: dict[str, Command] = {
             "--format", "of it", dest="format_name", required=True, choices=("onnx", "state_dict")
         ),
         _path("--out", "default: RUN_DIR/model.onnx or RUN_DIR/model.pth", metavar="FILE"),
+        _count(
+            "--opset",
+            "ONNX's operator set, read by more runtimes the older it is (default: 18)",
+            metavar="N",
+        ),
     ),
     "confirm": (
         "repeat the best setting of each strategy with fresh seeds, equally often",

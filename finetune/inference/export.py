@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,30 @@ from torchvision.models import ResNet
 from finetune.data.decode import Preprocessing
 from finetune.model.network import MEAN, STD, forward, load_best, normalise, on_meta
 from finetune.model.weights import read_checkpoint, write_checkpoint
-from finetune.system.errors import MissingPackage, RunDirError, WeightsError
+from finetune.system.errors import ConfigError, MissingPackage, RunDirError, WeightsError
 from finetune.system.files import remove_leftovers
 
 TOLERANCE = 1e-4  # the largest allowed difference of a logit
+OLDEST_OPSET = 18
+"""The oldest operator set that torch's exporter writes; onnxruntime 1.15 reads it."""
 
 ExportedModel = Callable[[Tensor], Tensor]
 """The logits, (B, K), that a written file gives for uint8 pictures, (B, H, W, 3)."""
 
 
-def export(run_dir: Path, format_name: str, out: Path | None = None) -> int:
+def export(
+    run_dir: Path, format_name: str, out: Path | None = None, opset: int | None = None
+) -> int:
     """Write RUN_DIR/model.onnx or model.pth, or `out`, and compare its logits with the model's.
 
-    Raises `WeightsError`, and leaves no file, if they differ by more than `TOLERANCE`.
+    `opset`: ONNX's operator set (default: `OLDEST_OPSET`). Raises `WeightsError`, and leaves no
+    file, if the logits differ by more than `TOLERANCE`.
     """
     write, suffix = FORMATS[format_name]
+    if opset is not None:
+        if format_name != "onnx":
+            raise ConfigError(f"opset: got {opset} with --format {format_name}; only onnx has one")
+        write = partial(write, opset=opset)
     path = out or run_dir / f"model{suffix}"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     model: Any = load_best(run_dir)
@@ -109,7 +119,9 @@ class _FromPixels(nn.Module):
         return self.model(pictures.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std))
 
 
-def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedModel:
+def _write_onnx(
+    model: ResNet, about: dict[str, Any], path: Path, opset: int = OLDEST_OPSET
+) -> ExportedModel:
     try:
         import onnx
         import onnxruntime
@@ -123,7 +135,14 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedMod
         "the aspect, bilinear with antialiasing; normalising is part of the network"
     )
     about["output"] = f"logits: float32, (batch, {len(about['class_names'])}), one per class name"
-    program = _onnx_program(model, size)
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST_OPSET <= opset <= newest:
+        raise ConfigError(f"opset: got {opset}; must be {OLDEST_OPSET} to {newest}")
+    program = _onnx_program(model, size, opset)
+    if (written := program.opset_import[0].version) != opset:
+        raise ConfigError(f"opset: got {opset}, but torch's exporter wrote {written}; pass that")
+    # The exporter names a newer format of files than the operators need; old runtimes refuse it.
+    program.ir_version = onnx.helper.find_min_ir_version_for(program.opset_import)
     for key, value in about.items():
         text = value if isinstance(value, str) else json.dumps(value)
         program.metadata_props.add(key=key, value=text)
@@ -132,7 +151,7 @@ def _write_onnx(model: ResNet, about: dict[str, Any], path: Path) -> ExportedMod
     return lambda images: torch.from_numpy(session.run(None, {"pictures": images.numpy()})[0])
 
 
-def _onnx_program(model: ResNet, size: int) -> Any:
+def _onnx_program(model: ResNet, size: int, opset: int) -> Any:
     """The model in ONNX for batches of any size; the exporter's own output is suppressed."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -141,6 +160,7 @@ def _onnx_program(model: ResNet, size: int) -> Any:
             _FromPixels(model.to(memory_format=torch.contiguous_format)).eval(),
             (torch.zeros(2, size, size, 3, dtype=torch.uint8),),
             dynamo=True,
+            opset_version=opset,
             input_names=["pictures"],
             output_names=["logits"],
             dynamic_shapes={"pictures": {0: torch.export.Dim("batch", min=1, max=4096)}},
@@ -149,7 +169,7 @@ def _onnx_program(model: ResNet, size: int) -> Any:
     return program.model_proto
 
 
-FORMATS: dict[str, tuple[Callable[[ResNet, dict[str, Any], Path], ExportedModel], str]] = {
+FORMATS: dict[str, tuple[Callable[..., ExportedModel], str]] = {
     "onnx": (_write_onnx, ".onnx"),
     "state_dict": (_write_state_dict, ".pth"),
 }

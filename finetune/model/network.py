@@ -19,6 +19,7 @@ from finetune.model.state_dicts import adapt
 from finetune.model.weights import State, fingerprint, read_checkpoint, read_source
 from finetune.runs.result import RunResult
 from finetune.system.errors import ConfigError, WeightsError
+from finetune.system.files import run_directory
 
 MODEL_NAME = "resnet18"  # in checkpoints
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -161,7 +162,7 @@ def load_best(run_dir: Path | str) -> ResNet:
     `.result` is the run's `RunResult`, or None if the run hasn't finished; `.class_names`,
     `.image_size` and `.preprocessing` are those it was trained with. Raises `WeightsError`.
     """
-    run_dir = Path(run_dir)
+    run_dir = run_directory(run_dir)
     content = _read_best(run_dir)
     model = on_meta(len(content["class_names"]))
     try:

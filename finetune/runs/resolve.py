@@ -15,7 +15,7 @@ from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import Cache, num_stored_bytes
 from finetune.system.devices import refuse_torchrun
 from finetune.system.errors import ConfigError
-from finetune.system.files import absolute
+from finetune.system.files import absolute, run_directory
 from finetune.system.progress import StartProgress, no_progress
 
 DEFAULT_CACHE_GB = 20.0
@@ -41,7 +41,7 @@ def prepare_run(
     if file is not None:
         given = read_mapping(Path(file)) | given
     if resume:
-        run_dir = RunDir(absolute(Path(resume)))
+        run_dir = RunDir(absolute(run_directory(resume)))
     else:
         config = RunConfig.from_fields(given)
         for line in advice(given, config):

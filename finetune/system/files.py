@@ -18,6 +18,16 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path.expanduser()))
 
 
+def run_directory(path: Path | str) -> Path:
+    """The run directory that is meant: a checkpoint stands for the one that holds it.
+
+    >>> run_directory("runs/k3x9q2ab/best.ckpt").as_posix()
+    'runs/k3x9q2ab'
+    """
+    path = Path(path)
+    return path.parent if path.suffix == ".ckpt" else path
+
+
 def _raise(error: OSError) -> None:
     raise error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -49,6 +50,31 @@ def test_onnx_gives_the_models_logits_from_pixels(run_dir: Path, digits: Path) -
     assert json.loads(about["class_names"]) == list("56789")
     assert about["image_size"] == "64"
     assert json.loads(about["mean"]) == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "opset", "ir_version"), [([], 18, 8), (["20"], 20, 9)])
+def test_an_onnx_file_needs_no_newer_runtime_than_its_operators(
+    options: list[str], opset: int, ir_version: int, run_dir: Path
+) -> None:
+    """onnxruntime reads opset 18 and IR 8 in 1.15, opset 20 and IR 9 in 1.17."""
+    more = ["--opset", *options] if options else []
+    assert not main(["export", str(run_dir), "--format", "onnx", *more])
+    written = onnx.load(run_dir / "model.onnx")
+    assert [entry.version for entry in written.opset_import] == [opset]
+    assert written.ir_version == ir_version
+
+
+@pytest.mark.parametrize("opset", ["17", "99"])
+def test_an_opset_that_cannot_be_written_is_refused(opset: str, run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"opset: got {opset}; must be 18 to \d+"):
+        main(["export", str(run_dir), "--format", "onnx", "--opset", opset])
+    assert not (run_dir / "model.onnx").exists()
+
+
+def test_an_opset_of_another_format_is_refused(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="opset: got 18 with --format state_dict; only onnx"):
+        main(["export", str(run_dir), "--format", "state_dict", "--opset", "18"])
 
 
 def test_a_state_dict_loads_into_torchvisions_resnet18_and_describes_its_input(
