@@ -6,6 +6,8 @@
 The functions are imported when they are first used: importing the package imports no torch.
 """
 
+import signal
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,25 @@ _LAZY = {
     "load_best": "model.network",
     "train_and_finetune": "training.train",
 }
+
+
+def _require_posix() -> None:
+    """End the process with code 2 on Windows, whose Python has no file locks and stop signals."""
+    missing = [name for name in ("SIGUSR1", "pthread_sigmask") if not hasattr(signal, name)]
+    try:
+        import fcntl  # noqa: F401
+    except ImportError:
+        missing.append("fcntl")
+    if missing:
+        print(
+            f"error: finetune needs Linux or macOS; {', '.join(missing)} missing in this Python. "
+            "On Windows, run it in WSL (https://learn.microsoft.com/windows/wsl/install)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+_require_posix()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sqlite3
+import subprocess
 import time
 import traceback
 import warnings
@@ -206,10 +207,26 @@ def has_ended(owner: Mapping[str, Any]) -> bool:
 
 
 def _start_time(pid: int) -> str | None:
-    """In clock ticks since boot; None for a zombie, and on systems without /proc."""
+    """In clock ticks since boot, or on macOS as a date; None for a zombie."""
+    if not Path("/proc/self/stat").exists():
+        return start_date(pid)
     try:
         # The process name, in parentheses, may hold spaces; the fields after it do not.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] == "Z" else fields[19]
+
+
+def start_date(pid: int) -> str | None:
+    """When a process was started, to the second, as `ps` prints it; None for a zombie."""
+    command = ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(pid)]
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=30, env=environment
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    state, _, started = done.stdout.strip().partition(" ")
+    return None if state.startswith("Z") else started.strip() or None

@@ -28,6 +28,8 @@ import xxhash
 FORMAT = 2
 """Part of every key: increase it when the same description would give other bytes."""
 
+_ZEROS_BYTES = 1 << 22  # written at once
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Description = Mapping[str, Any]
 """Everything that an array's bytes depend on."""
@@ -246,6 +248,12 @@ def _manifest(data_path: Path, notes: object) -> dict[str, Any]:
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap[Any, Any]:
     """A new .npy with its disk blocks reserved: a full disk is an error here, no SIGBUS later."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    num_bytes = path.stat().st_size
     with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        else:  # on macOS, writing is the only way
+            file.seek(array.offset)
+            for start in range(array.offset, num_bytes, _ZEROS_BYTES):
+                file.write(bytes(min(_ZEROS_BYTES, num_bytes - start)))
     return array
