@@ -84,6 +84,11 @@ COMMANDS: dict[str, Command] = {
         argument("--name", "name of the sweep (default: name in the file, or the file's name)"),
         _path("--out", "for run directories (default: out in the file, or runs)"),
         _switch("--retry_failed", "run failed trials again"),
+        _count(
+            "--keep_best",
+            "keep the checkpoints of the N best trials and of each strategy's best (default: all)",
+            metavar="N",
+        ),
     ),
     "gpus": (
         "start one W&B agent on each visible GPU, or a single agent without a GPU",

@@ -133,6 +133,9 @@ class RunConfig(BaseModel):
         "auto", "auto: bf16-mixed on CUDA from capability 8.0, 16-mixed on older GPUs, else 32-true"
     )
     out: types.Directory = environment(Path("runs"), "parent of the run directories")
+    keep_last: bool = environment(
+        False, "keep last.ckpt of a finished run, so that it can go on with more epochs"
+    )
     project: str | None = label(None, "W&B's project; default: WANDB_PROJECT, else finetune")
     entity: str | None = label(None, "W&B's entity; default: WANDB_ENTITY")
     group: str | None = label(None, "W&B's group; default: WANDB_RUN_GROUP")

@@ -182,9 +182,13 @@ def _read_best(run_dir: Path) -> dict[str, Any]:
     """The content of a run's best.ckpt; unknown entries are ignored. Raises `WeightsError`."""
     path = run_dir / "best.ckpt"
     if not path.exists():
-        raise WeightsError(
-            f"{run_dir} has no best.ckpt: it is not a run directory, or no epoch has finished"
-        )
+        reason = "it is not a run directory, or no epoch has finished"
+        if (run_dir / "metrics.csv").exists():  # which is written after it
+            reason = (
+                "it was removed, as `sweep --keep_best` does for all but the best trials. "
+                f"python agent.py --config {run_dir / 'config.yaml'} trains it again"
+            )
+        raise WeightsError(f"{run_dir} has no best.ckpt: {reason}")
     content = read_checkpoint(path)
     if (name := content.get("model", MODEL_NAME)) != MODEL_NAME:
         raise WeightsError(f"{path} holds an unknown model: got {name!r}, must be {MODEL_NAME}")

@@ -118,7 +118,12 @@ class RunDir:
 
     def _check_more_epochs(self, config: RunConfig) -> None:
         result, reason = RunResult.load(self.path), ""
-        if config.epochs <= _num_epochs(result):
+        if not self.last_path.exists():
+            reason = (
+                "is finished; start a new run. More epochs would need its last.ckpt, which is kept "
+                "only if a run is started with --keep_last"
+            )
+        elif config.epochs <= _num_epochs(result):
             reason = "is finished; resume it with a larger --epochs, or start a new run"
         elif result.stopped_early:
             reason = "stopped early by its patience; more epochs would not change that"

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from finetune.runs.result import Row, RunResult, best_epoch, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
+from finetune.sweep.retention import Retention
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import sqlite_url, storage_errors_as_messages
 from finetune.sweep.sweep_file import read_sweep
@@ -40,6 +41,7 @@ def run_sweep(
     max_runs: int | None = None,
     name: str | None = None,
     retry_failed: bool = False,
+    keep_best: int | None = None,
     fields: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> list[TrialResult]:
@@ -48,7 +50,8 @@ def run_sweep(
     `sweep` is a sweep.yaml, a mapping with the same content, or a `Sweep`. Run directories go to
     `out` (default: the sweep's own `out`, else runs/), and so does the database NAME.db unless
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
-    The default of `workers` is the number of visible GPUs, or 1.
+    The default of `workers` is the number of visible GPUs, or 1. With `keep_best` only so many of
+    the best trials, and each strategy's best, keep their checkpoints.
 
     Raises `ConfigError` for an invalid sweep, `FinetuneError` if the first trials all fail, and
     `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
@@ -67,9 +70,13 @@ def run_sweep(
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):
                 live_table.log(f"trials to run again: {num_requeued}")
+            retention = None if keep_best is None else Retention(keep_best)
             with live_table.display:
-                _Runner(spec, queue, worker_pool, live_table).run()
-            return queue.results()
+                _Runner(spec, queue, worker_pool, live_table, retention).run()
+            results = queue.results()
+            if retention is not None:
+                retention.apply(results)
+            return results
 
 
 def sweep_command(sweep: Path, **options: Any) -> int:
@@ -104,6 +111,7 @@ class _Runner:
     queue: TrialQueue
     worker_pool: WorkerPool
     live_table: LiveTable
+    retention: Retention | None = None
     _claims: dict[Worker, Claim] = field(default_factory=dict)
     _end_states: list[str] = field(default_factory=list)
     _next_claim: float = 0.0  # when there was nothing to claim
@@ -188,8 +196,12 @@ class _Runner:
         record = {name: getattr(result, name) for name in RECORD_FIELDS}
         if not self.queue.finish(claim, result.state, result.value, record):
             self.live_table.log(f"{claim.run_id}: discarded; another process was given the trial")
-        self.live_table.update(self.queue.results())
+        results = self.queue.results()
+        self.live_table.update(results)
         self.live_table.ended(result)
+        # With several seeds, a setting's mean may rise or fall until its last one has finished.
+        if self.retention is not None and "seed" not in self.spec.varied:
+            self.retention.apply(results)
         self._end_states.append(result.state)
         if self._end_states == ["failed"] * MAX_FIRST_FAILURES:
             raise FinetuneError(

@@ -99,7 +99,9 @@ class Recorder(pl.Callback):
             load_best(self.run_dir.path)
             self.run_dir.read_predictions()
         except (WeightsError, RunDirError) as error:
-            raise WeightsError(f"{error}. Remove {path} to start from the beginning") from None
+            restart = f"Remove {path} to start from the beginning"
+            advice = "Start a new run" if self.run_dir.finished else restart
+            raise WeightsError(f"{error}. {advice}") from None
         self._compare_fingerprints(checkpoint)
         self.run_dir.resume(self.config)
         self.run_dir.write_metrics(self.rows)

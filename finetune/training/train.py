@@ -121,6 +121,8 @@ class _Execution:
         with defer_stop():  # the server and the directory agree on how the run ended
             tracker.close()
             run_dir.write_result(result)
+            if not config.keep_last:
+                run_dir.last_path.unlink(missing_ok=True)
         stopped = " (stopped early)" if result.stopped_early else ""
         log(
             f"best val_acc {result.best_val_acc:.4f} in epoch {result.best_epoch} of "

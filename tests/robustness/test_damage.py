@@ -59,7 +59,7 @@ CHECKED = ("predictions.npz", "best.ckpt", "last.ckpt")
 @pytest.fixture(scope="module")
 def whole(train_once: Train) -> Path:
     """A finished and evaluated run."""
-    run_dir = train_once(epochs=3, batch_size=5, learning_rate=0.01).path
+    run_dir = train_once(epochs=3, batch_size=5, learning_rate=0.01, keep_last=True).path
     assert not main(["evaluate", str(run_dir)])
     return run_dir
 
@@ -256,6 +256,9 @@ def test_a_resume_without_best_epoch_is_refused_and_the_run_can_be_restarted(
     file: str, run: RunDir, resumed: dict[str, Any]
 ) -> None:
     (run.path / file).unlink()
+    with pytest.raises(WeightsError, match="Start a new run"):
+        go_on(run)
+    run.result_path.unlink()
     with pytest.raises(WeightsError, match=r"Remove .*last\.ckpt to start from the beginning"):
         go_on(run)
     run.last_path.unlink()

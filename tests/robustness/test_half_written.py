@@ -132,7 +132,7 @@ def test_a_run_killed_during_a_write_has_the_result_of_an_uninterrupted_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.set_num_threads(1)
-    fields |= {"strategy": "freeze", "epochs": 2, "image_size": 32}
+    fields |= {"strategy": "freeze", "epochs": 2, "image_size": 32, "keep_last": True}
     monkeypatch.setenv("WANDB_RUN_ID", "run")
     finetune.train_and_finetune(
         **fields | {"out": tmp_path / "other", "cache_dir": tmp_path / "other-cache"}

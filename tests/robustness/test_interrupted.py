@@ -118,7 +118,12 @@ KILLED = [
 def test_a_run_killed_repeatedly_has_the_result_of_an_uninterrupted_run(
     strategy: str, when: str, num_kills: int, children: Any, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    fields = fields | {"strategy": strategy, "lr_schedule": "cosine", "data_aug": "y"}
+    fields = fields | {
+        "strategy": strategy,
+        "lr_schedule": "cosine",
+        "data_aug": "y",
+        "keep_last": True,
+    }
     runs = tmp_path / "runs"
     runs.mkdir()
     reference = start(children, fields, runs / "reference")

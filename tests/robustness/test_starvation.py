@@ -139,6 +139,7 @@ def undisturbed(
     fields = {
         "data_dir": digits, "weights": weights, "val_fraction": 0, "image_size": 64,
         "batch_size": 5, "learning_rate": 0.01, "epochs": 3, "accelerator": "cpu",
+        "keep_last": True,
     }  # fmt: skip
     os.environ["WANDB_MODE"] = "disabled"
     train_and_finetune(**fields, out=place / "runs", cache_dir=place / "cache")
@@ -275,7 +276,7 @@ def end_of_each(folder: Path) -> dict[int, dict[str, Any]]:
 def test_a_sweep_stopped_by_a_full_disk_resumes(
     size: str, workers: int, num_before: int, words: str, base: Any, disk: Path, tmp_path: Path
 ) -> None:
-    given = content(base | {"strategy": "freeze"}, seed=range(4))
+    given = content(base | {"strategy": "freeze", "keep_last": True}, seed=range(4))
     mount(disk, "remount", f"size={size}")
     process = start(disk.parent, given, "--workers", str(workers), "--out", str(disk / "runs"))
     said, _ = process.communicate(timeout=300)

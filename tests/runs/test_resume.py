@@ -116,7 +116,7 @@ def test_other_pictures_are_refused_and_nothing_is_changed(
 def test_a_refused_resume_leaves_a_finished_run_finished(
     train: Train, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    run_dir = train(epochs=1)
+    run_dir = train(epochs=1, keep_last=True)
     torch.save(build(5, seed=99).state_dict(), tmp_path / "other.pth")
     before = run_dir.config_path.read_bytes()
     with pytest.raises(WeightsError, match="Resume with the weights"):

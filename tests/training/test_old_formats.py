@@ -68,6 +68,8 @@ def test_an_interrupted_run_resumes_to_the_result_of_the_whole_one(
 ) -> None:
     interrupted, whole = RunDir(old / "runs" / "interrupted"), RunDir(old / "runs" / "whole")
     assert len(read_metrics(interrupted.metrics_path)) == 2
+    with interrupted.config_path.open("a") as file:  # its config is older than this field
+        file.write("keep_last: true\n")
     finetune.train_and_finetune(resume=interrupted.path)
     assert (
         f"{interrupted.last_path} was written by an older version, without dataset_fingerprint and "
@@ -83,6 +85,14 @@ def test_an_interrupted_run_resumes_to_the_result_of_the_whole_one(
     resumed = torch.load(interrupted.last_path, weights_only=True)
     assert list(resumed["callbacks"]) == ["recorder"]
     assert resumed["format_version"] == 2
+
+
+def test_a_finished_run_goes_on_with_its_last_checkpoint(old: Path) -> None:
+    run = RunDir(old / "runs" / "whole")
+    assert run.last_path.exists()
+    epochs = run.read_config().epochs
+    finetune.train_and_finetune(resume=run.path, epochs=epochs + 1)
+    assert len(read_metrics(run.metrics_path)) == epochs + 1
 
 
 def test_unknown_entries_of_a_newer_version_are_ignored(old: Path) -> None:

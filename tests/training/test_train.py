@@ -19,7 +19,7 @@ from finetune.config.fields import RunConfig
 from finetune.model.network import build, load_best, load_source
 from finetune.runs.result import METRICS, RunResult, best_epoch
 from finetune.runs.run_dir import RunDir, read_metrics
-from finetune.system.errors import ConfigError, Diverged, RunDirError, Stopped, WeightsError
+from finetune.system.errors import ConfigError, Diverged, Pruned, RunDirError, Stopped, WeightsError
 from finetune.training.train import run
 from tests.conftest import ROOT, Train
 from tests.support.process_server import fast_python
@@ -54,7 +54,7 @@ def test_a_run_directory_is_complete_and_consistent(train: Train, fields: dict[s
     run_dir = train(strategy="partial")
     names = {path.name for path in run_dir.path.iterdir()}
     assert names - {".lock"} == {
-        "config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "predictions.npz", "result.json",
+        "config.yaml", "metrics.csv", "best.ckpt", "predictions.npz", "result.json",
     }  # fmt: skip
     rows = read_metrics(run_dir.metrics_path)
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
@@ -139,7 +139,7 @@ def test_a_run_stopped_after_any_epoch_resumes_to_the_same_bits(
 
 
 def test_resume_uses_the_runs_config_and_refuses_another(train: Train) -> None:
-    run_dir = train(strategy="freeze", epochs=2)
+    run_dir = train(strategy="freeze", epochs=2, keep_last=True)
     with pytest.raises(ConfigError, match=r"batch_size is 5, given 7"):
         finetune.train_and_finetune(resume=run_dir.path, batch_size=7)
     with pytest.raises(ConfigError, match=r"epochs is 2, given 1"):
@@ -148,34 +148,59 @@ def test_resume_uses_the_runs_config_and_refuses_another(train: Train) -> None:
         finetune.train_and_finetune(resume=run_dir.path, batch_size="5")
 
 
+@pytest.mark.parametrize("strategy", ["freeze", "scratch"])
+def test_a_finished_run_without_its_last_checkpoint_is_not_started_again(
+    strategy: str, train: Train
+) -> None:
+    run_dir = train(strategy=strategy, epochs=1)
+    before = {path: path.read_bytes() for path in run_dir.path.iterdir() if path.is_file()}
+    for epochs in (1, 2):
+        with pytest.raises(RunDirError, match=r"is finished; start a new run.*--keep_last"):
+            finetune.train_and_finetune(resume=run_dir.path, epochs=epochs)
+    assert before == {p: p.read_bytes() for p in run_dir.path.iterdir() if p.is_file()}
+
+
+def test_an_unfinished_run_keeps_its_last_checkpoint(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    def prune(row: dict[str, float]) -> None:
+        raise Pruned("others are better")
+
+    run_dir = RunDir(tmp_path / "run")
+    with pytest.raises(Pruned):
+        run(RunConfig.from_fields(fields | {"strategy": "freeze"}), run_dir, on_epoch=prune)
+    assert run_dir.last_path.exists()
+
+
 def test_a_finished_run_resumes_with_more_epochs(train: Train, tmp_path: Path) -> None:
     whole = train(strategy="gradual", epochs=4)
-    longer = train(strategy="gradual", epochs=2, out=tmp_path / "longer")
+    longer = train(strategy="gradual", epochs=2, out=tmp_path / "longer", keep_last=True)
     finetune.train_and_finetune(resume=longer.path, epochs=4)
     assert without_times(longer) == without_times(whole)
     assert (longer.path / "result.2-epochs.json").exists()
+    assert longer.last_path.exists()
 
 
 def test_resume_refuses_other_weights(train: Train, weights: Path, tmp_path: Path) -> None:
     copy = tmp_path / "weights.pth"
     copy.write_bytes(weights.read_bytes())
-    run_dir = train(strategy="freeze", epochs=2, weights=copy)
+    run_dir = train(strategy="freeze", epochs=2, weights=copy, keep_last=True)
     torch.save(build(5, seed=99).state_dict(), copy)
     with pytest.raises(WeightsError, match="Resume with the weights"):
         finetune.train_and_finetune(resume=run_dir.path, epochs=4)
 
 
 def test_a_damaged_last_checkpoint_is_refused(train: Train) -> None:
-    run_dir = train(strategy="freeze", epochs=2)
+    run_dir = train(strategy="freeze", epochs=2, keep_last=True)
     content = bytearray(run_dir.last_path.read_bytes())
     content[len(content) // 2] ^= 1
     run_dir.last_path.write_bytes(content)
-    with pytest.raises(WeightsError, match="damaged"):
+    with pytest.raises(WeightsError, match=r"damaged.*Start a new run"):
         finetune.train_and_finetune(resume=run_dir.path, epochs=4)
 
 
 def test_early_stopping_counts_from_the_last_unfreezing(train: Train) -> None:
-    run_dir = train(strategy="gradual", epochs=30, learning_rate=0.3, patience=2)
+    run_dir = train(strategy="gradual", epochs=30, learning_rate=0.3, patience=2, keep_last=True)
     losses = [row["val_loss"] for row in read_metrics(run_dir.metrics_path)]
     counted = losses[3:]
     best = counted.index(min(counted))
@@ -216,7 +241,7 @@ def test_an_out_directory_below_a_file_is_refused(fields: dict[str, Any], tmp_pa
 
 @pytest.mark.real_network
 def test_last_checkpoint_leaves_the_frozen_prefix_out(train: Train) -> None:
-    frozen, whole = train(strategy="freeze"), train(strategy="scratch")
+    frozen, whole = (train(strategy=s, keep_last=True) for s in ("freeze", "scratch"))
     assert frozen.last_path.stat().st_size < whole.last_path.stat().st_size / 100
     content = torch.load(frozen.last_path, weights_only=True)
     assert content["weights_fingerprint"] == RunResult.load(frozen.path).weights_fingerprint
