@@ -9,12 +9,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 from finetune.runs.settings import best_setting, results_by_setting
-from finetune.sweep.trials import TrialResult
 from finetune.system.errors import RunDirError
+
+if TYPE_CHECKING:  # it imports optuna, whose absence `storage` explains
+    from finetune.sweep.trials import TrialResult
 
 
 @dataclass(eq=False)
@@ -24,7 +27,7 @@ class Retention:
     num_best: int
     _loaded: dict[Path, RunResult] = field(default_factory=dict)
 
-    def apply(self, trials: Sequence[TrialResult]) -> None:
+    def apply(self, trials: Sequence["TrialResult"]) -> None:
         """Remove the checkpoints that aren't kept; `trials` are all of the sweep, the best first.
 
         A trial whose result can't be read keeps its own.

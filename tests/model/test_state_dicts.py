@@ -251,6 +251,6 @@ def test_a_torchscript_archive_is_refused_with_the_line_that_saves_its_state_dic
 
 def test_resuming_accepts_the_same_weights_in_another_form(train: Train, tmp_path: Path) -> None:
     path = save(plain(9), tmp_path / "w.pth")
-    run = train(strategy="freeze", epochs=1, weights=path)
+    run = train(strategy="freeze", epochs=1, weights=path, keep_last=True)
     save({"state_dict": prefixed("model.", without("fc.", plain(9)))}, path)
     finetune.train_and_finetune(resume=run.path, epochs=2)

@@ -155,7 +155,9 @@ def test_the_same_device_is_not_said(
 def test_another_value_of_any_other_field_is_refused(
     given: dict[str, Any], interrupted: RunDir
 ) -> None:
-    allowed = "only epochs may increase, and data_dir, weights, cache_dir, out, accelerator, "
+    allowed = (
+        "only epochs may increase, and data_dir, labels, weights, cache_dir, out, accelerator, "
+    )
     with pytest.raises(ConfigError, match=f"has another config: .* {allowed}precision may differ"):
         finetune.train_and_finetune(resume=interrupted.path, **given)
 
