@@ -6,6 +6,7 @@ Legend: B batch, H height, W width.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
     starts = list(range(0, num_pictures, batch_size))
     if len(starts) > 1 and num_pictures - starts[-1] == 1:
         starts.pop()
-    return list(zip(starts, [*starts[1:], num_pictures], strict=True))
+    return list(pairwise([*starts, num_pictures]))
 
 
 def num_at_once(image_size: int, accelerator: str) -> int:

@@ -31,6 +31,7 @@ class _Stop:
     def __init__(self) -> None:
         self.has_raised = False
         self.deferred: list[int] | None = None
+        self.unraisablehook = sys.unraisablehook
 
     def __call__(self, signum: int, frame: FrameType | None = None) -> None:
         if self.deferred is not None:
@@ -38,6 +39,15 @@ class _Stop:
         elif not self.has_raised:
             self.has_raised = True
             raise Stopped(signum)
+
+    def on_unraisable(self, dropped: "sys.UnraisableHookArgs") -> None:
+        """Python drops what is raised while an object is freed: send that signal once more."""
+        if not isinstance(dropped.exc_value, Stopped):
+            self.unraisablehook(dropped)
+            return
+        self.has_raised = False
+        main, signum = threading.main_thread().ident, dropped.exc_value.signum
+        threading.Timer(0.01, signal.pthread_kill, (main, signum)).start()
 
 
 def _in_main_thread() -> bool:
@@ -59,8 +69,10 @@ def stoppable() -> Iterator[None]:
     try:
         for signum in STOP_SIGNALS:
             signal.signal(signum, stop)
+        sys.unraisablehook = stop.on_unraisable
         yield
     finally:
+        sys.unraisablehook = stop.unraisablehook
         for signum, handler in before.items():
             signal.signal(signum, handler)
         _Stop.active = None

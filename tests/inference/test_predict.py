@@ -339,3 +339,22 @@ def test_neither_lightning_nor_wandb_is_imported(run: RunDir, digits: Path) -> N
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_files_that_predict_leaves_out_of_a_folder_are_counted(
+    run: RunDir, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(digits / "val" / "5", tmp_path / "photos")
+    picture = next((tmp_path / "photos").iterdir())
+    picture.rename(picture.with_suffix(""))  # read by its content
+    for name in ("a.txt", "b.txt", "clip.mp4"):
+        (tmp_path / "photos" / name).write_text("not a picture")
+    code, answers, error = answers_of(capsys, run.path, tmp_path / "photos")
+    assert (code, len(answers)) == (0, 3)
+    assert f"left out in {tmp_path / 'photos'}: 2 .txt and 1 .mp4" in error
+    for path in (tmp_path / "photos").iterdir():
+        if path.suffix not in (".txt", ".mp4"):
+            path.unlink()
+    code, _, error = answers_of(capsys, run.path, tmp_path / "photos")
+    assert code == 1
+    assert "holds no pictures (found: 2 .txt and 1 .mp4)" in error

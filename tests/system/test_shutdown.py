@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,19 @@ def test_a_second_stop_does_not_interrupt_the_cleanup_of_the_first() -> None:
             for each in STOP_SIGNALS:
                 signal.raise_signal(each)
     assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
+
+
+def test_a_stop_that_arrives_while_an_object_is_freed_is_not_lost() -> None:
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = sys.unraisablehook
+    with pytest.raises(Stopped, match="SIGINT"), stoppable():
+        Freed()
+        time.sleep(5)
+        pytest.fail("the stop was lost")
+    assert sys.unraisablehook is before
 
 
 def test_a_stop_within_a_nested_context_protects_the_outer_cleanup_too() -> None:

@@ -168,7 +168,8 @@ with wandb.init():
 def test_a_run_resumed_within_an_active_run_has_each_row_once(
     place: Place, fields: dict[str, Any]
 ) -> None:
-    assert call(place, RESUMING, fields | {"strategy": "freeze", "epochs": 2, "patience": 0}) == 0
+    given = {"strategy": "freeze", "epochs": 2, "patience": 0, "keep_last": True}
+    assert call(place, RESUMING, fields | given) == 0
     first, second = place.server.runs.values()
     for run, num_epochs in ((first, 3), (second, 4)):
         assert run.state == "finished"
