@@ -114,11 +114,21 @@ def divide(
     return Splits(train, val, test, fraction, config.pixel_range, tuple(lines))
 
 
-def find_test(config: RunConfig) -> Pictures | None:
-    """The test pictures of `find_splits`; none is read if they have a folder of their own."""
+def find_test(config: RunConfig, split_fingerprint: str = "") -> Pictures | None:
+    """The test pictures of `find_splits`; none is read if they have a folder of their own.
+
+    Raises `DataError` if they have none and the division is no longer that of the fingerprint:
+    pictures that were added could have moved training pictures into the test.
+    """
     sources, _ = find_sources(config)
     if "all" in sources:
-        return find_splits(config).test
+        splits = find_splits(config)
+        if split_fingerprint not in ("", splits.split_fingerprint):
+            raise DataError(
+                f"{config.data_dir}: its pictures have changed since the run, so they are divided "
+                "in another way, and the run's test pictures are no longer known"
+            )
+        return splits.test
     return _test_of(sources, resolve_fraction(config, sources))
 
 

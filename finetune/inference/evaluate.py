@@ -27,6 +27,7 @@ from finetune.runs.predictions import (
     mean_over_classes,
     most_confused_pairs,
 )
+from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import digest
 from finetune.system.errors import DataError
@@ -69,7 +70,8 @@ def _test_set(run: RunDir, config: RunConfig) -> Pictures:
     """Raises `DataError` if the run has none, or its data has been moved."""
     command = f"python -m finetune evaluate {run.path} FOLDER"
     try:
-        pictures = find_test(config)
+        split = RunResult.load(run.path).split_fingerprint if run.finished else ""
+        pictures = find_test(config, split)
     except DataError as error:
         if config.data_dir.is_dir():
             raise DataError(f"{error}. Or pass a labelled folder: {command}") from None

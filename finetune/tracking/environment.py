@@ -123,12 +123,16 @@ def fields_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     parameters = sweep_parameters()
     of_sweep = {k: v for k, v in parameters.items() if k in RunConfig.model_fields}
-    if shared := {name: given[name] for name in given.keys() & of_sweep.keys()}:
+    if shared := {name: value for name, value in given.items() if name in of_sweep}:
         differing = differences(RunConfig.from_fields(of_sweep), shared)
-        for name, (in_sweep, asked) in differing.items():
+        listed = [
+            f"{name}: got {asked}, but the W&B sweep sets {in_sweep}"
+            for name, (in_sweep, asked) in differing.items()
+        ]
+        if listed:
             raise ConfigError(
-                f"{name}: got {asked}, but the W&B sweep sets {in_sweep}; set it in one of them "
-                "only: in the sweep, or on the command line or in the call"
+                f"{'; '.join(listed)}; set each in one of them only: in the sweep, or on the "
+                "command line or in the call"
             )
     return dict(given) | parameters
 

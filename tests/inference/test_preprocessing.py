@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from finetune.__main__ import main
 from finetune.inference.predict import load_predictor, predict_logits
 from finetune.runs.run_dir import RunDir
+from finetune.system.errors import DataError
 from tests.conftest import Train
 
 
@@ -56,3 +59,19 @@ def test_a_run_with_another_background_predicts_with_it(train: Train, tmp_path: 
     white = torch.load(run.best_path, weights_only=True) | {"background": "white"}
     torch.save(white, run.best_path)
     assert np.abs(logits_of(run, [Path(p) for p in paths]) - recorded).max() > 1e-3
+
+
+def test_the_test_pictures_of_one_folder_are_those_that_the_run_kept(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(10):
+            picture = Image.new("L", (24, 24), level + i)
+            picture.save(tmp_path / "pictures" / name / f"{i}.png")
+    run = train(data_dir=tmp_path / "pictures", val_fraction="auto", strategy="freeze", epochs=1)
+    assert main(["evaluate", str(run.path)]) == 0
+    assert " on 4 pictures of " in capsys.readouterr().out
+    Image.new("L", (24, 24), 99).save(tmp_path / "pictures/dark/another.png")
+    with pytest.raises(DataError, match=r"changed since the run.*pass a labelled folder"):
+        main(["evaluate", str(run.path)])
