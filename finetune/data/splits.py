@@ -243,7 +243,7 @@ def _note_on_copies(hashes: Sequence[str | None]) -> list[str]:
     count = len(known) - len(set(known))
     if not count:
         return []
-    return [f"{num(count, 'picture')} repeat others; equal ones stay on one side of the split"]
+    return [f"{num(count, 'picture')} equal to others; equal ones stay on one side of the split"]
 
 
 def _hold_out(

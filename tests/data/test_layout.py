@@ -136,7 +136,7 @@ def test_copies_are_on_one_side_of_the_split(tmp_path: Path) -> None:
     originals = [{n.split(".")[0].removesuffix(" (1)") for n in p.names} for p in (splits.train, splits.val)]  # noqa: E501  # fmt: skip
     assert not originals[0] & originals[1]
     assert counts_of(splits)[:2] == (64, 16)
-    assert "40 pictures repeat others; equal ones stay on one side of the split" in splits.notes
+    assert "40 pictures equal to others; equal ones stay on one side of the split" in splits.notes
     other_size = splits_of(tmp_path, image_size=64, cache="off")
     assert other_size.split_fingerprint == splits.split_fingerprint
 
