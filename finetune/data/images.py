@@ -136,5 +136,5 @@ def _decode_all(
                 images_NHWC[index] = decoded.image.numpy()
         done()
 
-    decode_many([pictures.path(i) for i in range(len(pictures))], preprocessing, store)
+    decode_many(pictures.paths, preprocessing, store)
     return {"unreadable": unreadable, "hashes": hashes}

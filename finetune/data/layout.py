@@ -1,6 +1,6 @@
 """A data set's folders on disk: its splits, its classes, and the files of each class.
 
-Whatever is left out or read in an unusual way is said in notes, one line each.
+Notes, one line each, list what is left out or read in an unusual way.
 """
 
 import os
@@ -66,13 +66,8 @@ class Layout:
 
     data_dir: Path
     folders: dict[str, Path]
-    """By split; train is always there, unless `is_undivided`."""
+    """By split. Without train, there are none: `data_dir` itself holds the class folders."""
     notes: tuple[str, ...] = ()
-
-    @property
-    def is_undivided(self) -> bool:
-        """The data_dir itself holds the class folders."""
-        return not self.folders
 
 
 @readable()

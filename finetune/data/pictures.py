@@ -29,7 +29,7 @@ class Pictures:
     rows: Indices
     """The index of each in `whole`, and so in the cache."""
     name: str
-    """train, val or test; `all` for pictures that are not divided on disk."""
+    """train, val or test; `all` for pictures without splits on disk."""
     labels_file: Path | None = None
     """Where the labels are, if not in the paths."""
     left_out: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ class Splits:
     pixel_range: str
     """As in `RunConfig`, never auto."""
     notes: tuple[str, ...]
-    """What is unusual about the data, and how it is divided, one line each."""
+    """What is unusual about the data, and the size of each split, one line each."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -77,10 +77,10 @@ def find_splits(
     hashes: Sequence[str | None] = ()
     if resolve_fraction(config, sources) > 0:
         hashes = picture_hashes(source, Preprocessing.of(config), cache, progress)
-    return divide(config, sources, notes, hashes)
+    return make_splits(config, sources, notes, hashes)
 
 
-def divide(
+def make_splits(
     config: RunConfig,
     sources: dict[str, Pictures],
     notes: Sequence[str],
@@ -221,7 +221,7 @@ def _summary(
     sources: dict[str, Pictures],
     fraction: float,
 ) -> str:
-    """How the pictures are divided, in one line."""
+    """The size and origin of each split, in one line."""
     counts = f"{num(len(train), 'picture')} train"
     if "all" in sources:
         tested = len(test) if test else 0
@@ -234,7 +234,7 @@ def _summary(
 
 
 def _find_pixel_range(pictures: Pictures) -> str:
-    found = find_range([pictures.path(i) for i in range(len(pictures))])
+    found = find_range(pictures.paths)
     return "none" if found is None else f"{found[0]:g}..{found[1]:g}"
 
 

@@ -16,7 +16,7 @@ from finetune.data.bit_depth import find_range
 from finetune.data.decode import Decoded, Preprocessing, decode_many
 from finetune.data.layout import find_layout, list_pictures, num, suffix_of
 from finetune.data.pictures import Pictures, find_pictures
-from finetune.data.splits import divide, find_sources
+from finetune.data.splits import find_sources, make_splits
 from finetune.datasets.copies import NearCopies, find_copies
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, bar, no_progress
@@ -35,7 +35,7 @@ class Findings:
 
     data_dir: str
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Pictures by split and class; a split `all` is divided by the run."""
+    """Pictures by split and class; `all` for pictures that the run splits."""
     notes: list[str] = field(default_factory=list)
     """What a run says about the data."""
     faults: list[str] = field(default_factory=list)
@@ -110,7 +110,7 @@ def examine(
         found = (read.get(f"{source.name}/{name}") for name in source.names)
         hashes = [decoded and decoded.pixels_hash for decoded in found]
         try:
-            findings.notes = list(divide(config, sources, findings.notes, hashes).notes)
+            findings.notes = list(make_splits(config, sources, findings.notes, hashes).notes)
         except DataError as error:
             findings.faults.append(str(error))
     _examine_files(read, findings)

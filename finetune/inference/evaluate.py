@@ -120,7 +120,7 @@ def measure(
     `labels`: of the pictures, as indices of the run's classes. Of more than `MAX_MATRIX_CLASSES`
     classes the matrix is left out: `per_class` and `most_confused_pairs` have its counts.
     """
-    paths = [pictures.path(i) for i in range(len(pictures))]
+    paths = pictures.paths
     outcomes = predict_logits(predictor, paths, bar if sys.stderr.isatty() else no_progress)
     unreadable = [str(outcome) for outcome in outcomes if isinstance(outcome, DataError)]
     if unreadable and not skip_unreadable:
