@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from finetune.config.backbones import DEFAULT_MODEL
 from finetune.config.flags import Parser
 from finetune.system.files import run_directory
 from finetune.system.progress import close_bars
@@ -58,7 +59,12 @@ COMMANDS: dict[str, Command] = {
         _path("--data_dir", f"where to unpack the data (default: {_DATA_DIR})", default=_DATA_DIR),
         argument("--url", "another zip file that contains train/CLASS/* and val/CLASS/*"),
         _path("--archive", "a local zip file; it is kept"),
-        _switch("--weights_only", "the ImageNet weights, no data"),
+        argument(
+            "--weights_only",
+            f"no data, only the ImageNet weights of these networks (default: {DEFAULT_MODEL})",
+            nargs="*",
+            metavar="MODEL",
+        ),
     ),
     "check": (
         "read every picture once: counts, unreadable files, the same picture in two splits",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from finetune.config.strategies import STRATEGIES
 
 from .conftest import ROOT
 
@@ -92,7 +95,7 @@ def test_light_commands_import_no_torch(command: str) -> None:
 
 
 def test_nothing_outside_the_table_compares_a_strategys_name() -> None:
-    names = {"freeze", "partial", "gradual", "scratch"}
+    names = set(STRATEGIES)
     for path in PATHS:
         if relative(path) in ("config/strategies.py", "demo.py"):
             continue
@@ -100,6 +103,24 @@ def test_nothing_outside_the_table_compares_a_strategys_name() -> None:
             if isinstance(node, ast.Compare):
                 constants = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
                 assert not constants & names, f"{relative(path)}:{node.lineno}"
+
+
+def test_no_layer_and_no_network_is_named_outside_the_table() -> None:
+    pattern = re.compile(r"resnet|convnext|layer\d|\bfc\b|\bstem\b|conv1|classifier\.", re.I)
+    for path in PATHS:
+        if relative(path) in ("config/backbones.py", "config/timm_backbones.py"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            match node:
+                case ast.Constant(value=str() as word) if id(node) not in texts:
+                    pass
+                case ast.Attribute(attr=word) | ast.Name(id=word):
+                    pass
+                case _:
+                    continue
+            assert not pattern.search(word), f"{relative(path)}:{node.lineno}: {word}"
 
 
 def test_every_module_has_a_docstring() -> None:

@@ -21,11 +21,11 @@ def test_a_demo_of_two_epochs_compares_the_strategies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "demo"
-    assert demo(out, epochs=2) == 0
+    assert demo(out, epochs=2, model="tiny") == 0
     runs = read_runs(out / "runs")
     assert [(run.state, len(run.rows)) for run in runs] == [("finished", 2)] * 8
     assert {run.strategy for run in runs} == {"freeze", "partial", "gradual", "scratch"}
-    weights = str(out / "resnet18-digits-0-4.pth")
+    weights = str(out / "digits-0-4.pth")
     assert {run.config["weights"] for run in runs} == {weights, None}
     assert (out / "runs" / "report.html").exists()
     shown = capsys.readouterr().out

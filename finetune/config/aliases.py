@@ -17,7 +17,7 @@ ALIASES = {
     "learning_rate": "lr learn_rate base_lr init_lr initial_lr max_lr lr0 eta0 head_lr lrate",
     "optimizer": "optim opt optimiser optimizer_name",
     "momentum": "sgd_momentum",
-    "mixup": "mixup_alpha mix_up",
+    "mixup": "mixup_alpha",
     "class_weights": "class_weight balanced_classes weighted_loss",
     "lr_decay": "layer_decay layerwise_lr_decay discriminative_lr lr_mult backbone_lr_factor",
     "lr_schedule": "scheduler lr_scheduler schedule lr_scheduler_type lr_policy sched",

@@ -59,6 +59,22 @@ class Backbone:
     def head(self) -> str:
         return self.part_names[-1]
 
+    def check(self, model: str, image_size: int, unfreeze_from: str | None) -> None:
+        """Raises `ConfigError` for a size of pictures or a part that this network doesn't have."""
+        *below, _ = self.part_names
+        if unfreeze_from not in (None, *below):
+            raise ConfigError(
+                f"unfreeze_from: got {unfreeze_from!r}; {model} has the parts {', '.join(below)} "
+                f"below its head{nearest(str(unfreeze_from), below)}"
+            )
+        step = self.image_size_step
+        if image_size % step or image_size < self.min_image_size:
+            multiple = f" and a multiple of {step}" if step > 1 else ""
+            raise ConfigError(
+                f"image_size: got {image_size}; {model} needs at least {self.min_image_size}"
+                f"{multiple}"
+            )
+
     @property
     def function(self) -> str:
         """The name of the function that builds it."""
@@ -113,6 +129,9 @@ BACKBONES: Mapping[str, Backbone] = {
     ),
 }
 """The networks of torchvision that are known by name."""
+
+DEFAULT_MODEL = "resnet18"
+"""Also the network of checkpoints that don't name theirs, which version 0.1.0 wrote."""
 
 _registered: dict[str, Backbone] = {}
 

@@ -19,7 +19,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from finetune.config import field_types as types
 from finetune.config.aliases import hint
 from finetune.config.augmentations import AUGMENTATIONS, Augmentation
-from finetune.config.backbones import BACKBONES, Backbone, find_backbone, known_backbone
+from finetune.config.backbones import (
+    BACKBONES,
+    DEFAULT_MODEL,
+    Backbone,
+    find_backbone,
+    known_backbone,
+)
 from finetune.config.field_types import environment, field, label, one_of, searched
 from finetune.config.optimizers import OPTIMIZERS, ignored_fields
 from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
@@ -37,7 +43,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     model: str = searched(
-        "resnet18",
+        DEFAULT_MODEL,
         f"the network: {', '.join(BACKBONES)}, timm:NAME where timm is installed, or one that is "
         "registered",
         title="network",
@@ -90,8 +96,8 @@ class RunConfig(BaseModel):
     unfreeze_from: str | None = searched(
         None,
         "the part nearest the input that trains, by the network's own names "
-        f"(resnet18: {', '.join(BACKBONES['resnet18'].part_names[:-1])}); default: the second part "
-        "below the head for partial, the third for gradual, the first part for lp-ft",
+        f"({DEFAULT_MODEL}: {', '.join(BACKBONES[DEFAULT_MODEL].part_names[:-1])}); default: the "
+        "second part below the head for partial, the third for gradual, the first part for lp-ft",
     )
     unfreeze_every: types.Count | None = searched(
         None,
@@ -190,7 +196,7 @@ class RunConfig(BaseModel):
             "name": os.environ.get("WANDB_NAME") or None,
         }
         with suppress(ConfigError):  # an unknown model is reported with the other errors
-            if backbone := known_backbone(str(fields.get("model", "resnet18"))):
+            if backbone := known_backbone(str(fields.get("model", DEFAULT_MODEL))):
                 defaults["unfreeze_from"] = entry.deepest(backbone.part_names)
         return defaults | fields | dict.fromkeys(entry.ignores | ignored_fields(optimizer))
 
@@ -199,30 +205,16 @@ class RunConfig(BaseModel):
         if not (self.val_fraction == "auto" or 0 <= self.val_fraction <= 0.9):
             raise ValueError(f"val_fraction: got {self.val_fraction}; must be auto or 0 to 0.9")
         try:
-            backbone = known_backbone(self.model)
+            if backbone := known_backbone(self.model):  # timm's are checked when one is built
+                backbone.check(self.model, self.image_size, self.unfreeze_from)
+                self._check_batch_size(backbone.head)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        if backbone:  # timm's are checked when the network is built: its import takes seconds
-            self._check_backbone(backbone)
         if self.name is None:
             object.__setattr__(self, "name", self._readable_name())
         return self
 
-    def _check_backbone(self, backbone: Backbone) -> None:
-        """Raises `ValueError` if the network has no such part, or takes no such pictures."""
-        *below, head = backbone.part_names
-        if self.unfreeze_from not in (None, *below):
-            raise ValueError(
-                f"unfreeze_from: got {self.unfreeze_from!r}; {self.model} has the parts "
-                f"{', '.join(below)} below its head{nearest(str(self.unfreeze_from), below)}"
-            )
-        step, smallest = backbone.image_size_step, backbone.min_image_size
-        if self.image_size % step or self.image_size < smallest:
-            multiple = f" and a multiple of {step}" if step > 1 else ""
-            raise ValueError(
-                f"image_size: got {self.image_size}; {self.model} needs at least {smallest}"
-                f"{multiple}"
-            )
+    def _check_batch_size(self, head: str) -> None:
         only_head = set(self.plan.start_epochs) == {head}
         if self.batch_size == 1 and self.image_size <= 32 and not only_head:
             raise ValueError(
@@ -263,8 +255,7 @@ class RunConfig(BaseModel):
         return types.bounds(self.pixel_range)
 
     def _readable_name(self) -> str:
-        default = type(self).model_fields["model"].default
-        words = [] if self.model == default else [self.model]
+        words = [] if self.model == DEFAULT_MODEL else [self.model]
         words.append(self.strategy)
         if self.unfreeze_from and not self._unfreezes_by_default:
             words.append(f"from-{self.unfreeze_from}")

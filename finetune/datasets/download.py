@@ -1,12 +1,13 @@
 """Download iNaturalist-12K and ImageNet's weights, for machines that have no network later."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from finetune.config.backbones import BACKBONES, DEFAULT_MODEL, known_backbone
 from finetune.datasets.archive import Counts, ExpectedDataset, read_manifest, sha256, unpack
 from finetune.datasets.fetch import PartialDownload, fetch
 from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive
@@ -20,23 +21,43 @@ INATURALIST = ExpectedDataset(
     ),
     {"train": 9_999, "val": 2_000},
 )
-WEIGHTS_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-"""torchvision's ResNet18_Weights.IMAGENET1K_V1; the name ends in the start of its sha256."""
+WEIGHTS_SERVER = "https://download.pytorch.org/models/"
+"""Has torchvision's weights; a file's name ends in the start of its sha256."""
 
 
 def download(
-    data_dir: Path, url: str | None = None, archive: Path | None = None, weights_only: bool = False
+    data_dir: Path,
+    url: str | None = None,
+    archive: Path | None = None,
+    weights_only: Sequence[str] | None = None,
 ) -> None:
-    """Download the data set, from `url` or a local `archive`, and the weights."""
-    if [url is not None, archive is not None, weights_only].count(True) > 1:
+    """Download the data set, from `url` or a local `archive`, and the default network's weights.
+
+    `weights_only`: no data, and the weights of these networks (of none: of the default one).
+    """
+    if [url is not None, archive is not None, weights_only is not None].count(True) > 1:
         raise ConfigError("url, archive, weights_only: only one of them may be given")
+    names = [weights_name(model) for model in weights_only or [DEFAULT_MODEL]]
     if archive is not None:
         unpack_archive(data_dir, archive)
     elif url is not None:
         fetch_data(data_dir, url, None)
-    elif not weights_only:
+    elif weights_only is None:
         fetch_data(data_dir, INATURALIST_URL, INATURALIST)
-    fetch_weights(WEIGHTS_URL)
+    for name in names:
+        fetch_weights(WEIGHTS_SERVER + name)
+
+
+def weights_name(model: str) -> str:
+    """The file name of a network's ImageNet weights. Raises `ConfigError` if it has none."""
+    backbone = known_backbone(model)
+    if backbone is None or backbone.weights_file is None:
+        known = [name for name, entry in BACKBONES.items() if entry.weights_file]
+        raise ConfigError(
+            f"weights_only: no ImageNet weights of {model} are known; of {', '.join(known)} they "
+            "are. timm downloads those of its networks at the first run"
+        )
+    return backbone.weights_file
 
 
 def fetch_data(data_dir: Path, url: str, expected: ExpectedDataset | None) -> None:
@@ -142,7 +163,7 @@ def checkpoints_dir() -> Path:
     return home.expanduser() / "hub" / "checkpoints"
 
 
-def fetch_weights(url: str = WEIGHTS_URL) -> None:
+def fetch_weights(url: str) -> None:
     """Make torch.hub's file of these weights exist, with the hash that its name promises."""
     folder = checkpoints_dir()
     partial = PartialDownload(url, folder)

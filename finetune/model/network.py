@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.config.backbones import find_backbone
+from finetune.config.backbones import DEFAULT_MODEL, find_backbone
 from finetune.config.fields import RunConfig
 from finetune.data.decode import Preprocessing
 from finetune.model.chain import Chain
@@ -23,8 +23,6 @@ from finetune.runs.result import RunResult
 from finetune.system.errors import ConfigError, WeightsError
 from finetune.system.files import run_directory
 from finetune.system.text import listed
-
-_DEFAULT_MODEL = RunConfig.model_fields["model"].default  # that of 0.1.0's checkpoints
 
 
 def build(model: str, num_classes: int, image_size: int, seed: int) -> Chain:
@@ -212,7 +210,7 @@ def _read_best(run_dir: Path) -> dict[str, Any]:
                 f"python agent.py --config {run_dir / 'config.yaml'} trains it again"
             )
         raise WeightsError(f"{run_dir} has no best.ckpt: {reason}")
-    content = {"model": _DEFAULT_MODEL, **read_checkpoint(path)}
+    content = {"model": DEFAULT_MODEL, **read_checkpoint(path)}
     names, size = content.get("class_names"), content.get("image_size")
     are_names = isinstance(names, list) and names and all(isinstance(n, str) for n in names)
     if not are_names or not isinstance(size, int) or not 32 <= size <= 1024:

@@ -125,15 +125,11 @@ def resolve(
 
 def _unfreeze_from(config: RunConfig) -> str | None:
     """The part's name, which for `timm:NAME` only timm can tell. Raises `ConfigError`."""
-    if "unfreeze_from" in STRATEGIES[config.strategy].ignores:
+    config.backbone.check(config.model, config.image_size, config.unfreeze_from)
+    entry = STRATEGIES[config.strategy]
+    if "unfreeze_from" in entry.ignores:
         return None
-    parts = config.backbone.part_names
-    if config.unfreeze_from not in (None, *parts[:-1]):
-        raise ConfigError(
-            f"unfreeze_from: got {config.unfreeze_from!r}; {config.model} has the parts "
-            f"{', '.join(parts[:-1])} below its head"
-        )
-    return config.unfreeze_from or STRATEGIES[config.strategy].deepest(parts)
+    return config.unfreeze_from or entry.deepest(config.backbone.part_names)
 
 
 def _accelerator(asked: str) -> str:

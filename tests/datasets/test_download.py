@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from finetune.config.backbones import BACKBONES
 from finetune.datasets import download as module
 from finetune.datasets import fetch as fetch_module
 from finetune.datasets.archive import ExpectedDataset
@@ -519,8 +521,11 @@ def test_a_download_stopped_by_a_signal_keeps_its_bytes(
 def weights_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     content = bytes(random.Random(0).randbytes(5000))
     promised = hashlib.sha256(content).hexdigest()[:8]
-    with serve(content, f"resnet18-{promised}.pth") as served:
-        monkeypatch.setattr(module, "WEIGHTS_URL", served.url)
+    name = f"resnet18-{promised}.pth"
+    with serve(content, name) as served:
+        monkeypatch.setattr(module, "WEIGHTS_SERVER", served.url.removesuffix(name))
+        entry = replace(BACKBONES["resnet18"], weights_file=name)
+        monkeypatch.setitem(BACKBONES, "resnet18", entry)
         yield served
 
 
@@ -555,10 +560,22 @@ def test_the_weights_folder_is_that_of_torch_hub(
     assert checkpoints_dir() == Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def test_the_url_of_the_weights_is_that_of_torchvision() -> None:
-    from torchvision.models import ResNet18_Weights
+@pytest.mark.parametrize("model", BACKBONES)
+def test_the_urls_of_the_weights_are_those_of_torchvision(model: str) -> None:
+    from torchvision.models import get_model_weights
 
-    assert ResNet18_Weights.IMAGENET1K_V1.url == module.WEIGHTS_URL
+    known = get_model_weights(BACKBONES[model].function)["IMAGENET1K_V1"].url
+    assert known == module.WEIGHTS_SERVER + module.weights_name(model)
+
+
+def test_the_weights_of_several_networks_are_downloaded(
+    weights_server: FileServer, target: Path, torch_home: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no ImageNet weights of tiny are known; of resnet18"):
+        download(target, weights_only=["resnet18", "tiny"])
+    assert weights_server.requests == []
+    download(target, weights_only=["resnet18", "resnet18"])
+    assert len(list((torch_home / "hub/checkpoints").iterdir())) == 1
 
 
 def test_weights_with_a_wrong_hash_are_refused_and_removed(
@@ -582,7 +599,7 @@ def test_damaged_weights_are_downloaded_again(weights_server: FileServer) -> Non
 def test_weights_are_downloaded_alone_and_with_the_data(
     server: FileServer, weights_server: FileServer, target: Path, torch_home: Path
 ) -> None:
-    download(target, weights_only=True)
+    download(target, weights_only=[])
     assert not target.exists()
     shutil.rmtree(torch_home)
     download(target, url=server.url)
@@ -602,7 +619,7 @@ def test_a_local_archive_is_unpacked_and_kept(
 
 @pytest.mark.parametrize(
     "given",
-    [{"url": "http://x", "archive": Path("x")}, {"weights_only": True, "url": "http://x"}],
+    [{"url": "http://x", "archive": Path("x")}, {"weights_only": [], "url": "http://x"}],
 )
 def test_contradicting_options_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

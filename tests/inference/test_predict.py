@@ -43,6 +43,7 @@ def finished(digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFacto
         learning_rate=0.01,
         image_size=64,
         data_dir=digits,
+        model=weights.stem,
         weights=weights,
         out=place / "runs",
         cache_dir=place / "cache",

@@ -274,6 +274,7 @@ def test_a_sweep_continues_despite_damaged_run_directories(
 ) -> None:
     parameters: dict[str, Any] = {
         "data_dir": str(digits),
+        "model": weights.stem,
         "weights": str(weights),
         "val_fraction": 0,
         "image_size": 32,

@@ -148,6 +148,7 @@ def test_the_page_shows_the_names_as_text_and_executes_nothing(place: Path, run:
 def test_a_sweep_shows_brackets_unchanged(place: Path, weights: Path) -> None:
     fields = {
         "data_dir": "data",
+        "model": weights.stem,
         "weights": str(weights),
         "strategy": "freeze",
         "epochs": 1,
@@ -173,6 +174,7 @@ def test_a_sweep_shows_brackets_unchanged(place: Path, weights: Path) -> None:
 
 def test_a_class_name_of_a_checkpoint_is_shown_as_text(place: Path, tmp_path: Path) -> None:
     content = {
+        "model": "tiny",
         "state_dict": tiny(2, seed=3).state_dict(),
         "class_names": ["\x1b[31m", "two\nlines"],
         "image_size": 32,

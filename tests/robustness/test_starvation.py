@@ -137,7 +137,8 @@ def undisturbed(
     """The fields of a short run, and its expected result."""
     place = tmp_path_factory.mktemp("undisturbed")
     fields = {
-        "data_dir": digits, "weights": weights, "val_fraction": 0, "image_size": 64,
+        "data_dir": digits, "model": weights.stem, "weights": weights, "val_fraction": 0,
+        "image_size": 64,
         "batch_size": 5, "learning_rate": 0.01, "epochs": 3, "accelerator": "cpu",
         "keep_last": True,
     }  # fmt: skip

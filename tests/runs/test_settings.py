@@ -63,7 +63,7 @@ def test_the_weights_fingerprint_replaces_their_path() -> None:
 def test_missing_fields_have_their_default_and_unknown_fields_do_not_count() -> None:
     whole = config(strategy="gradual")
     older = {name: value for name, value in whole.items() if name not in ("lr_decay", "momentum")}
-    assert setting_of(older) == setting_of({**whole, "mixup": 0.2}) == setting_of(whole)
+    assert setting_of(older) == setting_of({**whole, "ema_decay": 0.2}) == setting_of(whole)
 
 
 def test_a_value_that_this_version_refuses_is_a_setting_of_its_own() -> None:

@@ -110,7 +110,8 @@ def test_a_sweep_keeps_the_best_and_predict_explains_what_is_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fields = {
-        "data_dir": str(digits), "weights": str(weights), "val_fraction": 0, "image_size": 32,
+        "data_dir": str(digits), "model": weights.stem, "weights": str(weights),
+        "val_fraction": 0, "image_size": 32,
         "batch_size": 10, "epochs": 1, "accelerator": "cpu", "cache_dir": str(tmp_path / "cache"),
     }  # fmt: skip
     parameters = {name: {"value": value} for name, value in fields.items()}

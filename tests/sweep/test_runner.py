@@ -45,6 +45,7 @@ def base(digits: Path, weights: Path, tmp_path: Path) -> Fields:
     """The fields of all trials: runs of about a second."""
     return {
         "data_dir": str(digits),
+        "model": weights.stem,
         "weights": str(weights),
         "val_fraction": 0,
         "image_size": 32,
@@ -375,9 +376,18 @@ def test_a_sweep_of_version_0_1_0_is_resumed_though_its_file_s_lines_are_swapped
     (folder / "sweep.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     runs = folder / "swept"
     before = {p: p.read_bytes() for p in runs.glob("*/result.json")}
+    # The small network of these files was a ResNet18 by name.
+    hook = """
+from finetune.config.backbones import BACKBONES
+from tests.support.tiny_network import TINY
+BACKBONES["resnet18"] = TINY
+"""
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     ended = subprocess.run(
-        [fast_python(), *COMMAND, "sweep.yaml"],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        [sys.executable, *COMMAND, "sweep.yaml"],
+        cwd=folder, env=environment(PYTHONPATH=path), capture_output=True, text=True,
+        timeout=300, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "[4/4]" in ended.stdout and "[2/4]" not in ended.stdout and "4 finished" in ended.stdout
