@@ -18,11 +18,12 @@ FORMAT_VERSION = 2
 """Of result.json. Version 1, which 0.1.0 wrote, doesn't name its version."""
 
 METRICS = (
-    *("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "best_val_acc"),
-    *("trainable_parameters", "images_per_second"),
+    *("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1"),
+    *("best_val_acc", "trainable_parameters", "images_per_second"),
     *(f"lr/{part}" for part in PARTS),
 )
-"""The keys that W&B, metrics.csv and the report have once per epoch."""
+"""The keys that W&B, metrics.csv and the report have once per epoch. Rows of older versions lack
+`val_macro_f1`."""
 
 Row = dict[str, float]
 """One epoch's metrics."""
@@ -45,6 +46,8 @@ class RunResult(BaseModel):
     seed: int
     best_val_acc: float
     best_val_loss: float
+    best_val_macro_f1: float | None = None
+    """Of the best epoch; None if an older version trained it."""
     best_epoch: int
     last_val_acc: float
     epochs_run: int

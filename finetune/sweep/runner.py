@@ -1,5 +1,6 @@
 """Run a sweep on this machine: claim trials, run them in worker processes, record how they end."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -213,9 +214,15 @@ class _Runner:
         """The result of a trial that has ended, with the values in its run directory."""
         if not (rows := _rows(result.run_dir)):
             return result
-        best = best_epoch(rows)
-        value = None if result.state == "failed" else self._logged_value(rows[-1])[1]
-        return replace(result, value=value, best_val_acc=rows[best]["val_acc"], best_epoch=best)
+        best = rows[best_epoch(rows)]
+        f1 = best["val_macro_f1"]
+        return replace(
+            result,
+            value=None if result.state == "failed" else self._logged_value(rows[-1])[1],
+            best_val_acc=best["val_acc"],
+            best_val_macro_f1=None if math.isnan(f1) else f1,
+            best_epoch=best_epoch(rows),
+        )
 
     def _requeue_running(self) -> None:
         stopped = self.worker_pool.stop()
