@@ -27,10 +27,10 @@ def field_columns(
 
 def strategies(comparison: Comparison) -> str:
     about = (
-        "Accuracy is the mean over the fresh seeds of the best setting. "
+        "Accuracy and macro F1 are the means over the fresh seeds of the best setting. "
         if comparison.about_strategies
-        else "Accuracy is that of the best run, which is too optimistic, the more so the more runs "
-        "there are. "
+        else "Accuracy and macro F1 are those of the best run, which are too optimistic, the more "
+        "so the more runs there are. "
     )
     columns = [
         Column("strategy", _strategy_cell, str),
