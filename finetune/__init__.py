@@ -1,4 +1,4 @@
-"""Compare ways to fine-tune ResNet18 on a folder of pictures.
+"""Compare ways to fine-tune a network on a folder of pictures.
 
     >>> from finetune import train_and_finetune  # doctest: +SKIP
     >>> model = train_and_finetune(strategy="partial", epochs=10)  # doctest: +SKIP
@@ -12,18 +12,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from finetune.config.backbones import Backbone, register_model
     from finetune.config.fields import RunConfig
     from finetune.model.network import load_best
     from finetune.runs.result import RunResult
     from finetune.training.train import train_and_finetune
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "RunResult", "load_best", "train_and_finetune"]
+__all__ = [
+    "Backbone",
+    "RunConfig",
+    "RunResult",
+    "load_best",
+    "register_model",
+    "train_and_finetune",
+]
 
 _LAZY = {
+    "Backbone": "config.backbones",
     "RunConfig": "config.fields",
     "RunResult": "runs.result",
     "load_best": "model.network",
+    "register_model": "config.backbones",
     "train_and_finetune": "training.train",
 }
 

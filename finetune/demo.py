@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.analysis.report.report import report
+from finetune.config.backbones import find_backbone
 from finetune.config.strategies import STRATEGIES
 from finetune.datasets.digits import write_digits
 from finetune.sweep.runner import run_sweep
@@ -88,6 +89,7 @@ def _train_source(weights: Path, fields: dict[str, Any]) -> None:
     from finetune.model.weights import write_checkpoint
     from finetune.training.train import train_and_finetune
 
-    model = train_and_finetune(**fields)
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
+    model: Any = train_and_finetune(**fields)
+    *_, head = find_backbone(model.model_name).parts.values()
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{head}.")}
     write_checkpoint(state, weights)

@@ -1,6 +1,6 @@
 """Small real data and weights that the tests share.
 
-Tests train a ResNet18 of a few channels; a test marked `real_network` trains torchvision's own.
+Tests train a network of a few channels; a test marked `real_network` trains a ResNet18.
 """
 
 from __future__ import annotations
@@ -11,39 +11,47 @@ import os
 # One compute thread a process, set before torch is imported: the tests themselves run in parallel.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import sys
 from collections.abc import Callable, Generator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import finetune.model.network
 from finetune.config.fields import RunConfig
 from finetune.datasets.digits import write_digits
 from finetune.model.network import build
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
-from tests.support import network_choice
 
 ROOT = Path(__file__).parent.parent
 CHILD_PATH = ROOT / "tests" / "support" / "child_path"
 
-os.environ.setdefault(
-    network_choice.NETWORK, "tiny"
-)  # a fork server that imports this keeps its own
 os.environ["PYTHONPATH"] = os.pathsep.join([str(CHILD_PATH), str(ROOT)])
-network_choice.stand_in(finetune.model.network)
+sys.path.insert(0, str(CHILD_PATH))  # where the entry point of `model="tiny"` is
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: not item.keywords.keys() & {"slow", "long"})
+    """The slow ones first in each process, so that none is left alone with one at the end.
+
+    pytest-xdist gives each process an equal run of consecutive tests to begin with.
+    """
+    slow = [item for item in items if item.keywords.keys() & {"slow", "long"}]
+    quick = [item for item in items if item not in set(slow)]
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    size = -(-len(items) // num_processes)
+    items.clear()
+    for i in range(num_processes):
+        chunk = slow[i::num_processes]
+        num_quick = size - len(chunk)
+        items += [*chunk, *quick[:num_quick]]
+        del quick[:num_quick]
+    items += quick
 
 
 def network_of(item: Any) -> str:
-    return "real" if item.get_closest_marker("real_network") else "tiny"
+    return "resnet18" if item.get_closest_marker("real_network") else "tiny"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -52,15 +60,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "weights", [network], indirect=True, scope="session", ids=[pytest.HIDDEN_PARAM]
         )
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Choose the network before the first fixture of the test is made."""
-    if os.environ[network_choice.NETWORK] != network_of(item):
-        os.environ[network_choice.NETWORK] = network_of(item)
-        # A fork server keeps the environment of its start; the next process starts another one.
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -94,10 +93,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state dict of the test's network with 1000 classes, as ImageNet's has."""
-    assert os.environ[network_choice.NETWORK] == request.param
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(build(1000, seed=7).state_dict(), path)
+    """MODEL.pth: a state dict of the test's network with 1000 classes, as ImageNet's has."""
+    path = tmp_path_factory.mktemp("weights") / f"{request.param}.pth"
+    torch.save(build(request.param, 1000, 64, seed=7).network.state_dict(), path)
     return path
 
 
@@ -106,6 +104,7 @@ def fields(digits: Path, weights: Path, tmp_path: Path) -> dict[str, Any]:
     """The fields of a run of a few seconds."""
     return {
         "data_dir": digits,
+        "model": weights.stem,
         "weights": weights,
         "val_fraction": 0,
         "image_size": 64,
@@ -146,6 +145,7 @@ def train_once(digits: Path, weights: Path, tmp_path_factory: pytest.TempPathFac
             "val_fraction": 0.25,
             "image_size": 32,
             "data_dir": digits,
+            "model": weights.stem,
             "weights": weights,
             "out": place,
             "cache_dir": place / "cache",

@@ -8,12 +8,17 @@ import re
 from collections.abc import Iterable
 
 ALIASES = {
+    "model": "model_name model_type model_arch arch architecture backbone network net base_model",
     "strategy": "finetune_strategy finetuning_strategy freeze_strategy training_strategy",
     "epochs": "n_epochs num_epochs max_epochs epoch num_train_epochs epochs_num",
     "batch_size": "bs batch train_batch_size per_device_train_batch_size minibatch_size",
     "data_aug": "augmentation augment augmentations aug augs data_augmentation use_augmentation "
     "augment_data use_aug transforms",
     "learning_rate": "lr learn_rate base_lr init_lr initial_lr max_lr lr0 eta0 head_lr lrate",
+    "optimizer": "optim opt optimiser optimizer_name",
+    "momentum": "sgd_momentum",
+    "mixup": "mixup_alpha mix_up",
+    "class_weights": "class_weight balanced_classes weighted_loss",
     "lr_decay": "layer_decay layerwise_lr_decay discriminative_lr lr_mult backbone_lr_factor",
     "lr_schedule": "scheduler lr_scheduler schedule lr_scheduler_type lr_policy sched",
     "weight_decay": "wd l2 l2_reg l2_regularization l2_penalty decay",
@@ -43,16 +48,15 @@ ALIASES = {
     "config": "config_file config_path cfg",
 }
 NO_FIELD = {
-    "the network is always torchvision's ResNet18": "model model_name model_type model_arch arch "
-    "architecture backbone network net activation kernel_size num_filters filters batch_norm "
-    "dense_size hidden_size fc_size num_layers",
-    "the network is ResNet18, which has no dropout; weight_decay, label_smoothing and data_aug "
-    "regularize": "dropout dropout_rate drop_rate dropout_p drop_path",
+    "the layers are those of the network, which `model` names": "activation kernel_size "
+    "num_filters filters batch_norm dense_size hidden_size fc_size num_layers",
+    "dropout is what the network has; weight_decay, label_smoothing, data_aug and mixup regularize "
+    "too": "dropout dropout_rate drop_rate dropout_p drop_path",
     "the classes are the folders in data_dir": "num_classes n_classes nb_classes classes "
     "class_names num_labels",
-    "the optimizer is SGD, with learning_rate, momentum and weight_decay": "optimizer optim opt "
-    "optimiser optimizer_name beta1 beta2 betas eps nesterov",
-    "the loss is cross-entropy, with label_smoothing": "loss criterion loss_fn",
+    "the optimizers are used with learning_rate, momentum and weight_decay, else with torch's "
+    "defaults": "beta1 beta2 betas eps nesterov",
+    "the loss is cross-entropy, with label_smoothing and class_weights": "loss criterion loss_fn",
     "a run reads pictures from its cache, without worker processes": "num_workers "
     "workers n_workers dataloader_num_workers",
     "lr_schedule onecycle starts with a warm-up": "warmup warmup_epochs warmup_steps warmup_ratio",

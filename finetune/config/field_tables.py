@@ -58,5 +58,8 @@ NUMERIC_FIELDS = frozenset(
 )
 """The fields that hold a number."""
 
-TIMING_FIELDS = tuple(inspect.signature(plan).parameters)
+TIMING_FIELDS = (
+    *(name for name in inspect.signature(plan).parameters if name in RunConfig.model_fields),
+    "model",
+)
 """The fields that decide when each part starts to train."""

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import annotated_types as at
 from PIL import ImageColor
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
+from finetune.config.augmentations import AUGMENTATIONS
 from finetune.system.files import absolute
 from finetune.system.text import nearest
 
@@ -75,7 +76,8 @@ def _augmentation(value: object) -> object:
 
 def takes_boolean(field: FieldInfo) -> bool:
     """Whether true is a value of the field, so that its flag needs none."""
-    return field.annotation is bool or _YES & set(get_args(field.annotation)) != set()
+    reads_words = any(getattr(entry, "func", None) is _augmentation for entry in field.metadata)
+    return field.annotation is bool or reads_words
 
 
 def _weights(value: object) -> object:
@@ -123,7 +125,7 @@ Positive = Annotated[Number, at.Gt(0)]
 Share = Annotated[Number, at.Ge(0), at.Lt(1)]
 AutoOrNumber = Annotated[Literal["auto"] | float, BeforeValidator(_auto_or_number)]
 Directory = Annotated[Path, AfterValidator(absolute)]
-Augmentation = Annotated[Literal["y", "n", "strong"], BeforeValidator(_augmentation)]
+Augmentation = Annotated[str, BeforeValidator(_augmentation), one_of(AUGMENTATIONS)]
 AutoOrOff = Annotated[bool, BeforeValidator(lambda value: True if value == "auto" else value)]
 Colour = Annotated[str, AfterValidator(_colour)]
 PixelRange = Annotated[str, BeforeValidator(_pixel_range)]

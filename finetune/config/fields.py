@@ -9,6 +9,7 @@ before anything is recorded.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finetune.config import field_types as types
 from finetune.config.aliases import hint
+from finetune.config.augmentations import AUGMENTATIONS, Augmentation
+from finetune.config.backbones import BACKBONES, Backbone, find_backbone, known_backbone
 from finetune.config.field_types import environment, field, label, one_of, searched
-from finetune.config.strategies import PARTS, SCHEDULES, STRATEGIES, Plan, plan
+from finetune.config.optimizers import OPTIMIZERS, ignored_fields
+from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
-from finetune.system.files import load_yaml
 from finetune.system.text import brief, nearest
 
 
@@ -33,6 +36,13 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    model: str = searched(
+        "resnet18",
+        f"the network: {', '.join(BACKBONES)}, timm:NAME where timm is installed, or one that is "
+        "registered",
+        title="network",
+        shown={name: name for name in BACKBONES},
+    )
     strategy: Annotated[str, one_of(STRATEGIES)] = searched(
         "partial",
         "; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items()),
@@ -44,12 +54,20 @@ class RunConfig(BaseModel):
     )
     data_aug: types.Augmentation = searched(
         "y",
-        "y: flip each picture horizontally with probability 1/2; n: none; strong: random resized "
-        "crop (scale 0.35 to 1), flip, TrivialAugment",
+        "; ".join(f"{name}: {a.summary}" for name, a in AUGMENTATIONS.items()),
         title="augmentation",
-        shown={"n": "none", "y": "flip", "strong": "strong"},
+        shown={name: a.title for name, a in AUGMENTATIONS.items()},
     )
-    learning_rate: types.Positive = searched(0.001, "SGD's learning rate of the head, fc")
+    mixup: Annotated[types.Number, at.Ge(0)] = searched(
+        0.0,
+        "alpha of the Beta distribution from which the share of one of two mixed training pictures "
+        "is drawn, once per batch; 0: off (Zhang et al. 2018)",
+    )
+    class_weights: Literal["none", "balanced"] = searched(
+        "none",
+        "balanced: a class's weight in the training loss is inverse to its number of pictures",
+    )
+    learning_rate: types.Positive = searched(0.001, "the learning rate of the head")
     lr_decay: Annotated[types.Positive, at.Le(1)] | None = searched(
         None,
         "factor from a part's learning rate to that of the next part towards the input; default: "
@@ -59,18 +77,26 @@ class RunConfig(BaseModel):
     lr_schedule: Annotated[str, one_of(SCHEDULES)] = searched(
         "constant", f"multiplier of all learning rates: {', '.join(SCHEDULES)}", title="schedule"
     )
-    momentum: types.Share = searched(0.9, "SGD's momentum")
-    weight_decay: Annotated[types.Number, at.Ge(0)] = searched(0.0, "SGD's L2 penalty")
+    optimizer: Annotated[str, one_of(OPTIMIZERS)] = searched(
+        "sgd", f"one of torch.optim: {', '.join(OPTIMIZERS)}"
+    )
+    momentum: types.Share | None = searched(None, "SGD's momentum; default: 0.9")
+    weight_decay: Annotated[types.Number, at.Ge(0)] | None = searched(
+        None, "SGD's L2 penalty, AdamW's weight decay; default: 0"
+    )
     label_smoothing: types.Share = searched(
         0.0, "share of the target that is spread over all classes, in training only"
     )
-    unfreeze_from: Annotated[str, one_of(PARTS[:-1])] | None = searched(
+    unfreeze_from: str | None = searched(
         None,
-        f"the part nearest the input that trains: {', '.join(PARTS[:-1])}; default: layer3 for "
-        "partial, layer2 for gradual",
+        "the part nearest the input that trains, by the network's own names "
+        f"(resnet18: {', '.join(BACKBONES['resnet18'].part_names[:-1])}); default: the second part "
+        "below the head for partial, the third for gradual, the first part for lp-ft",
     )
     unfreeze_every: types.Count | None = searched(
-        None, "gradual: epochs from one unfreezing to the next; default: 1"
+        None,
+        "gradual: epochs from one unfreezing to the next, default 1; lp-ft: epochs of the head "
+        "alone, default 3",
     )
     image_size: Annotated[types.Integer, at.Ge(32), at.Le(1024)] = searched(
         256, "pixels per side; pictures are resized to a square without keeping their aspect ratio"
@@ -100,8 +126,8 @@ class RunConfig(BaseModel):
     )
     weights: types.Weights | None = searched(
         None,
-        "imagenet (torchvision's ResNet18 weights, the default), or the path of a state dict "
-        "or checkpoint (.pth, .ckpt, .safetensors) or of a run directory",
+        "imagenet (the network's ImageNet weights, the default), or the path of a state dict or "
+        "checkpoint (.pth, .ckpt, .safetensors) or of a run directory",
     )
     patience: Annotated[types.Integer, at.Ge(0)] | None = searched(
         None,
@@ -147,13 +173,15 @@ class RunConfig(BaseModel):
         """Replace None by the default, which may depend on the strategy and the environment."""
         fields = {name: value for name, value in given.items() if value is not None}
         entry = STRATEGIES.get(str(fields.get("strategy", "partial")))
-        if entry is None:
+        optimizer = str(fields.get("optimizer", "sgd"))
+        if entry is None or optimizer not in OPTIMIZERS:
             return fields
         scheduled = fields.get("lr_schedule", "constant") != "constant"
         defaults: dict[str, Any] = {
+            "momentum": 0.9,
+            "weight_decay": 0.0,
             "lr_decay": entry.lr_decay,
-            "unfreeze_from": entry.deepest_part,
-            "unfreeze_every": 1,
+            "unfreeze_every": entry.unfreeze_every,
             "weights": "imagenet",
             "patience": 0 if scheduled else 3,
             "project": os.environ.get("WANDB_PROJECT") or "finetune",
@@ -161,20 +189,46 @@ class RunConfig(BaseModel):
             "group": os.environ.get("WANDB_RUN_GROUP") or None,
             "name": os.environ.get("WANDB_NAME") or None,
         }
-        return defaults | fields | dict.fromkeys(entry.ignores)
+        with suppress(ConfigError):  # an unknown model is reported with the other errors
+            if backbone := known_backbone(str(fields.get("model", "resnet18"))):
+                defaults["unfreeze_from"] = entry.deepest(backbone.part_names)
+        return defaults | fields | dict.fromkeys(entry.ignores | ignored_fields(optimizer))
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if not (self.val_fraction == "auto" or 0 <= self.val_fraction <= 0.9):
             raise ValueError(f"val_fraction: got {self.val_fraction}; must be auto or 0 to 0.9")
-        if self.batch_size == 1 and self.image_size <= 32 and set(self.plan.start_epochs) != {"fc"}:
-            raise ValueError(
-                "batch_size: got 1 with image_size 32, where layer4's BatchNorm has one value per "
-                "channel; pass a batch_size of 2 or more or a larger image_size"
-            )
+        try:
+            backbone = known_backbone(self.model)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if backbone:  # timm's are checked when the network is built: its import takes seconds
+            self._check_backbone(backbone)
         if self.name is None:
             object.__setattr__(self, "name", self._readable_name())
         return self
+
+    def _check_backbone(self, backbone: Backbone) -> None:
+        """Raises `ValueError` if the network has no such part, or takes no such pictures."""
+        *below, head = backbone.part_names
+        if self.unfreeze_from not in (None, *below):
+            raise ValueError(
+                f"unfreeze_from: got {self.unfreeze_from!r}; {self.model} has the parts "
+                f"{', '.join(below)} below its head{nearest(str(self.unfreeze_from), below)}"
+            )
+        step, smallest = backbone.image_size_step, backbone.min_image_size
+        if self.image_size % step or self.image_size < smallest:
+            multiple = f" and a multiple of {step}" if step > 1 else ""
+            raise ValueError(
+                f"image_size: got {self.image_size}; {self.model} needs at least {smallest}"
+                f"{multiple}"
+            )
+        only_head = set(self.plan.start_epochs) == {head}
+        if self.batch_size == 1 and self.image_size <= 32 and not only_head:
+            raise ValueError(
+                "batch_size: got 1 with image_size 32, where the last part's BatchNorm has one "
+                "value per channel; pass a batch_size of 2 or more or a larger image_size"
+            )
 
     @classmethod
     def from_fields(cls, given: Mapping[str, Any]) -> Self:
@@ -191,20 +245,37 @@ class RunConfig(BaseModel):
         return self.model_dump(mode="json")
 
     @property
+    def backbone(self) -> Backbone:
+        """The network's entry; of `timm:NAME` it imports timm."""
+        return find_backbone(self.model)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return AUGMENTATIONS[self.data_aug]
+
+    @property
     def plan(self) -> Plan:
-        return plan(self.strategy, self.unfreeze_from, self.unfreeze_every, self.lr_decay)
+        parts = self.backbone.part_names
+        return plan(self.strategy, parts, self.unfreeze_from, self.unfreeze_every, self.lr_decay)
 
     @property
     def pixel_bounds(self) -> tuple[float, float] | None:
         return types.bounds(self.pixel_range)
 
     def _readable_name(self) -> str:
-        words = [self.strategy]
-        if self.unfreeze_from not in (None, STRATEGIES[self.strategy].deepest_part):
+        default = type(self).model_fields["model"].default
+        words = [] if self.model == default else [self.model]
+        words.append(self.strategy)
+        if self.unfreeze_from and not self._unfreezes_by_default:
             words.append(f"from-{self.unfreeze_from}")
-        words += [f"lr{self.learning_rate:g}", f"bs{self.batch_size}"]
-        words += {"y": ["aug"], "n": [], "strong": ["strong"]}[self.data_aug]
-        return "-".join(words)
+        words += [f"lr{self.learning_rate:g}", f"bs{self.batch_size}", self.augmentation.label]
+        return "-".join(filter(None, words))
+
+    @property
+    def _unfreezes_by_default(self) -> bool:
+        backbone = known_backbone(self.model)
+        parts = backbone.part_names if backbone else ()
+        return bool(parts) and self.unfreeze_from == STRATEGIES[self.strategy].deepest(parts)
 
 
 def unknown_field(name: str) -> str:
@@ -215,37 +286,6 @@ def unknown_field(name: str) -> str:
     if known:
         return f"unknown field {name!r}: {known}"
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The fields in a YAML file. Raises `ConfigError`."""
-    fields = load_yaml(path, "a config")
-    if not isinstance(fields, dict):
-        raise ConfigError(f"config: {path} must hold a mapping of fields, such as 'epochs: 10'")
-    return {str(name): value for name, value in fields.items()}
-
-
-def advice(given: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Notes on the given values: fields that have no effect, too few epochs."""
-    lines = []
-    ignored = STRATEGIES[config.strategy].ignores
-    if names := sorted(name for name in ignored if given.get(name) is not None):
-        lines.append(f"{', '.join(names)}: no effect with strategy {config.strategy}; ignored")
-    if late := config.plan.opened_too_late(config.epochs):
-        starts = ", ".join(f"{part} at epoch {start}" for part, start in late.items())
-        lines.append(
-            f"epochs={config.epochs} is too few to unfreeze every part: {starts} would come "
-            f"after the end; epochs={config.plan.all_open_epoch + 1} or more trains them"
-        )
-    return lines
-
-
-def differences(ours: RunConfig, given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The fields of `given` whose value differs from `ours`, as (ours, given)."""
-    asked = {k: v for k, v in given.items() if v is not None and v != "auto"}
-    theirs = RunConfig.from_fields(ours.to_fields() | asked)
-    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in asked}
-    return {name: (mine, other) for name, (mine, other) in pairs.items() if mine != other}
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

@@ -1,9 +1,10 @@
 """Fine-tuning strategies as data: which parts of the network train from which epoch, how fast.
 
-A new strategy is one more entry of `STRATEGIES`; no other file compares a strategy's name.
+A new strategy is one more entry of `STRATEGIES`; no other file compares a strategy's name. Depth
+counts the parts from the head, whose depth is 0, towards the input.
 
-    >>> plan("gradual").start_epochs
-    {'layer2': 3, 'layer3': 2, 'layer4': 1, 'fc': 0}
+    >>> plan("gradual", ["stem", "stage1", "stage2", "head"], unfreeze_from="stage1").start_epochs
+    {'stage1': 2, 'stage2': 1, 'head': 0}
 
 Freezing as data follows big_vision (https://github.com/google-research/big_vision); unfreezing part
 by part, with smaller learning rates towards the input, follows Howard & Ruder 2018
@@ -11,11 +12,8 @@ by part, with smaller learning rates towards the input, follows Howard & Ruder 2
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-PARTS = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
-"""ResNet18's parts from input to output."""
 
 
 @dataclass(frozen=True)
@@ -23,43 +21,58 @@ class Strategy:
     """A strategy: its defaults, and the config fields that it ignores."""
 
     summary: str
-    deepest_part: str
-    """The part nearest the input that trains, unless `unfreeze_from` names another."""
+    max_depth: int | None
+    """The depth of the deepest part that trains, unless `unfreeze_from` names it; None: all do."""
+    start_epoch: Callable[[int, int], int] = lambda depth, every: 0
+    """The epoch at which a part of this depth starts to train, with this `unfreeze_every`."""
+    unfreeze_every: int = 1
     lr_decay: float = 1.0
-    stepwise: bool = False
-    """The parts are unfrozen one by one, fc first, instead of all at once."""
     ignores: frozenset[str] = frozenset()
+
+    def deepest(self, parts: Sequence[str]) -> str:
+        """The part nearest the input that trains by default."""
+        return parts[0] if self.max_depth is None else parts[max(-len(parts), -1 - self.max_depth)]
 
 
 STRATEGIES: Mapping[str, Strategy] = {
     "freeze": Strategy(
-        "only fc trains, on the frozen network's features",
-        deepest_part="fc",
+        "only the head trains, on the frozen network's features",
+        max_depth=0,
         ignores=frozenset({"unfreeze_from", "unfreeze_every", "lr_decay"}),
     ),
     "partial": Strategy(
         "everything from unfreeze_from up trains from the start",
-        deepest_part="layer3",
+        max_depth=2,
         ignores=frozenset({"unfreeze_every"}),
     ),
     "gradual": Strategy(
-        "fc first, then part after part down to unfreeze_from, deeper parts at lower rates",
-        deepest_part="layer2",
+        "the head first, then part after part down to unfreeze_from, deeper parts at lower rates",
+        max_depth=3,
+        start_epoch=lambda depth, every: depth * every,
         lr_decay=0.5,
-        stepwise=True,
+    ),
+    "lp-ft": Strategy(
+        "the head alone for unfreeze_every epochs, then everything from unfreeze_from up "
+        "(Kumar et al. 2022)",
+        max_depth=None,
+        start_epoch=lambda depth, every: every if depth else 0,
+        unfreeze_every=3,
     ),
     "scratch": Strategy(
         "random weights, everything trains",
-        deepest_part="stem",
+        max_depth=None,
         ignores=frozenset({"weights", "unfreeze_from", "unfreeze_every"}),
     ),
 }
+"""lp-ft: https://arxiv.org/abs/2202.10054."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """When each part starts to train, and its share of the head's learning rate."""
 
+    parts: tuple[str, ...]
+    """All parts of the network, from input to output."""
     start_epochs: Mapping[str, int]
     """The epoch, from 0, at which each part starts to train; without those that never do."""
     rate_shares: Mapping[str, float]
@@ -67,7 +80,7 @@ class Plan:
 
     def trainable_parts(self, epoch: int) -> tuple[str, ...]:
         """The parts that train at this epoch, from input to output."""
-        return tuple(p for p in PARTS if self.start_epochs.get(p, math.inf) <= epoch)
+        return tuple(p for p in self.parts if self.start_epochs.get(p, math.inf) <= epoch)
 
     def first_trainable(self, epoch: int) -> str:
         """The part nearest the input that trains; those before it are the frozen prefix."""
@@ -85,19 +98,21 @@ class Plan:
 
 def plan(
     strategy: str,
+    parts: Sequence[str],
     unfreeze_from: str | None = None,
     unfreeze_every: int | None = None,
     lr_decay: float | None = None,
 ) -> Plan:
-    """The plan of a strategy with these settings; None means the strategy's default."""
+    """The plan of a strategy for a network of these parts; None means the strategy's default."""
     entry = STRATEGIES[strategy]
-    deepest = PARTS.index(unfreeze_from or entry.deepest_part)
-    step = (unfreeze_every or 1) if entry.stepwise else 0
+    trained = parts[parts.index(unfreeze_from or entry.deepest(parts)) :]
+    every = entry.unfreeze_every if unfreeze_every is None else unfreeze_every
     decay = entry.lr_decay if lr_decay is None else lr_decay
-    depths = {part: len(PARTS) - 1 - i for i, part in enumerate(PARTS)}
+    depths = {part: len(parts) - 1 - i for i, part in enumerate(parts)}
     return Plan(
-        start_epochs={part: depths[part] * step for part in PARTS[deepest:]},
-        rate_shares={part: decay ** depths[part] for part in PARTS},
+        parts=tuple(parts),
+        start_epochs={part: entry.start_epoch(depths[part], every) for part in trained},
+        rate_shares={part: decay ** depths[part] for part in parts},
     )
 
 

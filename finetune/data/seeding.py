@@ -42,3 +42,8 @@ def epoch_flips(pictures: Pictures, seed: int, epoch: int) -> np.ndarray[Any, np
 def epoch_augment_seeds(pictures: Pictures, seed: int, epoch: int) -> Keys:
     """The seed of each picture's strong augmentation in an epoch."""
     return _random_bits(pictures, seed, epoch, 2)
+
+
+def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
+    """The generator of everything that is drawn once per training step."""
+    return np.random.default_rng([seed, epoch, step])

@@ -4,22 +4,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.models import ResNet
 
 from finetune.config.fields import RunConfig
-from finetune.config.strategies import PARTS
 from finetune.data.batches import EpochBatches, num_at_once
-from finetune.data.decode import Preprocessing, augment_strongly
+from finetune.data.decode import Preprocessing
 from finetune.data.images import open_images
 from finetune.data.pictures import Indices, Pictures
 from finetune.data.seeding import epoch_augment_seeds, epoch_flips, epoch_order
 from finetune.data.splits import Splits
 from finetune.features.prefix_cache import PrefixCache, SplitInputs
+from finetune.model.chain import Chain
 from finetune.system.array_store import Cache
 from finetune.system.progress import bar
 
@@ -38,7 +38,7 @@ class EpochLoader:
         started = time.perf_counter()
         self._config, self._log, self._cache = config, log, cache
         self.unreadable: list[str] = []  # left out, as SPLIT/CLASS/FILE
-        self.train = self._open(splits.train, is_flipped=config.data_aug == "y")
+        self.train = self._open(splits.train, is_flipped=config.augmentation.flips)
         self.val = self._open(splits.val, is_flipped=False)
         if names := self.unreadable:
             log(f"continuing without {len(names)} unreadable pictures: {names[0]} ...")
@@ -50,22 +50,32 @@ class EpochLoader:
         preprocessing, skip = Preprocessing.of(config), config.skip_unreadable
         images, unreadable = open_images(split, preprocessing, skip, self._cache, bar)
         self.unreadable += [f"{split.name}/{name}" for name in unreadable]
-        return SplitInputs(images, is_flipped)
+        return SplitInputs(images, config.backbone.part_names, is_flipped)
 
     def train_epoch(self, epoch: int) -> EpochBatches:
         config, split, pictures = self._config, self.train, self.train.pictures
         part = split.last_stored_part(config.plan.first_trainable(epoch))
-        flips = epoch_flips(pictures, config.seed, epoch) & (config.data_aug == "y")
+        flips = epoch_flips(pictures, config.seed, epoch) & config.augmentation.flips
         seeds = epoch_augment_seeds(pictures, config.seed, epoch)
+        transform = self._transform
 
         def fetch(indices: Indices) -> tuple[Tensor, Tensor | None]:
             inputs, positions = split.batch(part, indices, flips[indices])
-            if config.data_aug == "strong":
-                inputs = torch.stack(list(map(augment_strongly, inputs, seeds[indices].tolist())))
+            if transform is not None:
+                inputs = torch.stack(list(map(transform, inputs, seeds[indices].tolist())))
             return inputs, positions
 
         order = epoch_order(pictures, config.seed, epoch)
         return EpochBatches(pictures, order, config.batch_size, part, fetch)
+
+    @property
+    def _transform(self) -> Callable[[Tensor, int], Tensor] | None:
+        """The augmentation's change of each training picture, if it is more than a flip."""
+        if (name := self._config.augmentation.transform) is None:
+            return None
+        module, _, function = name.partition(":")
+        found: Callable[[Tensor, int], Tensor] = getattr(import_module(module), function)
+        return found
 
     def val_epoch(self, epoch: int) -> EpochBatches:
         """Every validation picture once, ordered by name."""
@@ -80,16 +90,16 @@ class EpochLoader:
 
     def prepare(
         self,
-        network: ResNet,
+        chain: Chain,
         first_epoch: int,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Open or compute the activations that the epochs from `first_epoch` on can use.
 
-        `network` has the source weights, is on its device and in eval mode.
+        The network has the source weights, is on its device and in eval mode.
         """
         config = self._config
-        if self._cache is None or config.data_aug == "strong":
+        if self._cache is None or config.augmentation.transform or config.mixup:
             return
         started = time.perf_counter()
         if config.cache_format != "float32":
@@ -98,8 +108,8 @@ class EpochLoader:
                 "accuracies may change by a picture or two"
             )
         num_epochs = Counter(map(config.plan.first_trainable, range(first_epoch, config.epochs)))
-        shared = (config, self._cache, (self.train, self.val), network, precision, self._log)
-        for boundary in PARTS[1:]:  # in the network's order: each is computed from the one before
+        shared = (config, self._cache, (self.train, self.val), chain, precision, self._log)
+        for boundary in chain.parts[1:]:  # in order: each is computed from the one before
             if boundary in num_epochs:
                 prefix_cache = PrefixCache(boundary, *shared, self.timings)
                 prefix_cache.open_or_fill(num_epochs[boundary])

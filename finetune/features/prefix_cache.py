@@ -1,26 +1,28 @@
 """The frozen prefix's activations: read from the cache, or stored there where that saves time.
 
-Legend: B batch, H height, W width, C channels, D=512 features.
+Legend: B batch, H height, W width, C channels, D features.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.models import ResNet
 
+from finetune.config.backbones import Backbone
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds, num_at_once
 from finetune.data.images import Images
 from finetune.data.pictures import Indices
-from finetune.model.network import boundary_shape, forward, normalise, part_state, parts_before
+from finetune.model.chain import Chain
+from finetune.model.network import boundary_shape, normalise
 from finetune.model.weights import fingerprint
 from finetune.system.array_store import Array, Cache, StoredArray, digest
 from finetune.system.errors import ConfigError
@@ -32,8 +34,10 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 class SplitInputs:
     """What a split feeds into the network: its pictures, or stored activations by part."""
 
-    def __init__(self, images: Images, is_flipped: bool) -> None:
+    def __init__(self, images: Images, parts: Sequence[str], is_flipped: bool) -> None:
         self.images = images
+        self.parts = tuple(parts)
+        """Of the network, from input to output; the first takes pictures."""
         self.pictures = images.pictures
         self.variants = (False, True) if is_flipped else (False,)
         """The flips for which activations are stored."""
@@ -41,17 +45,18 @@ class SplitInputs:
         """The input of a part: per variant an array, with one row per picture."""
 
     def last_stored_part(self, boundary: str) -> str:
-        """The last part up to `boundary` whose input is stored; `stem` stands for the pictures."""
-        stored = [part for part in (*parts_before(boundary), boundary) if part in self.stored]
-        return stored[-1] if stored else "stem"
+        """The last part up to `boundary` whose input is stored; pictures are the first part's."""
+        up_to_boundary = self.parts[1 : self.parts.index(boundary) + 1]
+        stored = [part for part in up_to_boundary if part in self.stored]
+        return stored[-1] if stored else self.parts[0]
 
     def batch(self, part: str, indices: Indices, flips: Flags) -> tuple[Tensor, Tensor | None]:
         """The input of `part`, and the positions of pictures that `network_input` has to flip.
 
-        uint8 pictures, (B, H, W, 3), at `stem`, else float32 activations, (B, H, W, C), or (B, D)
-        at `fc`.
+        uint8 pictures, (B, H, W, 3), at the first part, else float32 activations, (B, H, W, C) or
+        of another shape, such as (B, D).
         """
-        if part == "stem":
+        if part == self.parts[0]:
             positions = torch.from_numpy(np.flatnonzero(flips)) if flips.any() else None
             return self.images.batch(indices), positions
         arrays = self.stored[part]
@@ -61,10 +66,10 @@ class SplitInputs:
         return torch.from_numpy(rows).float(), None
 
 
-def network_input(inputs: Tensor, flips: Tensor | None, part: str) -> Tensor:
-    """A batch from `SplitInputs` as the network takes it at `part`: float32, channels_last."""
-    if part == "stem":
-        return normalise(inputs, flips)
+def network_input(inputs: Tensor, flips: Tensor | None, backbone: Backbone) -> Tensor:
+    """A batch from `SplitInputs` as the network's parts take it: float32, channels_last."""
+    if inputs.dtype == torch.uint8:
+        return normalise(inputs, flips, backbone.mean, backbone.std)
     return inputs.permute(0, 3, 1, 2) if inputs.ndim == 4 else inputs
 
 
@@ -76,7 +81,7 @@ class PrefixCache:
     config: RunConfig
     cache: Cache
     splits: tuple[SplitInputs, SplitInputs]
-    network: ResNet
+    chain: Chain
     precision: Callable[[], AbstractContextManager[Any]]
     log: Callable[[str], None]
     timings: dict[str, float]
@@ -90,10 +95,10 @@ class PrefixCache:
             for is_flipped in split.variants
             if self.cache.open("activations", self._description(split, is_flipped)) is None
         )
-        is_small = self.boundary == "fc"  # then storing always saves time
+        is_small = self.boundary == self.chain.parts[-1]  # then storing always saves time
         if num_missing and not is_small and not self._saves_time(num_epochs, num_missing):
             return
-        shape = boundary_shape(self.boundary, self.config.image_size)
+        shape = boundary_shape(self.config.model, self.boundary, self.config.image_size)
         for split in self.splits:
             entries = [self._open_or_build(split, flip, shape) for flip in split.variants]
             arrays = [entry.array for entry in entries if entry]
@@ -123,20 +128,26 @@ class PrefixCache:
     def _num_at_once(self) -> int:
         return num_at_once(self.config.image_size, self.config.accelerator)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.chain.network.parameters()).device
+
     @cached_property
     def _description_of_network(self) -> dict[str, Any]:
-        device: torch.device = self.network.conv1.weight.device
+        device = self._device
         processor = device.type  # what gives equal bits: the GPU's model, or the CPU's instructions
         if device.type == "cuda":
             processor = torch.cuda.get_device_name(device)
         elif device.type == "cpu":
             processor = f"cpu {torch.backends.cpu.get_cpu_capability()}"
         return {
+            "model": self.config.model,
             "boundary": self.boundary,
-            "weights": fingerprint(part_state(self.network, parts_before(self.boundary))),
+            "weights": fingerprint(self.chain.state(self.chain.parts_before(self.boundary))),
             "device": processor,
             "num_threads": torch.get_num_threads() if device.type == "cpu" else 0,
             "torch": torch.__version__,
+            "code": _version_of(self.chain.backbone.build),
         }
 
     def _description(self, split: SplitInputs, is_flipped: bool) -> dict[str, Any]:
@@ -175,11 +186,10 @@ class PrefixCache:
         """
         part, dtype = split.last_stored_part(self.boundary), self.config.cache_format
         inputs, positions = split.batch(part, indices, np.full(len(indices), is_flipped))
-        device = self.network.conv1.weight.device
-        positions = None if positions is None else positions.to(device)
-        x = network_input(inputs.to(device), positions, part)
+        positions = None if positions is None else positions.to(self._device)
+        x = network_input(inputs.to(self._device), positions, self.chain.backbone)
         with self.precision():
-            x = forward(self.network, x, part, self.boundary)
+            x = self.chain.forward(x, part, self.boundary)
         x = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
         with np.errstate(over="ignore"):
             rows: Array = x.float().cpu().numpy().astype(dtype, copy=False)
@@ -206,3 +216,10 @@ class PrefixCache:
             rows.take(np.arange(len(rows)), axis=0)
             read_seconds = time.perf_counter() - start
         return compute_seconds * 1e3 / len(rows), read_seconds * 1e3 / len(rows)
+
+
+def _version_of(build: str) -> str:
+    """The version of the package that holds a network's code, if it has one."""
+    with suppress(PackageNotFoundError):
+        return version(build.partition(":")[0].partition(".")[0])
+    return ""

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet
 
 from finetune.data.decode import Preprocessing
-from finetune.model.network import MEAN, STD, forward, load_best, normalise, on_meta
+from finetune.model.network import load_best, normalise, uninitialised
 from finetune.model.weights import read_checkpoint, write_checkpoint
 from finetune.system.errors import ConfigError, MissingPackage, RunDirError, WeightsError
 from finetune.system.files import remove_leftovers
@@ -52,8 +51,9 @@ def export(
     about = {
         "class_names": model.class_names,
         "image_size": size,
-        "mean": list(MEAN),
-        "std": list(STD),
+        "model": model.model_name,
+        "mean": list(model.mean),
+        "std": list(model.std),
         "reading": _reading(model.preprocessing),
         "preprocessing": f"resized to {size}x{size} without keeping its aspect, bilinear with "
         "antialiasing; divided by 255; mean subtracted; divided by std",
@@ -86,41 +86,43 @@ def _reading(preprocessing: Preprocessing) -> str:
 
 
 @torch.inference_mode()
-def _difference(model: ResNet, image_size: int, exported: ExportedModel) -> float:
+def _difference(model: Any, image_size: int, exported: ExportedModel) -> float:
     """The largest difference of a logit over random pictures, as a batch and as one picture."""
     shape, generator = (3, image_size, image_size, 3), torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     differences = [
-        (exported(batch) - forward(model, normalise(batch, None), "stem", None)).abs().max()
+        (exported(batch) - model(normalise(batch, None, model.mean, model.std))).abs().max()
         for batch in (pictures, pictures[:1])
     ]
     return torch.stack(differences).max().item()
 
 
-def _write_state_dict(model: ResNet, about: dict[str, Any], path: Path) -> ExportedModel:
+def _write_state_dict(model: Any, about: dict[str, Any], path: Path) -> ExportedModel:
     about["input"] = f"picture: {about['reading']}; {about['preprocessing']}"
     about["output"] = f"logits of {', '.join(about['class_names'])}"
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     write_checkpoint(about | {"state_dict": state}, path)
-    rebuilt = on_meta(len(about["class_names"])).eval()
+    rebuilt = uninitialised(model.model_name, len(about["class_names"]), about["image_size"])
     rebuilt.load_state_dict(read_checkpoint(path)["state_dict"], assign=True)
-    return lambda images_BHWC: rebuilt(normalise(images_BHWC, None))
+    rebuilt = rebuilt.eval()
+    return lambda images_BHWC: rebuilt(normalise(images_BHWC, None, model.mean, model.std))
 
 
 class _FromPixels(nn.Module):
     """The network with its normalisation: uint8 pictures are its input."""
 
-    def __init__(self, model: ResNet) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, pictures: Tensor) -> Any:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        values = (self.model.mean, self.model.std)
+        mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in values)
         return self.model(pictures.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std))
 
 
 def _write_onnx(
-    model: ResNet, about: dict[str, Any], path: Path, opset: int = OLDEST_OPSET
+    model: Any, about: dict[str, Any], path: Path, opset: int = OLDEST_OPSET
 ) -> ExportedModel:
     try:
         import onnx
@@ -151,7 +153,7 @@ def _write_onnx(
     return lambda images: torch.from_numpy(session.run(None, {"pictures": images.numpy()})[0])
 
 
-def _onnx_program(model: ResNet, size: int, opset: int) -> Any:
+def _onnx_program(model: Any, size: int, opset: int) -> Any:
     """The model in ONNX for batches of any size; the exporter's own output is suppressed."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.models import ResNet
+from torch import Tensor, nn
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
 from finetune.data.decode import Preprocessing, decode
 from finetune.data.layout import by_suffix, is_picture
-from finetune.model.network import forward, load_best, normalise
+from finetune.model.network import load_best, normalise
 from finetune.runs.predictions import softmax
 from finetune.runs.run_dir import RunDir
 from finetune.system.devices import num_cores
@@ -41,7 +40,8 @@ _DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class Predictor:
     """A run's best model, and the device, precision and batch size to use it with."""
 
-    model: ResNet
+    model: nn.Module
+    """From `load_best`."""
     class_names: list[str]
     preprocessing: Preprocessing
     config: RunConfig | None
@@ -56,10 +56,11 @@ class Predictor:
     @torch.inference_mode()
     def logits(self, images_BHWC: Tensor) -> Logits:
         """The logits of uint8 pictures, (B, K)."""
-        x = normalise(images_BHWC.to(self.device), None)
+        model: Any = self.model
+        x = normalise(images_BHWC.to(self.device), None, model.mean, model.std)
         enabled = self.autocast_dtype is not None
         with torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled):
-            logits_BK = forward(self.model, x, "stem", None)
+            logits_BK = model(x)
         logits: Logits = logits_BK.float().cpu().numpy()
         return logits
 

@@ -1,132 +1,147 @@
-"""ResNet18 as an ordered list of parts, with random, pretrained or fine-tuned weights.
+"""Networks with random, pretrained or fine-tuned weights.
 
-Legend: B batch, H height, W width, C channels, D=512 features, K classes.
+Legend: B batch, H height, W width, C channels, K classes.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet, resnet18
 
+from finetune.config.backbones import find_backbone
 from finetune.config.fields import RunConfig
-from finetune.config.strategies import PARTS
 from finetune.data.decode import Preprocessing
+from finetune.model.chain import Chain
 from finetune.model.state_dicts import adapt
-from finetune.model.weights import State, fingerprint, read_checkpoint, read_source
+from finetune.model.weights import fingerprint, read_checkpoint, read_source
 from finetune.runs.result import RunResult
 from finetune.system.errors import ConfigError, WeightsError
 from finetune.system.files import run_directory
+from finetune.system.text import listed
 
-MODEL_NAME = "resnet18"  # in checkpoints
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, which torchvision's weights expect."""
+_DEFAULT_MODEL = RunConfig.model_fields["model"].default  # that of 0.1.0's checkpoints
 
 
-def build(num_classes: int, seed: int) -> ResNet:
-    """A ResNet18 with torchvision's initialisation, drawn from `seed` (He et al. 2015)."""
+def build(model: str, num_classes: int, image_size: int, seed: int) -> Chain:
+    """A network with random weights, drawn from `seed` as its own code initialises them.
+
+    Raises `ConfigError` if it can't be divided into the parts of its `Backbone`.
+    """
     with torch.random.fork_rng(devices=[]):
-        fc = _draw_fc(on_meta(num_classes), seed)
-        model = resnet18(num_classes=num_classes)
-    model.fc = fc
-    return model.to(memory_format=torch.channels_last)
+        state = _draw_head(on_meta(model, num_classes, image_size), seed)
+        chain = _chain(model, _construct(model, num_classes, image_size))
+        chain.network.load_state_dict(state, strict=False)
+    return chain
 
 
 def build_from(
-    weights: str | None, num_classes: int, seed: int, log: Callable[[str], None]
-) -> tuple[ResNet, str | None]:
-    """`build`'s network with weights from `load_source`, if any, and their fingerprint."""
-    if weights is None:
-        return build(num_classes, seed), None
-    model = on_meta(num_classes).to_empty(device="cpu")  # random weights would take 0.1 s
+    config: RunConfig, num_classes: int, log: Callable[[str], None]
+) -> tuple[Chain, str | None]:
+    """`build`'s network with the config's weights, if any, and their fingerprint."""
+    if config.weights is None:
+        return build(config.model, num_classes, config.image_size, config.seed), None
     with torch.random.fork_rng(devices=[]):
-        model.fc = _draw_fc(model, seed)
-    model = model.to(memory_format=torch.channels_last)
-    return model, load_source(model, weights, log)
+        chain = _chain(config.model, uninitialised(config.model, num_classes, config.image_size))
+        state = _draw_head(chain, config.seed)
+    chain.network.load_state_dict(state, strict=False)
+    return chain, load_source(chain, config.model, config.weights, log)
 
 
-def on_meta(num_classes: int) -> ResNet:
+def on_meta(model: str, num_classes: int, image_size: int) -> Chain:
     """The network on the meta device: shapes without values."""
-    with torch.device("meta"):
-        return resnet18(num_classes=num_classes)
+    try:
+        with torch.device("meta"):
+            network = _construct(model, num_classes, image_size)
+    except NotImplementedError:  # its constructor computes with tensors
+        with torch.random.fork_rng(devices=[]):
+            network = _construct(model, num_classes, image_size).to("meta")
+    return _chain(model, network)
 
 
-def _draw_fc(model: ResNet, seed: int) -> nn.Linear:
-    """Drawn before any other weight, so that it is the same for every source of weights."""
+def _construct(model: str, num_classes: int, image_size: int) -> nn.Module:
+    backbone = find_backbone(model)
+    module, _, function = backbone.build.partition(":")
+    size = {"image_size": image_size} if backbone.has_fixed_size else {}
+    build_function = getattr(import_module(module), function)
+    network: nn.Module = build_function(num_classes=num_classes, **backbone.options, **size)
+    return network.to(memory_format=torch.channels_last)
+
+
+def uninitialised(model: str, num_classes: int, image_size: int) -> nn.Module:
+    """The network without meaningful weights on the CPU; random ones would take 0.1 s or more."""
+    network = on_meta(model, num_classes, image_size).network
+    state = network.state_dict()
+    if all(name in state for name, _ in network.named_buffers()):
+        return network.to_empty(device="cpu").to(memory_format=torch.channels_last)
+    return _construct(model, num_classes, image_size)  # buffers that no checkpoint holds
+
+
+def _chain(model: str, network: nn.Module) -> Chain:
+    try:
+        return Chain(network, find_backbone(model))
+    except ConfigError as error:
+        words = f"model: {model} can't be divided into a chain of parts"
+        raise ConfigError(f"{words}: {error}") from None
+
+
+def _draw_head(chain: Chain, seed: int) -> dict[str, Tensor]:
+    """The state of the head as torch's modules initialise themselves.
+
+    Drawn before any other weight, so that it is the same for every source of weights.
+    """
+    head, state = chain.parts[-1], dict[str, Tensor]()
     torch.default_generator.manual_seed(seed)
-    return nn.Linear(model.fc.in_features, model.fc.out_features)
+    for path, module in chain.network.named_modules():
+        if chain.owner(path) == head and hasattr(module, "reset_parameters"):
+            drawn: Any = copy.deepcopy(module).to_empty(device="cpu")
+            drawn.reset_parameters()
+            state |= {f"{path}.{key}": value for key, value in drawn.state_dict().items()}
+    if others := [key for key in chain.state([head]) if key not in state]:
+        raise ConfigError(f"model: its head holds {listed(others)}, which can't be initialised")
+    return state
 
 
-def load_source(model: ResNet, weights: str, log: Callable[[str], None]) -> str:
-    """Load `imagenet`, a file of weights or a run directory into `model`.
+def load_source(chain: Chain, model: str, weights: str, log: Callable[[str], None]) -> str:
+    """Load `imagenet`, a file of weights or a run directory into the network.
 
-    A head that doesn't fit is not loaded: the model keeps its own. What else `adapt` changed in a
-    file is logged in one line. Returns the fingerprint of the source's weights without `fc`.
+    A head that doesn't fit is not loaded: the network keeps its own. What else `adapt` changed in a
+    file is logged in one line. Returns the fingerprint of the source's weights without the head.
     Raises `WeightsError` if anything else doesn't fit.
     """
-    content = read_source(weights)
+    content, head = read_source(weights, model), chain.parts[-1]
+    own_head = {key for key, part in chain.part_of_key.items() if part == head}
     try:
-        state, note = adapt(content, model.state_dict())
+        state, note = adapt(content, chain.network.state_dict(), own_head)
     except WeightsError as error:
-        needed = "a ResNet18 state dict in torchvision's layout is needed"
+        needed = f"a state dict of {model} is needed, with the names of {chain.backbone.build}"
         raise WeightsError(f"weights: {weights} don't fit; {needed}: {error}") from None
     if note and weights != "imagenet":  # its head of 1000 classes is never needed
         log(f"weights: {weights}: {note}")
-    model.load_state_dict(state, strict=False)
-    return fingerprint({key: value for key, value in state.items() if part_of_key(key) != "fc"})
+    chain.network.load_state_dict(state, strict=False)
+    return fingerprint({key: value for key, value in state.items() if key not in own_head})
 
 
-def part_module(model: ResNet, part: str) -> nn.Module:
-    """The module of a part, which shares its parameters and buffers with the model."""
-    modules = {"stem": nn.ModuleList([model.conv1, model.bn1])} | dict(model.named_children())
-    return modules[part]
-
-
-def part_of_key(key: str) -> str:
-    """The part that an entry of the state dict belongs to."""
-    first = key.partition(".")[0]
-    return "stem" if first in ("conv1", "bn1") else first
-
-
-def part_state(model: ResNet, parts: Collection[str]) -> State:
-    """The entries of the state dict that belong to these parts."""
-    return {k: v for k, v in model.state_dict().items() if part_of_key(k) in parts}
-
-
-def parts_before(boundary: str) -> tuple[str, ...]:
-    return PARTS[: PARTS.index(boundary)]
-
-
-def forward(model: ResNet, x: Tensor, start: str, stop: str | None) -> Tensor:
-    """Run the parts from `start` up to, but not including, `stop`; None: up to the logits, (B, K).
-
-    The input of `stem` is normalised pictures, (B, 3, H, W); the input of `fc` is pooled features,
-    (B, D); the input of a part between them is activations, (B, C, H, W).
-    """
-    end = len(PARTS) if stop is None else PARTS.index(stop)
-    for part in PARTS[PARTS.index(start) : end]:
-        if part == "stem":
-            x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
-        else:
-            x = getattr(model, part)(x)
-        if part == "layer4":
-            x = torch.flatten(model.avgpool(x), 1)
-    return x
-
-
-def boundary_shape(boundary: str, image_size: int) -> tuple[int, ...]:
-    """The shape of one picture's activations that enter this part: (H, W, C), or (D,) for fc."""
-    model = on_meta(num_classes=1).eval()
+def boundary_shape(model: str, boundary: str, image_size: int) -> tuple[int, ...]:
+    """The shape of one picture's activations that enter this part: (H, W, C), or as they are if
+    they have no two spatial dimensions, such as (D,)."""
+    chain = on_meta(model, num_classes=2, image_size=image_size)
+    chain.network.eval()
     pictures = torch.empty(1, 3, image_size, image_size, device="meta")
     with torch.inference_mode():
-        x = forward(model, pictures, "stem", boundary)
-    return (*x.shape[2:], x.shape[1]) if x.ndim == 4 else (x.shape[1],)
+        x = chain.forward(pictures, chain.parts[0], boundary)
+    return (*x.shape[2:], x.shape[1]) if x.ndim == 4 else tuple(x.shape[1:])
 
 
-def normalise(images_BHWC: Tensor, flips: Tensor | None) -> Tensor:
+Channels = tuple[float, float, float]
+"""A value for each of red, green and blue."""
+
+
+def normalise(images_BHWC: Tensor, flips: Tensor | None, mean: Channels, std: Channels) -> Tensor:
     """uint8 pictures -> normalised float32, (B, 3, H, W) in channels_last.
 
     The pictures at the positions `flips` are flipped. To the bit torchvision's ToTensor and
@@ -140,42 +155,50 @@ def normalise(images_BHWC: Tensor, flips: Tensor | None) -> Tensor:
         for i in flips.tolist():  # on a CPU several times faster than index_copy
             images_BHWC[i] = images_BHWC[i].flip(1)
     batch, height, width, _ = images_BHWC.shape
-    mean, std = _repeated(MEAN, width, device), _repeated(STD, width, device)
+    means, stds = _repeated(mean, width, device), _repeated(std, width, device)
     rows = images_BHWC.reshape(batch, height, width * 3)
     normalised = torch.empty(rows.shape, device=device)
     chunk_size = 4 if device.type == "cpu" else batch
     for start in range(0, batch, chunk_size):
         chunk = slice(start, start + chunk_size)
-        normalised[chunk].copy_(rows[chunk]).div_(255).sub_(mean).div_(std)
+        normalised[chunk].copy_(rows[chunk]).div_(255).sub_(means).div_(stds)
     return normalised.view(batch, height, width, 3).permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=8)
-def _repeated(channels: tuple[float, ...], width: int, device: torch.device) -> Tensor:
+def _repeated(channels: Channels, width: int, device: torch.device) -> Tensor:
     """One value per channel, repeated for each pixel of a row."""
     return torch.tensor(channels, device=device).repeat(width)
 
 
-def load_best(run_dir: Path | str) -> ResNet:
-    """A run's model at its best epoch, in eval mode, on the CPU.
+def load_best(run_dir: Path | str) -> nn.Module:
+    """A run's network at its best epoch, in eval mode, on the CPU.
 
-    `.result` is the run's `RunResult`, or None if the run hasn't finished; `.class_names`,
-    `.image_size` and `.preprocessing` are those it was trained with. Raises `WeightsError`.
+    `.result` is the run's `RunResult`, or None if the run hasn't finished; `.model_name`,
+    `.class_names`, `.image_size`, `.preprocessing`, `.mean` and `.std` are those it was trained
+    with. Raises `WeightsError`.
     """
     run_dir = run_directory(run_dir)
     content = _read_best(run_dir)
-    model = on_meta(len(content["class_names"]))
+    name, class_names, size = content["model"], content["class_names"], content["image_size"]
     try:
-        model.load_state_dict(content["state_dict"], assign=True)
+        network: Any = uninitialised(name, len(class_names), size)
+        network.load_state_dict(content["state_dict"], assign=True)
+    except ConfigError as error:
+        words = f"{run_dir}/best.ckpt holds a network that can't be built"
+        raise WeightsError(f"{words}: {error}") from None
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{run_dir}/best.ckpt doesn't fit ResNet18: {reason}") from None
-    model = model.to(memory_format=torch.channels_last)
-    model.result = RunResult.load(run_dir) if (run_dir / "result.json").exists() else None
-    model.class_names = content["class_names"]
-    model.image_size = content["image_size"]
-    model.preprocessing = _preprocessing(content)
-    return model.eval()
+        raise WeightsError(f"{run_dir}/best.ckpt doesn't fit {name}: {reason}") from None
+    network = network.to(memory_format=torch.channels_last)
+    network.result = RunResult.load(run_dir) if (run_dir / "result.json").exists() else None
+    network.model_name, network.class_names, network.image_size = name, class_names, size
+    network.preprocessing = _preprocessing(content)
+    backbone = find_backbone(name)
+    network.mean = tuple(content.get("mean", backbone.mean))
+    network.std = tuple(content.get("std", backbone.std))
+    best: nn.Module = network.eval()
+    return best
 
 
 def _read_best(run_dir: Path) -> dict[str, Any]:
@@ -189,9 +212,7 @@ def _read_best(run_dir: Path) -> dict[str, Any]:
                 f"python agent.py --config {run_dir / 'config.yaml'} trains it again"
             )
         raise WeightsError(f"{run_dir} has no best.ckpt: {reason}")
-    content = read_checkpoint(path)
-    if (name := content.get("model", MODEL_NAME)) != MODEL_NAME:
-        raise WeightsError(f"{path} holds an unknown model: got {name!r}, must be {MODEL_NAME}")
+    content = {"model": _DEFAULT_MODEL, **read_checkpoint(path)}
     names, size = content.get("class_names"), content.get("image_size")
     are_names = isinstance(names, list) and names and all(isinstance(n, str) for n in names)
     if not are_names or not isinstance(size, int) or not 32 <= size <= 1024:

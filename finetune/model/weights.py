@@ -1,7 +1,6 @@
 """State dicts and checkpoints: reading without executing their content, and atomic writing."""
 
 import io
-import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from torchvision.models import ResNet18_Weights
+from torchvision.models import get_model_weights
 
+from finetune.config import timm_backbones
+from finetune.config.backbones import find_backbone
 from finetune.system.errors import WeightsError
 from finetune.system.files import write_atomically
 
@@ -34,21 +35,31 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def read_source(weights: str) -> dict[str, Any]:
-    """torchvision's ImageNet weights, or the content of a file. Raises `WeightsError`."""
+def read_source(weights: str, model: str) -> dict[str, Any]:
+    """A network's ImageNet weights, or the content of a file. Raises `WeightsError`."""
     if weights != "imagenet":
         return read_file(Path(weights))
-    imagenet = ResNet18_Weights.IMAGENET1K_V1
-    path = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(imagenet.url)
+    advice = f"pass --weights a state dict of {model}; --strategy scratch needs none"
+    if timm_backbones.is_timm(model):
+        try:
+            return dict(timm_backbones.create(model, pretrained=True).state_dict())
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            words = f"weights: timm can't provide those of {model} ({reason})"
+            raise WeightsError(f"{words}; {advice}") from None
+    backbone = find_backbone(model)
+    if backbone.weights_file is None:
+        raise WeightsError(f"weights: no ImageNet weights of {model} are known; {advice}")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / backbone.weights_file
     if path.exists():
         return read_file(path)
+    imagenet: Any = get_model_weights(backbone.function)["IMAGENET1K_V1"]
     try:
         return dict(imagenet.get_state_dict(progress=True, check_hash=True))
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(
             f"weights: ImageNet's are not at {path}, and can't be downloaded from {imagenet.url} "
-            f"({error}). Put that file there, or pass --weights a ResNet18 state dict; "
-            "--strategy scratch needs none"
+            f"({error}). Put that file there, or {advice}"
         ) from None
 
 

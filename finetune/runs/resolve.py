@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from finetune.config.fields import RunConfig, advice, differences, read_mapping
+from finetune.config.fields import RunConfig
+from finetune.config.given_values import advice, differences, read_mapping
+from finetune.config.strategies import STRATEGIES
 from finetune.data.splits import Splits, find_splits
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import Cache, num_stored_bytes
@@ -111,6 +113,7 @@ def resolve(
     cache = Cache(config.cache_dir, cache_gb * 1e9, log) if config.cache and cache_gb else None
     splits = find_splits(config, cache, progress)
     resolved = {
+        "unfreeze_from": _unfreeze_from(config),
         "val_fraction": splits.val_fraction,
         "pixel_range": splits.pixel_range,
         "accelerator": accelerator,
@@ -118,6 +121,19 @@ def resolve(
         "cache_gb": cache_gb,
     }
     return config.model_copy(update=resolved), splits, cache
+
+
+def _unfreeze_from(config: RunConfig) -> str | None:
+    """The part's name, which for `timm:NAME` only timm can tell. Raises `ConfigError`."""
+    if "unfreeze_from" in STRATEGIES[config.strategy].ignores:
+        return None
+    parts = config.backbone.part_names
+    if config.unfreeze_from not in (None, *parts[:-1]):
+        raise ConfigError(
+            f"unfreeze_from: got {config.unfreeze_from!r}; {config.model} has the parts "
+            f"{', '.join(parts[:-1])} below its head"
+        )
+    return config.unfreeze_from or STRATEGIES[config.strategy].deepest(parts)
 
 
 def _accelerator(asked: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finetune.config.strategies import PARTS
 from finetune.system.errors import FinetuneError, Pruned, RunDirError, Stopped
 from finetune.system.shutdown import PREEMPTION_SIGNAL
 
@@ -20,10 +19,12 @@ FORMAT_VERSION = 2
 METRICS = (
     *("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1"),
     *("best_val_acc", "trainable_parameters", "images_per_second"),
-    *(f"lr/{part}" for part in PARTS),
 )
-"""The keys that W&B, metrics.csv and the report have once per epoch. Rows of older versions lack
-`val_macro_f1`."""
+"""The keys that W&B, metrics.csv and the report have once per epoch, besides `lr/PART`. Rows of
+older versions lack `val_macro_f1`."""
+
+RATE = "lr/"
+"""Begins the key of a part's learning rate."""
 
 Row = dict[str, float]
 """One epoch's metrics."""

@@ -13,9 +13,10 @@ import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 
-from finetune.config.fields import RunConfig, read_mapping
+from finetune.config.fields import RunConfig
+from finetune.config.given_values import read_mapping
 from finetune.runs.predictions import Array, mean_over_classes
-from finetune.runs.result import METRICS, Row, RunResult, json_bytes
+from finetune.runs.result import METRICS, RATE, Row, RunResult, json_bytes
 from finetune.system.errors import ConfigError, RunDirError
 from finetune.system.files import write_atomically
 
@@ -138,8 +139,9 @@ class RunDir:
         write_atomically(self.config_path, text.encode())
 
     def write_metrics(self, rows: Iterable[Row]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, METRICS, restval=math.nan, extrasaction="ignore")
+        text, rows = io.StringIO(newline=""), list(rows)
+        names = dict.fromkeys([*METRICS, *(name for row in rows for name in row)])
+        writer = csv.DictWriter(text, names, restval=math.nan)
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.metrics_path, text.getvalue().encode())
@@ -220,8 +222,8 @@ def _num_epochs(result: RunResult) -> int:
 def read_metrics(path: Path) -> list[Row]:
     """One row per epoch from a metrics.csv; no rows if there is no file. Raises `RunDirError`.
 
-    Every row has the keys of `METRICS`. A column that the file doesn't have is nan, other columns
-    are left out.
+    Every row has the keys of `METRICS`, nan if the file doesn't have the column, and those of the
+    parts' learning rates. Other columns are left out.
     """
     if not path.exists():
         return []
@@ -231,7 +233,8 @@ def read_metrics(path: Path) -> list[Row]:
         if not text.endswith("\n") or any(len(line) != len(head) for line in lines):
             raise ValueError("a row is cut off")
         columns = [dict(zip(head, line, strict=True)) for line in lines]
-        rows = [{name: float(row.get(name, math.nan)) for name in METRICS} for row in columns]
+        names = (*METRICS, *(name for name in head if name.startswith(RATE)))
+        rows = [{name: float(row.get(name, math.nan)) for name in names} for row in columns]
         if [row["epoch"] for row in rows] != [*range(len(rows))]:
             raise ValueError("an epoch's row is missing")
     except (OSError, ValueError, csv.Error) as error:

@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from finetune.config.fields import RunConfig, differences
+from finetune.config.fields import RunConfig
 from finetune.config.flags import given_fields
+from finetune.config.given_values import differences
 from finetune.sweep.distributions import Value
 from finetune.system.errors import ConfigError
 from finetune.system.text import nearest

@@ -165,8 +165,12 @@ class _Runner:
         self._claims[self.worker_pool.start(job)] = claim
 
     def _logged_value(self, row: Row) -> tuple[int, float]:
-        """The iteration, counted from 1 as in W&B, and the metric."""
-        return int(row["epoch"]) + 1, row[self.spec.metric.name]
+        """The iteration, counted from 1 as in W&B, and the metric. Raises `ConfigError`."""
+        name = self.spec.metric.name
+        if name not in row:
+            logged = ", ".join(row)
+            raise ConfigError(f"metric.name: got {name!r}; must be one that the run logs: {logged}")
+        return int(row["epoch"]) + 1, row[name]
 
     def _handle(self, worker: Worker, event: Event) -> None:
         if isinstance(event, TrialEnded):

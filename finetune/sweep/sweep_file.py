@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 from finetune.config.aliases import field_of
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.field_types import Count, one_of
-from finetune.config.fields import RunConfig, read_mapping, unknown_field
+from finetune.config.fields import RunConfig, unknown_field
+from finetune.config.given_values import read_mapping
 from finetune.sweep.command import PROGRAM, Values, fields_of_command
 from finetune.sweep.distributions import Constant, Dimension, Value, read_parameter
 from finetune.sweep.spec import DEFAULT_METRIC, EarlyTermination, Metric, Sweep

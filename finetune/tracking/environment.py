@@ -11,7 +11,8 @@ from urllib.parse import urlparse
 
 import yaml
 
-from finetune.config.fields import RunConfig, differences
+from finetune.config.fields import RunConfig
+from finetune.config.given_values import differences
 from finetune.system.errors import ConfigError
 
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # of W&B's client

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finetune.config.fields import RunConfig
-from finetune.runs.result import METRICS, Failure, Row, RunResult, failure_of
+from finetune.runs.result import METRICS, RATE, Failure, Row, RunResult, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError, Stopped
 from finetune.system.resources import require_handles
@@ -100,7 +100,7 @@ class Tracker:
                 )
         run.config.update(fields, allow_val_change=True)
         run.tags = tuple(dict.fromkeys((*(run.tags or ()), config.strategy)))
-        for name in METRICS:
+        for name in (*METRICS, f"{RATE}*"):
             run.define_metric(name, step_metric=None if name == "epoch" else "epoch")
         cls.has_opened = True
         return cls(run, is_joined=True)

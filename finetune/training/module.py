@@ -4,35 +4,59 @@ What trains depends on the plan and the epoch alone and is set at the start of e
 resumed run needs no state for it.
 """
 
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from torchvision.models import ResNet
 
 from finetune.config.fields import RunConfig
-from finetune.config.strategies import PARTS, SCHEDULES
+from finetune.config.optimizers import OPTIMIZERS
+from finetune.config.strategies import SCHEDULES
 from finetune.data.batches import Batch, EpochBatches
+from finetune.data.seeding import step_generator
 from finetune.features.loader import EpochLoader
 from finetune.features.prefix_cache import network_input
-from finetune.model.network import forward, part_module, part_state
+from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
-from finetune.runs.result import Row
+from finetune.runs.result import RATE, Row
+
+
+class Mix(NamedTuple):
+    """A batch mixed with a permutation of itself: mixup (https://arxiv.org/abs/1710.09412)."""
+
+    share: float
+    """Of the first of the two pictures, 0.5 to 1."""
+    order: Tensor
+    """The index of each picture's partner, int64, (B,)."""
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, alpha: float, batch_size: int) -> Self:
+        share = rng.beta(alpha, alpha)
+        return cls(max(share, 1 - share), torch.from_numpy(rng.permutation(batch_size)))
+
+    def of(self, x: Tensor) -> Tensor:
+        return self.share * x + (1 - self.share) * self.permuted(x)
+
+    def permuted(self, x: Tensor) -> Tensor:
+        return x[self.order.to(x.device)]
 
 
 class FineTuning(pl.LightningModule):
-    """The frozen prefix in eval mode without gradients; one SGD parameter group per part."""
+    """The frozen prefix in eval mode without gradients; one parameter group per part."""
 
-    def __init__(self, network: ResNet, config: RunConfig, loader: EpochLoader) -> None:
+    def __init__(self, chain: Chain, config: RunConfig, loader: EpochLoader) -> None:
         super().__init__()
-        self.network = network
+        self.network = chain.network  # its name is part of last.ckpt's keys
+        self.chain = chain
         self.config = config
         self.loader = loader
         self.strict_loading = False  # last.ckpt leaves out the parts that never train
-        self._open: tuple[str, ...] = PARTS
+        self._open = chain.parts
+        self._class_weights = _class_weights(config, loader)
         self._totals: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": []}
         """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
@@ -41,31 +65,30 @@ class FineTuning(pl.LightningModule):
     def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in eval mode, whatever `mode` is."""
         super().train(mode)
-        for part in PARTS:
-            part_module(self.network, part).train(mode and part in self._open)
+        for part in self.chain.parts:
+            for module in self.chain.modules(part):
+                module.train(mode and part in self._open)
         return self
 
     def open_parts(self, epoch: int) -> None:
         """Enable gradients and train mode for the parts that train at this epoch only."""
         self._open = self.config.plan.trainable_parts(epoch)
-        for part in PARTS:
-            part_module(self.network, part).requires_grad_(part in self._open)
+        for part in self.chain.parts:
+            for parameter in self.chain.parameters(part):
+                parameter.requires_grad_(part in self._open)
         self.train()
 
     def configure_optimizers(self) -> Any:
         config, rate = self.config, self.config.learning_rate
+        shares = config.plan.rate_shares
         groups = [
-            {
-                "params": list(part_module(self.network, part).parameters()),
-                "lr": rate * config.plan.rate_shares[part],
-                "name": part,
-            }
-            for part in PARTS
+            {"params": self.chain.parameters(part), "lr": rate * shares[part], "name": part}
+            for part in self.chain.parts
         ]
+        entry = OPTIMIZERS[config.optimizer]
+        options = {name: getattr(config, name) for name in sorted(entry.fields)}
         fused = self.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.SGD(
-            groups, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-        )
+        optimizer = getattr(torch.optim, entry.name)(groups, lr=rate, fused=fused, **options)
         if config.lr_schedule == "constant":
             return optimizer
         multiplier = SCHEDULES[config.lr_schedule]
@@ -76,7 +99,8 @@ class FineTuning(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         precision = self.trainer.precision_plugin.forward_context
-        self.loader.prepare(self.network.eval(), self.current_epoch, precision)
+        self.network.eval()
+        self.loader.prepare(self.chain, self.current_epoch, precision)
 
     def train_dataloader(self) -> EpochBatches:
         return self.loader.train_epoch(self.current_epoch)
@@ -84,27 +108,47 @@ class FineTuning(pl.LightningModule):
     def val_dataloader(self) -> EpochBatches:
         return self.loader.val_epoch(self.current_epoch)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, mix: Mix | None = None) -> Tensor:
         """Logits, (B, K), in the dtype of the run's precision."""
         boundary = self._open[0]
         with torch.no_grad():
-            x = network_input(batch.inputs, batch.flips, batch.part)
-            x = forward(self.network, x, batch.part, boundary)
-        return forward(self.network, x, boundary, None)
+            x = network_input(batch.inputs, batch.flips, self.chain.backbone)
+            x = x if mix is None else mix.of(x)
+            x = self.chain.forward(x, batch.part, boundary)
+        return self.chain.forward(x, boundary, None)
 
     def on_train_epoch_start(self) -> None:
         self.open_parts(self.current_epoch)
         self._totals["train"] = []
         optimizer: Any = self.optimizers()
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        self._rates = {part: rates[part] if part in self._open else 0.0 for part in PARTS}
+        self._rates = {part: rate if part in self._open else 0.0 for part, rate in rates.items()}
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        logits = self(batch)
-        loss = cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
+        """The loss, (). What is drawn follows from the seed, the epoch and `batch_index` alone."""
+        config = self.config
+        rng = step_generator(config.seed, self.current_epoch, batch_index)
+        mix = Mix.drawn(rng, config.mixup, len(batch.labels)) if config.mixup else None
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # for dropout and stochastic depth
+            torch.manual_seed(int(rng.integers(2**63)))
+            logits = self(batch, mix)
+        loss = self._loss(logits, batch.labels)
+        if mix is not None:
+            partners_loss = self._loss(logits, mix.permuted(batch.labels))
+            loss = mix.share * loss + (1 - mix.share) * partners_loss
         num_correct = (logits.argmax(dim=1) == batch.labels).sum()
         self._totals["train"].append((loss.detach() * len(batch.labels), num_correct))
         return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weights = self._class_weights
+        return cross_entropy(
+            logits,
+            labels,
+            weight=None if weights is None else weights.to(logits),
+            label_smoothing=self.config.label_smoothing,
+        )
 
     def on_validation_epoch_start(self) -> None:
         self._totals["val"], self._val_logits = [], []
@@ -128,7 +172,7 @@ class FineTuning(pl.LightningModule):
         row["val_macro_f1"] = macro_f1(counts)
         parameters = self.network.parameters()
         row["trainable_parameters"] = sum(p.numel() for p in parameters if p.requires_grad)
-        return row | {f"lr/{part}": self._rates[part] for part in PARTS}
+        return row | {f"{RATE}{part}": rate for part, rate in self._rates.items()}
 
     def val_logits(self) -> Tensor:
         """The finished epoch's validation logits, float32 on the CPU, (N, K)."""
@@ -136,5 +180,14 @@ class FineTuning(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the parts that never train: the source weights have them."""
-        trained = part_state(self.network, self.config.plan.start_epochs)
+        trained = self.chain.state(self.config.plan.start_epochs)
         checkpoint["state_dict"] = {f"network.{key}": value for key, value in trained.items()}
+
+
+def _class_weights(config: RunConfig, loader: EpochLoader) -> Tensor | None:
+    """`balanced`: N / (K * the class's number of training pictures), as in scikit-learn."""
+    if config.class_weights == "none":
+        return None
+    pictures = loader.train.pictures
+    counts = np.bincount(pictures.labels, minlength=len(pictures.class_names))
+    return torch.from_numpy(len(pictures) / (len(counts) * counts.clip(min=1)))

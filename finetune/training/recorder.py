@@ -15,7 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import epochs_since_best
-from finetune.model.network import MEAN, MODEL_NAME, STD, load_best
+from finetune.model.network import load_best
 from finetune.model.weights import FORMAT_VERSION, read_checkpoint, write_checkpoint
 from finetune.runs.result import Row, best_epoch
 from finetune.runs.run_dir import RunDir
@@ -188,14 +188,14 @@ class Recorder(pl.Callback):
         pictures = module.loader.val.pictures
         content = {
             "format_version": FORMAT_VERSION,
-            "model": MODEL_NAME,
+            "model": self.config.model,
             "state_dict": {k: v.cpu() for k, v in module.network.state_dict().items()},
             "class_names": list(pictures.class_names),
             "image_size": self.config.image_size,
             "background": self.config.background,
             "pixel_range": self.config.pixel_range,
-            "mean": list(MEAN),
-            "std": list(STD),
+            "mean": list(self.config.backbone.mean),
+            "std": list(self.config.backbone.std),
             "epoch": row["epoch"],
             "val_acc": row["val_acc"],
         }

@@ -17,7 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from torchvision.models import ResNet
+from torch import nn
 
 from finetune.config.fields import RunConfig
 from finetune.data.splits import Splits
@@ -40,7 +40,7 @@ from finetune.training.recorder import AtomicCheckpointIO, EpochCallback, Record
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "wandb", "numpy", "pillow")
 
 
-def train_and_finetune(**fields: Any) -> ResNet:
+def train_and_finetune(**fields: Any) -> nn.Module:
     """Fine-tune once and return the best epoch's model in eval mode.
 
     `fields` are those of `RunConfig`, and `config` (a YAML file of fields) or `resume` (a run
@@ -103,7 +103,7 @@ class _Execution:
         for note in self.splits.notes:
             log(note)
         num_classes = len(self.splits.class_names)
-        network, source = build_from(config.weights, num_classes, config.seed, log)
+        chain, source = build_from(config, num_classes, log)
         fingerprints = {"weights_fingerprint": source, **self.splits.fingerprints}
         self.recorder = recorder = Recorder(run_dir, config, fingerprints, log, self.on_epoch)
         checkpoint_path = recorder.restore()
@@ -114,7 +114,7 @@ class _Execution:
         if recorder.rows:
             run_dir.move_predictions(loader.val.pictures.paths)
         if not recorder.is_complete:
-            module = FineTuning(network, config, loader)
+            module = FineTuning(chain, config, loader)
             _trainer(recorder).fit(module, ckpt_path=checkpoint_path)
         result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir, log)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from finetune.config.aliases import ALIASES, NO_FIELD, hint
-from finetune.config.fields import RunConfig, read_mapping
+from finetune.config.fields import RunConfig
 from finetune.config.flags import given_fields
+from finetune.config.given_values import read_mapping
 from finetune.sweep.sweep_file import read_sweep
 from finetune.system.errors import ConfigError
 from finetune.training.train import train_and_finetune
@@ -36,14 +37,16 @@ NAMES = {
     "output_dir": "out",
     "device": "accelerator",
     "run_name": "name",
+    "model_type": "model",
+    "arch": "model",
+    "backbone": "model",
+    "optim": "optimizer",
 }
 WITHOUT_FIELD = {
-    "model_type": "the network is always torchvision's ResNet18",
-    "arch": "the network is always torchvision's ResNet18",
-    "backbone": "the network is always torchvision's ResNet18",
-    "dropout": "the network is ResNet18, which has no dropout",
+    "num_filters": "the layers are those of the network, which `model` names",
+    "dropout": "dropout is what the network has",
     "num_classes": "the classes are the folders in data_dir",
-    "optimizer": "the optimizer is SGD",
+    "beta1": "the optimizers are used with learning_rate, momentum and weight_decay",
     "num_workers": "a run reads pictures from its cache",
 }
 MESSAGES = {

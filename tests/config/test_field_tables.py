@@ -42,7 +42,8 @@ def test_numeric_fields_are_those_that_read_text_as_a_number(name: str) -> None:
 
 def test_timing_fields_are_those_that_change_the_plan() -> None:
     strategy = RunConfig(strategy="gradual")
-    assert set(TIMING_FIELDS) == {"strategy", "unfreeze_from", "unfreeze_every", "lr_decay"}
+    timing = {"model", "strategy", "unfreeze_from", "unfreeze_every", "lr_decay"}
+    assert set(TIMING_FIELDS) == timing
     for name, value in {"strategy": "freeze", "unfreeze_from": "stem", "unfreeze_every": 3}.items():
         other = RunConfig.from_fields({"strategy": "gradual", name: value})
         assert other.plan.start_epochs != strategy.plan.start_epochs

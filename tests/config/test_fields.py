@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.config.fields import RunConfig, advice, differences
+from finetune.config.fields import RunConfig
 from finetune.config.flags import given_fields, parser
+from finetune.config.given_values import advice, differences
 from finetune.system.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -157,7 +158,7 @@ def test_help_imports_neither_torch_nor_wandb() -> None:
 
 
 def test_a_config_file_with_a_tag_is_refused_and_not_run(tmp_path: Path) -> None:
-    from finetune.config.fields import read_mapping
+    from finetune.config.given_values import read_mapping
 
     path = tmp_path / "config.yaml"
     path.write_text("epochs: !!python/object/apply:os.mkdir [pwned]")

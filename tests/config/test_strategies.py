@@ -1,8 +1,18 @@
 """Strategies, schedules and early stopping as data."""
 
+from typing import Any
+
 import pytest
 
-from finetune.config.strategies import PARTS, SCHEDULES, STRATEGIES, epochs_since_best, plan
+from finetune.config import strategies
+from finetune.config.backbones import find_backbone
+from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, epochs_since_best
+
+PARTS = find_backbone("resnet18").part_names
+
+
+def plan(strategy: str, **settings: Any) -> Plan:
+    return strategies.plan(strategy, PARTS, **settings)
 
 
 def test_freeze_trains_only_fc_and_scratch_everything() -> None:

@@ -12,22 +12,23 @@ import torch
 
 from finetune.config.fields import RunConfig
 from finetune.features.loader import EpochLoader
-from finetune.model.network import build, load_source
+from finetune.model.network import build_from
 from finetune.runs.resolve import resolve
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import read_metrics
 from finetune.system.errors import ConfigError
 from tests.conftest import Train
+from tests.support.tiny_network import tiny
 
 COMPARED = ("train_loss", "train_acc", "val_loss", "val_acc")
 
 
 def prepared(config: RunConfig) -> EpochLoader:
     config, splits, cache = resolve(config)
-    network = build(5, config.seed).eval()
-    load_source(network, str(config.weights), print)
+    chain, _ = build_from(config, 5, print)
+    chain.network.eval()
     loader = EpochLoader(config, splits, cache)
-    loader.prepare(network, 0)
+    loader.prepare(chain, 0)
     return loader
 
 
@@ -137,7 +138,7 @@ def test_a_change_of_what_activations_depend_on_makes_a_new_entry(
     config = RunConfig.from_fields(fields | {"strategy": "freeze", "data_dir": folder})
     before = prepared(config).train_epoch(0)[0].inputs
     if change == "weights":
-        state = build(5, seed=3).state_dict()
+        state = tiny(5, seed=3).state_dict()
         torch.save(state, tmp_path / "other.pth")
         config = config.model_copy(update={"weights": str(tmp_path / "other.pth")})
     elif change == "image_size":

@@ -20,14 +20,16 @@ from finetune.model.network import build, load_source
 from finetune.model.weights import write_checkpoint
 from finetune.system.errors import ConfigError, MissingPackage, WeightsError
 
-pytestmark = pytest.mark.real_network
+
+def resnet(seed: int) -> Any:
+    return build("resnet18", 5, 64, seed).network
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run directory with only a best.ckpt, which is all that an export needs."""
     content = {
-        "state_dict": build(5, seed=3).state_dict(),
+        "state_dict": resnet(seed=3).state_dict(),
         "class_names": list("56789"),
         "image_size": 64,
     }
@@ -86,13 +88,13 @@ def test_a_state_dict_loads_into_torchvisions_resnet18_and_describes_its_input(
     resnet18(num_classes=5).load_state_dict(content["state_dict"])
     assert content["class_names"] == list("56789")
     assert "resized to 64x64" in content["preprocessing"]
-    load_source(build(5, seed=0), str(out), print)
+    load_source(build("resnet18", 5, 64, seed=0), "resnet18", str(out), print)
 
 
 def test_a_file_with_other_logits_is_refused_and_removed(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = {"state_dict": build(5, seed=4).state_dict()}
+    read = {"state_dict": resnet(seed=4).state_dict()}
     monkeypatch.setattr("finetune.inference.export.read_checkpoint", lambda path: read)
     with pytest.raises(WeightsError, match="differ from the model's"):
         main(["export", str(run_dir), "--format", "state_dict"])

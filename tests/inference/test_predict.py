@@ -18,16 +18,17 @@ from PIL import Image
 
 import finetune
 from finetune.__main__ import main
+from finetune.config.backbones import IMAGENET_MEAN, IMAGENET_STD
 from finetune.data.decode import Preprocessing
 from finetune.data.pictures import find_pictures
 from finetune.data.splits import find_splits
 from finetune.inference.evaluate import describe, measure, run_labels
 from finetune.inference.predict import Predictor, load_predictor, predict_logits
-from finetune.model.network import build
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import ConfigError, DataError, WeightsError
 from tests.conftest import ROOT, Train
+from tests.support.tiny_network import tiny
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +306,9 @@ def test_an_unknown_class_stops_before_anything_is_recorded(
 def test_more_than_100_classes_are_recorded_as_pairs_instead_of_a_matrix(digits: Path) -> None:
     names = [f"c{i:03}" for i in range(115)] + list("56789")
     cpu = torch.device("cpu")
-    predictor = Predictor(build(120, seed=1).eval(), names, Preprocessing(32), None, cpu, None)
+    model: Any = tiny(120, seed=1).eval()
+    model.mean, model.std = IMAGENET_MEAN, IMAGENET_STD
+    predictor = Predictor(model, names, Preprocessing(32), None, cpu, None)
     pictures = find_pictures(digits / "val")
     record = measure(predictor, pictures, run_labels(pictures, names), skip_unreadable=False)
     assert record["confusion"] == []

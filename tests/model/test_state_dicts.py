@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import finetune
-from finetune.model.network import build, load_source
 from finetune.system.errors import WeightsError
 from tests.conftest import Train
+from tests.support.tiny_network import load_into, tiny
 
 State = dict[str, Tensor]
 NUM_CLASSES = 5
 
 
 def plain(num_classes: int = NUM_CLASSES) -> State:
-    return dict(build(num_classes, seed=7).state_dict())
+    return dict(tiny(num_classes, seed=7).state_dict())
 
 
 def prefixed(prefix: str, state: State | None = None) -> State:
@@ -51,8 +51,8 @@ def save(content: Any, path: Path) -> Path:
 
 def load(path: Path) -> tuple[State, list[str], str]:
     """The network with the weights of a file, the lines logged, and the fingerprint."""
-    model, lines = build(NUM_CLASSES, seed=1), list[str]()
-    source = load_source(model, str(path), lines.append)
+    model, lines = tiny(NUM_CLASSES, seed=1), list[str]()
+    source = load_into(model, str(path), lines.append)
     return dict(model.state_dict()), lines, source
 
 
@@ -93,7 +93,7 @@ WRAPPERS = {
 def test_weights_of_torchs_own_wrappers_are_read(
     wrap: Callable[[nn.Module], nn.Module], note: str, tmp_path: Path
 ) -> None:
-    state, lines, _ = load(save(wrap(build(5, seed=7)).state_dict(), tmp_path / "w.pth"))
+    state, lines, _ = load(save(wrap(tiny(5, seed=7)).state_dict(), tmp_path / "w.pth"))
     assert torch.equal(state["fc.weight"], plain()["fc.weight"])
     assert lines == [f"weights: {tmp_path}/w.pth: {note}"]
 
@@ -111,7 +111,7 @@ class Lit(pl.LightningModule):
     def __init__(self, learning_rate: float) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = build(10, seed=7)
+        self.model = tiny(10, seed=7)
         self.criterion = nn.CrossEntropyLoss(weight=torch.ones(10))
 
 
@@ -153,7 +153,7 @@ OTHER_HEADS: dict[str, tuple[State, str]] = {
 def test_another_head_is_left_out_and_the_network_keeps_its_own(name: str, tmp_path: Path) -> None:
     head, shown = OTHER_HEADS[name]
     state, lines, source = load(save(headless() | head, tmp_path / "w.pth"))
-    assert torch.equal(state["fc.weight"], build(5, seed=1).fc.weight)
+    assert torch.equal(state["fc.weight"], tiny(5, seed=1).fc.weight)
     assert torch.equal(state["conv1.weight"], plain()["conv1.weight"])
     assert lines == [f"weights: {tmp_path}/w.pth: head {shown} left out"]
     assert source == load(save(plain(), tmp_path / "plain.pth"))[2]
@@ -186,7 +186,7 @@ def test_a_run_logs_what_was_changed_in_its_weights(
 def test_a_deeper_network_is_refused_with_counts_and_shapes(prefix: str, tmp_path: Path) -> None:
     state = prefixed(prefix, dict(resnet50().state_dict()))
     said = refusal(save(state, tmp_path / "w.pth"))
-    assert "a ResNet18 state dict in torchvision's layout is needed" in said
+    assert "a state dict of tiny is needed, with the names of tests.support.tiny_network" in said
     assert re.search(r"\d+ of shape: conv1\.weight \(64, 3, 7, 7\), not \(8, 3, 7, 7\)", said)
     assert re.search(r"\d+ unknown: layer1\.0\.conv3\.weight.* and \d+ more", said)
     assert f"found 320 entries: {prefix}conv1.weight, " in said
@@ -222,7 +222,7 @@ def test_a_pickled_model_is_refused_with_the_line_that_saves_its_state_dict(
     zipped: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "w.pth"
-    torch.save(build(5, seed=7), path, _use_new_zipfile_serialization=zipped)
+    torch.save(tiny(5, seed=7), path, _use_new_zipfile_serialization=zipped)
     said = refusal(path)
     assert "it holds a pickled model or another object (" in said
     assert "execute code" in said
@@ -241,7 +241,7 @@ def test_a_torchscript_archive_is_refused_with_the_line_that_saves_its_state_dic
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "w.pt"
-    torch.jit.save(torch.jit.script(build(5, seed=7)), path)
+    torch.jit.save(torch.jit.script(tiny(5, seed=7)), path)
     said = refusal(path)
     assert "is a TorchScript archive" in said
     (command,) = re.findall(r"torch\.save\(.+, NEW\)", said)

@@ -19,12 +19,12 @@ import yaml
 import finetune
 from finetune.__main__ import main
 from finetune.analysis.read_runs import read_runs
-from finetune.model.network import build
 from finetune.model.weights import read_file, write_checkpoint
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import FinetuneError
 from tests.support.process_server import fast_python
 from tests.support.synthetic import write_run
+from tests.support.tiny_network import tiny
 
 pytestmark = pytest.mark.real_network  # an exported state dict is tried in torchvision's
 
@@ -129,9 +129,7 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path: Path
     ],
 )
 def test_an_invalid_checkpoint_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    write_checkpoint(
-        {"state_dict": build(2, seed=1).state_dict()} | content, tmp_path / "best.ckpt"
-    )
+    write_checkpoint({"state_dict": tiny(2, seed=1).state_dict()} | content, tmp_path / "best.ckpt")
     with pytest.raises(FinetuneError, match=r"best\.ckpt"):
         finetune.load_best(tmp_path)
 

@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import yaml
 
-from finetune.model.network import build
 from finetune.model.weights import write_checkpoint
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
@@ -19,6 +18,7 @@ from tests.conftest import ROOT
 from tests.support.chromium import Browser
 from tests.support.picture_trees import jpeg
 from tests.support.process_server import fast_python
+from tests.support.tiny_network import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -173,7 +173,7 @@ def test_a_sweep_shows_brackets_unchanged(place: Path, weights: Path) -> None:
 
 def test_a_class_name_of_a_checkpoint_is_shown_as_text(place: Path, tmp_path: Path) -> None:
     content = {
-        "state_dict": build(2, seed=3).state_dict(),
+        "state_dict": tiny(2, seed=3).state_dict(),
         "class_names": ["\x1b[31m", "two\nlines"],
         "image_size": 32,
     }

@@ -13,12 +13,12 @@ import torch
 import finetune
 from finetune.__main__ import main
 from finetune.config.fields import RunConfig
-from finetune.model.network import build
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.system.errors import ConfigError, DataError, FinetuneError, Stopped, WeightsError
 from finetune.training.train import run
 from tests.conftest import Train
+from tests.support.tiny_network import tiny
 from tests.training.test_train import assert_same_run
 
 
@@ -117,7 +117,7 @@ def test_a_refused_resume_leaves_a_finished_run_finished(
     train: Train, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     run_dir = train(epochs=1, keep_last=True)
-    torch.save(build(5, seed=99).state_dict(), tmp_path / "other.pth")
+    torch.save(tiny(5, seed=99).state_dict(), tmp_path / "other.pth")
     before = run_dir.config_path.read_bytes()
     with pytest.raises(WeightsError, match="Resume with the weights"):
         finetune.train_and_finetune(resume=run_dir.path, epochs=2, weights=tmp_path / "other.pth")

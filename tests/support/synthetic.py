@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from finetune.config.fields import RunConfig
-from finetune.config.strategies import PARTS
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
@@ -102,7 +101,7 @@ def _rows(
         share = (epoch + 1) / config.epochs
         val_acc = accuracy - 0.02 * abs(epoch - best_epoch)
         open_parts = config.plan.trainable_parts(epoch)
-        rates = {part: config.learning_rate * (part in open_parts) for part in PARTS}
+        rates = {part: config.learning_rate * (part in open_parts) for part in config.plan.parts}
         rows.append(
             {
                 "epoch": epoch,

@@ -1,10 +1,18 @@
-"""A ResNet18 of a few channels: the same parts, a thousandth of the work."""
+"""A network of a few channels with the parts of a ResNet18: a thousandth of the work.
+
+Tests use it as `model="tiny"`. It is registered as a user's own network is, by an entry point:
+child_path/tests_networks-1.dist-info, on the path of the tests and their child processes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+
+from finetune.config.backbones import BACKBONES, Backbone
 
 CHANNELS = (8, 8, 8, 16, 16)
 """Not fewer: with 4, torch 2.14.1 corrupts its heap in channels_last on a CPU."""
@@ -43,6 +51,21 @@ def _layer(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(channels_in, channels_out, stride, downsample))
 
 
-def tiny_resnet18(num_classes: int = 1000) -> TinyResNet:
-    """A stand-in for `torchvision.models.resnet18`."""
-    return TinyResNet(num_classes)
+TINY = Backbone("tests.support.tiny_network:TinyResNet", BACKBONES["resnet18"].parts)
+
+
+def tiny(num_classes: int, seed: int) -> TinyResNet:
+    """The network with random weights."""
+    from finetune.model.network import build
+
+    network = build("tiny", num_classes, 64, seed).network
+    assert isinstance(network, TinyResNet)
+    return network
+
+
+def load_into(network: nn.Module, weights: str, log: Callable[[str], None]) -> str:
+    """`load_source` into a network from `tiny`; the fingerprint of the weights."""
+    from finetune.model.chain import Chain
+    from finetune.model.network import load_source
+
+    return load_source(Chain(network, TINY), "tiny", weights, log)

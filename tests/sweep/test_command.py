@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from finetune.config.fields import RunConfig, differences
+from finetune.config.fields import RunConfig
 from finetune.config.flags import given_fields
+from finetune.config.given_values import differences
 from finetune.sweep.command import MACROS, expand
 from finetune.sweep.sweep_file import read_sweep
 from finetune.system.errors import ConfigError

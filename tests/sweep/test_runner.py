@@ -266,6 +266,16 @@ def test_any_logged_metric_may_be_a_sweep_s(
     assert len(values) == 2 and values == sorted(values, reverse=goal == "maximize")
 
 
+def test_the_rate_of_a_part_that_the_network_lacks_is_refused_as_a_metric(
+    base: Fields, tmp_path: Path
+) -> None:
+    given = content(base, strategy=["freeze"])
+    given["metric"] = {"name": "lr/layer9", "goal": "maximize"}
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(ConfigError, match=r"metric.name: got 'lr/layer9'; .*lr/layer4, lr/fc"):
+        run_sweep(given, out=tmp_path / "runs", console=console)
+
+
 def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Path) -> None:
     from wandb.proto import wandb_internal_pb2
 

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from finetune.__main__ import main
-from finetune.config.fields import RunConfig, read_mapping
+from finetune.config.fields import RunConfig
+from finetune.config.given_values import read_mapping
 from finetune.runs.run_dir import RunDir
 from finetune.sweep import sampling
 from finetune.sweep.distributions import DISTRIBUTIONS, Constant, Dimension, read_parameter

@@ -33,8 +33,6 @@ for module, names in {
     for name in names.split():
         if hasattr(module, name):
             delattr(module, name)
-from tests.support import network_choice
-network_choice.install()
 """
 
 WINDOWS = {

@@ -13,12 +13,14 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 from torchvision.transforms.functional import normalize
 
+from finetune.config.backbones import find_backbone
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
 from finetune.data.decode import Preprocessing, decode
 from finetune.data.seeding import epoch_flips, epoch_order
 from finetune.data.splits import find_splits
 from finetune.features.loader import EpochLoader
+from finetune.model.chain import Chain
 from finetune.model.network import build
 from finetune.runs.run_dir import read_metrics
 from finetune.training.module import FineTuning
@@ -67,7 +69,7 @@ def test_graduals_parts_start_one_by_one_at_halved_rates(train: Train) -> None:
 def plain_loop(config: RunConfig) -> list[dict[str, float]]:
     """The same training as a plain loop over the whole network, without stored activations."""
     splits = find_splits(config)
-    model = build(5, config.seed)
+    model: Any = build(config.model, 5, config.image_size, config.seed).network
     if config.weights:
         source = torch.load(config.weights, weights_only=True)
         model.load_state_dict({k: v for k, v in source.items() if "fc" not in k}, strict=False)
@@ -143,7 +145,8 @@ def test_a_run_equals_a_plain_loop(strategy: str, train: Train, fields: dict[str
 
 def test_frozen_batchnorm_stays_in_eval_mode_when_train_is_called(config: RunConfig) -> None:
     network = resnet18(num_classes=5)
-    module = FineTuning(network, config, EpochLoader(config, find_splits(config), None))
+    chain = Chain(network, find_backbone("resnet18"))
+    module = FineTuning(chain, config, EpochLoader(config, find_splits(config), None))
     module.open_parts(0)
     module.train()  # as Lightning calls it, at any moment
     frozen = [m for n, m in network.named_modules() if n.startswith(("bn1", "layer1", "layer2"))]

@@ -14,19 +14,20 @@ import torch
 
 import finetune
 from finetune.__main__ import main
+from finetune.config.backbones import BACKBONES
 from finetune.inference.predict import load_predictor, predict_logits
 from finetune.model.network import load_best
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.system.errors import WeightsError
 from tests.conftest import ROOT
-from tests.support.tiny_network import tiny_resnet18
+from tests.support.tiny_network import TINY
 
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of what version 0.1.0 wrote, with its paths replaced."""
-    monkeypatch.setattr("finetune.model.network.resnet18", tiny_resnet18)
+    monkeypatch.setitem(BACKBONES, "resnet18", TINY)  # that of the small network of these files
     folder = tmp_path / "v0_1_0"
     shutil.copytree(ROOT / "tests" / "old_formats" / "v0_1_0", folder)
     for path in [*folder.glob("*/*/config.yaml"), *folder.glob("*/*/result.json")]:
@@ -109,6 +110,6 @@ def test_unknown_entries_of_a_newer_version_are_ignored(old: Path) -> None:
 
 def test_an_unknown_model_is_refused_by_name(finished: RunDir) -> None:
     content = torch.load(finished.best_path, weights_only=True)
-    torch.save(content | {"model": "resnet50"}, finished.best_path)
-    with pytest.raises(WeightsError, match=r"best\.ckpt.* got 'resnet50', must be resnet18"):
+    torch.save(content | {"model": "resnet19"}, finished.best_path)
+    with pytest.raises(WeightsError, match=r"best\.ckpt.* got 'resnet19'; must be one of"):
         load_best(finished.path)

@@ -24,6 +24,7 @@ from finetune.system.errors import ConfigError, Diverged, Pruned, RunDirError, S
 from finetune.training.train import run
 from tests.conftest import ROOT, Train
 from tests.support.process_server import fast_python
+from tests.support.tiny_network import TINY, load_into, tiny
 
 TIMES = {"images_per_second"}
 VARYING = {
@@ -59,7 +60,8 @@ def test_a_run_directory_is_complete_and_consistent(train: Train, fields: dict[s
     }  # fmt: skip
     rows = read_metrics(run_dir.metrics_path)
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
-    assert tuple(rows[0]) == METRICS
+    rates = tuple(f"lr/{part}" for part in TINY.parts)
+    assert tuple(rows[0]) == (*METRICS, *rates)
     result = RunResult.load(run_dir.path)
     best = best_epoch(rows)
     assert result.best_epoch == best
@@ -77,7 +79,7 @@ def test_a_run_directory_is_complete_and_consistent(train: Train, fields: dict[s
         assert result.best_val_macro_f1 == rows[best]["val_macro_f1"]
         assert all(Path(path).is_file() for path in predictions["paths"])
     best_ckpt = torch.load(run_dir.best_path, weights_only=True)
-    assert (best_ckpt["format_version"], best_ckpt["model"]) == (2, "resnet18")
+    assert (best_ckpt["format_version"], best_ckpt["model"]) == (2, "tiny")
     assert result.start_epochs == {"layer3": 0, "layer4": 0, "fc": 0}
     recorded = yaml.safe_load(run_dir.config_path.read_text())
     assert "auto" not in recorded.values()
@@ -190,7 +192,7 @@ def test_resume_refuses_other_weights(train: Train, weights: Path, tmp_path: Pat
     copy = tmp_path / "weights.pth"
     copy.write_bytes(weights.read_bytes())
     run_dir = train(strategy="freeze", epochs=2, weights=copy, keep_last=True)
-    torch.save(build(5, seed=99).state_dict(), copy)
+    torch.save(tiny(5, seed=99).state_dict(), copy)
     with pytest.raises(WeightsError, match="Resume with the weights"):
         finetune.train_and_finetune(resume=run_dir.path, epochs=4)
 
@@ -254,8 +256,8 @@ def test_last_checkpoint_leaves_the_frozen_prefix_out(train: Train) -> None:
 
 def test_a_run_directory_is_a_source_of_weights(train: Train) -> None:
     first = train(strategy="partial")
-    model = build(5, seed=1)
-    load_source(model, str(first.path), print)
+    model = tiny(5, seed=1)
+    load_into(model, str(first.path), print)
     for key, tensor in best_state(first).items():
         assert torch.equal(model.state_dict()[key], tensor)
 
@@ -275,7 +277,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason(
     damage: str, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "weights.pth"
-    state = build(5, seed=0).state_dict()
+    state = tiny(5, seed=0).state_dict()
     if damage == "foreign":
         torch.save({"conv1.weight": state["conv1.weight"]}, path)
     elif damage == "pickle":
@@ -290,7 +292,7 @@ def test_weights_that_do_not_fit_are_refused_with_a_reason(
     elif damage == "shape":
         torch.save(state | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, path)
     with pytest.raises(WeightsError, match=words):
-        load_source(build(5, seed=1), str(path), print)
+        load_into(tiny(5, seed=1), str(path), print)
     assert not Path("exploded").exists()
 
 
@@ -302,10 +304,10 @@ class Explosive:
 def test_safetensors_are_read(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    state = build(1000, seed=4).state_dict()
+    state = tiny(1000, seed=4).state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
-    model = build(5, seed=0)
-    load_source(model, str(tmp_path / "w.safetensors"), print)
+    model = tiny(5, seed=0)
+    load_into(model, str(tmp_path / "w.safetensors"), print)
     assert torch.equal(model.state_dict()["layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
 
 
@@ -316,12 +318,13 @@ def test_a_failed_download_of_imagenet_weights_names_the_path_for_the_file(
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(WeightsError) as caught:
-        load_source(build(5, seed=0), "imagenet", print)
+        load_source(build("resnet18", 5, 64, seed=0), "resnet18", "imagenet", print)
     expected = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     assert str(expected) in str(caught.value)
     assert "--weights" in str(caught.value)
 
 
+@pytest.mark.real_network
 def test_the_call_in_the_readme_works(
     digits: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
