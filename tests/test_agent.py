@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -104,5 +105,8 @@ def test_a_run_prints_its_splits_its_epochs_and_its_best_accuracy(fields: dict[s
     assert done.returncode == 0, done.stderr
     assert "20 pictures train; val/ validates (15 pictures)" in done.stdout
     assert done.stdout.count("epoch  ") == 4
-    assert "best val_acc" in done.stdout.splitlines()[-1]
+    assert len(re.findall(r"val loss \d\.\d{3} acc \d\.\d{3} f1 \d\.\d{3}  best", done.stdout)) == 4
+    assert re.match(
+        r"best val_acc 0\.\d{4}, macro F1 0\.\d{4}, in epoch", done.stdout.splitlines()[-1]
+    )
     assert done.stderr == ""

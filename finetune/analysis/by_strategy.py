@@ -95,6 +95,11 @@ class StrategySummary:
         return mean_accuracy(self.chosen)
 
     @property
+    def macro_f1(self) -> float:
+        """Mean macro F1 of the chosen runs at their best epochs."""
+        return float(np.mean([run.macro_f1 for run in self.chosen]))
+
+    @property
     def train_minutes(self) -> float:
         """Mean training time of the chosen runs."""
         return float(np.mean([run.finished_result.train_seconds for run in self.chosen])) / 60

@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune.analysis.statistics import Correct
 from finetune.config.fields import RunConfig
+from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import Row, RunResult, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.runs.settings import setting_of
@@ -59,6 +60,12 @@ class RunRecord:
     @property
     def accuracy(self) -> float:
         return self.finished_result.best_val_acc
+
+    @property
+    def macro_f1(self) -> float:
+        """That of the best epoch; nan if an older version trained it and left no predictions."""
+        found = self.finished_result.best_val_macro_f1
+        return float("nan") if found is None else found
 
     @cached_property
     def setting(self) -> str:
@@ -117,7 +124,11 @@ def _read_finished(run_dir: RunDir) -> RunRecord:
     predictions: dict[str, Any] = {}
     if run_dir.predictions_path.exists():
         logits, labels, _ = run_dir.read_predictions()
-        predictions = {"labels": labels, "correct": logits.argmax(axis=1) == labels}
+        guesses = logits.argmax(axis=1)
+        predictions = {"labels": labels, "correct": guesses == labels}
+        if result.best_val_macro_f1 is None and len(labels):  # an older version trained it
+            counts = confusion_counts(labels, guesses, logits.shape[1])
+            result = result.model_copy(update={"best_val_macro_f1": macro_f1(counts)})
     return RunRecord(
         run_dir.path,
         config.to_fields() | result.config,

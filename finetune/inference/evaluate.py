@@ -24,6 +24,7 @@ from finetune.model.weights import fingerprint
 from finetune.runs.predictions import (
     MAX_MATRIX_CLASSES,
     confusion_counts,
+    macro_f1,
     mean_over_classes,
     most_confused_pairs,
 )
@@ -115,7 +116,7 @@ def _with_nearest(name: str, class_names: Sequence[str]) -> str:
 def measure(
     predictor: Predictor, pictures: Pictures, labels: Indices, skip_unreadable: bool
 ) -> Evaluation:
-    """Accuracy, per-class figures and confusion (rows: labels; columns: predictions).
+    """Accuracy, macro F1, per-class figures and confusion (rows: labels; columns: predictions).
 
     `labels`: of the pictures, as indices of the run's classes. Of more than `MAX_MATRIX_CLASSES`
     classes the matrix is left out: `per_class` and `most_confused_pairs` have its counts.
@@ -138,6 +139,7 @@ def measure(
     return {
         "accuracy": num_correct / len(guesses),
         "accuracy_interval": list(wilson_interval(num_correct, len(guesses))),
+        "macro_f1": macro_f1(confusion),
         "num_pictures": len(guesses),
         "per_class": [{"class": n, **_class_figures(confusion, i)} for i, n in enumerate(names)],
         "class_names": names,
@@ -179,8 +181,9 @@ def describe(evaluation: Evaluation) -> str:
         lines.append(f"without {len(evaluation['unreadable'])} unreadable pictures")
     if without := evaluation["classes_without_pictures"]:
         lines.append(f"no pictures of: {listed([one_line(name) for name in without])}")
-    mean, what = mean_over_classes([figures["accuracy"] for figures in evaluation["per_class"]])
-    lines.append(f"accuracy {mean:.4f}, {what}")
+    for label, key in (("accuracy", "accuracy"), ("macro F1", "f1")):
+        mean, what = mean_over_classes([figures[key] for figures in evaluation["per_class"]])
+        lines += [] if mean is None else [f"{label} {mean:.4f}, {what}"]
     names = [one_line(name) for name in evaluation["class_names"]]
     width = max(5, *map(len, names))
     lines += ["", f"{'class':{width}} pictures accuracy precision     f1"]

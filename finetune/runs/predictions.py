@@ -1,4 +1,4 @@
-"""Probabilities, confusion, accuracy per class and mistakes from logits and labels."""
+"""Probabilities, confusion, macro F1, accuracy per class, mistakes from logits and labels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +47,18 @@ def most_confused_pairs(counts: Array) -> list[tuple[int, int, int]]:
     order = np.argsort(-frequencies, kind="stable")
     columns = (labels[order], guesses[order], frequencies[order])
     return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def macro_f1(counts: Array) -> float:
+    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), from a confusion matrix.
+
+    The classes are those that occur among the labels or the predictions, as in scikit-learn's
+    `f1_score(average="macro")`; the mean is that of Opitz and Burst 2019, "averaged F1"
+    (https://arxiv.org/abs/1911.03347).
+    """
+    sums = counts.sum(axis=0) + counts.sum(axis=1)  # 2 TP + FP + FN
+    occurs = sums > 0
+    return float((2 * counts.diagonal()[occurs] / sums[occurs]).mean())
 
 
 def class_accuracies(counts: Array) -> list[float | None]:

@@ -17,10 +17,11 @@ FORMAT_VERSION = 2
 """Of result.json. Version 1, which 0.1.0 wrote, doesn't name its version."""
 
 METRICS = (
-    *("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "best_val_acc"),
-    *("trainable_parameters", "images_per_second"),
+    *("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1"),
+    *("best_val_acc", "trainable_parameters", "images_per_second"),
 )
-"""The keys that W&B, metrics.csv and the report have once per epoch, besides `lr/PART`."""
+"""The keys that W&B, metrics.csv and the report have once per epoch, besides `lr/PART`. Rows of
+older versions lack `val_macro_f1`."""
 
 RATE = "lr/"
 """Begins the key of a part's learning rate."""
@@ -46,6 +47,8 @@ class RunResult(BaseModel):
     seed: int
     best_val_acc: float
     best_val_loss: float
+    best_val_macro_f1: float | None = None
+    """Of the best epoch; None if an older version trained it."""
     best_epoch: int
     last_val_acc: float
     epochs_run: int

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from finetune.config.fields import RunConfig
 from finetune.config.given_values import read_mapping
-from finetune.runs.predictions import Array
+from finetune.runs.predictions import Array, mean_over_classes
 from finetune.runs.result import METRICS, RATE, Row, RunResult, json_bytes
 from finetune.system.errors import ConfigError, RunDirError
 from finetune.system.files import write_atomically
@@ -156,13 +156,14 @@ class RunDir:
         write_atomically(self.failure_path, json.dumps(failure, indent=2).encode())
 
     def read_evaluations(self) -> list[dict[str, Any]]:
-        """What `evaluate` has recorded, the oldest first. Raises `RunDirError`."""
+        """What `evaluate` has recorded, the oldest first, with defaults for what older versions
+        didn't record. Raises `RunDirError`."""
         try:
             records = json.loads(self.evaluation_path.read_bytes())["evaluations"]
             for record in records:
                 if missing := {"folder", "accuracy", "num_pictures"} - record.keys():
                     raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            return [{**_EVALUATION, **record} for record in records]
+            return [{**_EVALUATION, "macro_f1": _macro_f1(record), **record} for record in records]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -206,6 +207,11 @@ class RunDir:
             reason = str(error) or type(error).__name__
             raise RunDirError(f"{self.predictions_path} is damaged: {reason}") from None
         return logits, labels, paths
+
+
+def _macro_f1(record: Mapping[str, Any]) -> float | None:
+    """Of an evaluation that recorded only the F1 of each class, or not even that."""
+    return mean_over_classes([figures.get("f1") for figures in record.get("per_class", [])])[0]
 
 
 def _num_epochs(result: RunResult) -> int:

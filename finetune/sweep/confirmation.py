@@ -136,16 +136,20 @@ def _existing(paths: Iterable[str]) -> str:
 
 
 def spread_table(outcomes: Iterable[TrialResult]) -> Table:
-    """Each strategy's best_val_acc over its seeds, the best mean first."""
+    """Each strategy's best_val_acc and mean macro F1 over its seeds, the best mean first."""
     found: dict[str, list[float]] = defaultdict(list)
+    scores: dict[str, list[float]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.state == "finished" and outcome.best_val_acc is not None:
             found[outcome.strategy].append(outcome.best_val_acc)
-    headings = ("seeds", "mean", "standard deviation", "lowest", "highest")
+            if outcome.best_val_macro_f1 is not None:
+                scores[outcome.strategy].append(outcome.best_val_macro_f1)
+    headings = ("seeds", "mean", "standard deviation", "lowest", "highest", "macro F1")
     columns = [Column(heading, justify="right") for heading in headings]
     table = Table("strategy", *columns, box=None, pad_edge=False)
     for strategy, values in sorted(found.items(), key=lambda item: -mean(item[1])):
         spread = f"{stdev(values):.4f}" if len(values) > 1 else "-"
         low, middle, high = (f"{n:.4f}" for n in (min(values), mean(values), max(values)))
-        table.add_row(strategy, str(len(values)), middle, spread, low, high)
+        macro_f1 = f"{mean(scores[strategy]):.4f}" if scores[strategy] else "-"
+        table.add_row(strategy, str(len(values)), middle, spread, low, high, macro_f1)
     return table

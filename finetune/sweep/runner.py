@@ -1,5 +1,6 @@
 """Run a sweep on this machine: claim trials, run them in worker processes, record how they end."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -164,8 +165,12 @@ class _Runner:
         self._claims[self.worker_pool.start(job)] = claim
 
     def _logged_value(self, row: Row) -> tuple[int, float]:
-        """The iteration, counted from 1 as in W&B, and the metric."""
-        return int(row["epoch"]) + 1, row[self.spec.metric.name]
+        """The iteration, counted from 1 as in W&B, and the metric. Raises `ConfigError`."""
+        name = self.spec.metric.name
+        if name not in row:
+            logged = ", ".join(row)
+            raise ConfigError(f"metric.name: got {name!r}; must be one that the run logs: {logged}")
+        return int(row["epoch"]) + 1, row[name]
 
     def _handle(self, worker: Worker, event: Event) -> None:
         if isinstance(event, TrialEnded):
@@ -213,9 +218,15 @@ class _Runner:
         """The result of a trial that has ended, with the values in its run directory."""
         if not (rows := _rows(result.run_dir)):
             return result
-        best = best_epoch(rows)
-        value = None if result.state == "failed" else self._logged_value(rows[-1])[1]
-        return replace(result, value=value, best_val_acc=rows[best]["val_acc"], best_epoch=best)
+        best = rows[best_epoch(rows)]
+        f1 = best["val_macro_f1"]
+        return replace(
+            result,
+            value=None if result.state == "failed" else self._logged_value(rows[-1])[1],
+            best_val_acc=best["val_acc"],
+            best_val_macro_f1=None if math.isnan(f1) else f1,
+            best_epoch=best_epoch(rows),
+        )
 
     def _requeue_running(self) -> None:
         stopped = self.worker_pool.stop()

@@ -12,22 +12,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import annotated_types as at
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from finetune.config.field_types import Count, Integer, Number, one_of
 from finetune.config.fields import RunConfig
-from finetune.runs.result import METRICS
+from finetune.runs.result import METRICS, RATE
 from finetune.sweep.distributions import Dimension, Value
 from finetune.system.errors import ConfigError
 from finetune.system.files import absolute
+from finetune.system.text import nearest
 
 DEFAULT_SEED = 42
+
+
+def _logged(name: str) -> str:
+    """Which parts have a rate depends on the network; the runner checks it at the first epoch."""
+    if name not in METRICS and not name.startswith(RATE):
+        names = ", ".join((*METRICS, f"{RATE}PART"))
+        raise ValueError(f"must be one of {names}{nearest(name, METRICS)}")
+    return name
 
 
 class Metric(BaseModel, frozen=True, extra="forbid"):
     """What a sweep optimizes: the last value that a run logs under this name."""
 
-    name: Annotated[str, one_of(METRICS)]
+    name: Annotated[str, AfterValidator(_logged)]
     goal: Annotated[str, one_of(("maximize", "minimize"))] = Field(
         description="maximize or minimize (W&B would minimize)"
     )

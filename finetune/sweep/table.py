@@ -56,8 +56,9 @@ class LiveTable:
         self._running[run_id] = one_line(config.name), "starting"
 
     def epoch_ended(self, run_id: str, config: RunConfig, row: Row) -> None:
-        accuracies = f"val_acc {row['val_acc']:.4f}  best {row['best_val_acc']:.4f}"
-        progress = f"epoch {row['epoch']:.0f}/{config.epochs - 1}  {accuracies}"
+        scores = f"val_acc {row['val_acc']:.4f}  f1 {row['val_macro_f1']:.4f}"
+        progress = f"epoch {row['epoch']:.0f}/{config.epochs - 1}  {scores}"
+        progress += f"  best {row['best_val_acc']:.4f}"
         self._running[run_id] = one_line(config.name), progress
         if not self._is_live:
             self.log("  ".join([run_id, *self._running[run_id]]))
@@ -107,6 +108,7 @@ def final_table(results: Sequence[TrialResult], metric: str = "best_val_acc") ->
         "setting": _setting,
         metric: lambda r: _number(r.value, ".4f"),
         "best_val_acc": lambda r: _number(r.best_val_acc, ".4f"),
+        "macro F1": lambda r: _number(r.best_val_macro_f1, ".4f"),
         "best epoch": lambda r: _number(r.best_epoch, "d"),
         "seconds": lambda r: _number(r.seconds, ".1f"),
         "state": lambda r: r.state,

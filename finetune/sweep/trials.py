@@ -21,7 +21,7 @@ from finetune.sweep import sampling
 from finetune.sweep.distributions import Value
 from finetune.sweep.spec import Sweep
 
-RECORD_FIELDS = ("best_val_acc", "best_epoch", "seconds", "reason")
+RECORD_FIELDS = ("best_val_acc", "best_val_macro_f1", "best_epoch", "seconds", "reason")
 """The fields of `TrialResult` that are stored when a trial ends."""
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -42,6 +42,8 @@ class TrialResult:
     value: float | None = None
     """The last value of the sweep's metric."""
     best_val_acc: float | None = None
+    best_val_macro_f1: float | None = None
+    """Of the best epoch; None if an older version trained it."""
     best_epoch: int | None = None
     seconds: float | None = None
     """Wall time of the last attempt."""

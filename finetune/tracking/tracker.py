@@ -134,12 +134,11 @@ class Tracker:
         if self.run is None:
             return
         logits, labels, paths = run_dir.read_predictions()
-        summary = result.model_dump(
-            include={"best_val_acc", "best_val_loss", "best_epoch", "stopped_early"}
-        )
-        names = [one_line(name) for name in result.class_names]
-        self._log_model(run_dir, summary | {"strategy": result.strategy, "class_names": names})
-        self.run.log(result_tables(logits, labels, paths, names, log))
+        names = {"best_val_acc", "best_val_loss", "best_val_macro_f1", "best_epoch"}
+        summary = result.model_dump(include={*names, "stopped_early"}, exclude_none=True)
+        classes = [one_line(name) for name in result.class_names]
+        self._log_model(run_dir, summary | {"strategy": result.strategy, "class_names": classes})
+        self.run.log(result_tables(logits, labels, paths, classes, log))
         # An interrupted attempt may have left another state.
         self.run.summary.update(summary | {"state": "finished", "reason": ""})
         self._upload_files(run_dir, result)

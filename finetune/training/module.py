@@ -21,6 +21,7 @@ from finetune.data.seeding import step_generator
 from finetune.features.loader import EpochLoader
 from finetune.features.prefix_cache import network_input
 from finetune.model.chain import Chain
+from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
 
 
@@ -160,12 +161,15 @@ class FineTuning(pl.LightningModule):
         self._val_logits.append(logits)
 
     def epoch_metrics(self) -> Row:
-        """The finished epoch's mean losses, accuracies and learning rates."""
+        """The finished epoch's mean losses, accuracies, macro F1 and learning rates."""
         row: Row = {"epoch": self.current_epoch}
         for name, split in {"train": self.loader.train, "val": self.loader.val}.items():
             loss_sums, nums_correct = zip(*self._totals[name], strict=True)
             row[f"{name}_loss"] = float(sum(loss_sums)) / len(split.pictures)
             row[f"{name}_acc"] = int(sum(nums_correct)) / len(split.pictures)
+        labels, logits = self.loader.val.pictures.labels, self.val_logits().numpy()
+        counts = confusion_counts(labels, logits.argmax(axis=1), logits.shape[1])
+        row["val_macro_f1"] = macro_f1(counts)
         parameters = self.network.parameters()
         row["trainable_parameters"] = sum(p.numel() for p in parameters if p.requires_grad)
         return row | {f"{RATE}{part}": rate for part, rate in self._rates.items()}

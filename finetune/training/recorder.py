@@ -173,8 +173,8 @@ class Recorder(pl.Callback):
         self.log_line(
             f"epoch {row['epoch']:>2.0f}/{self.config.epochs - 1}  train loss "
             f"{row['train_loss']:.3f} acc {row['train_acc']:.3f}  val loss {row['val_loss']:.3f} "
-            f"acc {row['val_acc']:.3f}  best {row['best_val_acc']:.3f}  "
-            f"{row['images_per_second']:.0f} images/s"
+            f"acc {row['val_acc']:.3f} f1 {row['val_macro_f1']:.3f}  best "
+            f"{row['best_val_acc']:.3f}  {row['images_per_second']:.0f} images/s"
         )
 
     def on_save_checkpoint(

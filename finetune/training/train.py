@@ -124,8 +124,10 @@ class _Execution:
             if not config.keep_last:
                 run_dir.last_path.unlink(missing_ok=True)
         stopped = " (stopped early)" if result.stopped_early else ""
+        f1 = result.best_val_macro_f1
+        score = "" if f1 is None else f", macro F1 {f1:.4f},"
         log(
-            f"best val_acc {result.best_val_acc:.4f} in epoch {result.best_epoch} of "
+            f"best val_acc {result.best_val_acc:.4f}{score} in epoch {result.best_epoch} of "
             f"{result.epochs_run}{stopped}: {run_dir.path}"
         )
         return result
@@ -172,6 +174,7 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         seed=config.seed,
         best_val_acc=best["val_acc"],
         best_val_loss=best["val_loss"],
+        best_val_macro_f1=best.get("val_macro_f1"),
         best_epoch=best_epoch(rows),
         last_val_acc=rows[-1]["val_acc"],
         epochs_run=len(rows),

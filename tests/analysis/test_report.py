@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
@@ -128,6 +129,7 @@ def test_the_csv_has_one_row_per_run(sweep_page: Path) -> None:
     assert {row["state"] for row in rows} == {"finished", "failed", "pruned", "stopped"}
     best = max(rows, key=lambda row: float(row["best_val_acc"] or 0))
     assert (best["strategy"], best["learning_rate"]) == ("partial", "0.01")
+    assert 0 < float(best["best_val_macro_f1"]) < 1
 
 
 def test_the_terminal_summary_starts_with_the_conclusion(
@@ -139,6 +141,13 @@ def test_the_terminal_summary_starts_with_the_conclusion(
     shown = capsys.readouterr().out
     assert shown.startswith("partial wins with 8")
     assert "  significant" in shown
+    runs = [run for run in read_runs(tmp_path) if run.strategy == "partial"]
+    summary = f"{100 * np.mean([run.macro_f1 for run in runs]):.1f} %"
+    assert re.search(rf"^partial +8\S+ % +{summary} ", shown, re.MULTILINE)
+    page = (tmp_path / "there" / "report.html").read_text(encoding="utf-8")
+    tables = re.findall(r"<h2>([^<]*)</h2>(?:(?!</section>).)*<button>macro F1</button>", page)
+    assert tables == ["Strategies", "Finished runs"]
+    assert summary in page
     assert (tmp_path / "there" / "report.html").exists()
 
 
@@ -170,7 +179,9 @@ def test_runs_of_version_0_1_0_are_reported_next_to_an_unreadable_one(tmp_path: 
     (runs_dir / "newer" / "result.json").write_text(json.dumps(result))
     assert not main(["report", str(runs_dir)])
     with (runs_dir / "runs.csv").open(newline="") as file:
-        states = {row["run_id"]: row["state"] for row in csv.DictReader(file)}
+        rows = {row["run_id"]: row for row in csv.DictReader(file)}
+    states = {run_id: row["state"] for run_id, row in rows.items()}
+    assert 0 < float(rows["gradual"]["best_val_macro_f1"]) < 1  # from its predictions
     finished = dict.fromkeys(("freeze", "gradual", "whole"), "finished")
     assert states == {**finished, "interrupted": "stopped", "newer": "unreadable"}
     gradual = next(run for run in read_runs(runs_dir) if run.run_id == "gradual")

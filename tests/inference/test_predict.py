@@ -194,6 +194,9 @@ def test_evaluating_the_validation_pictures_gives_the_accuracy_of_the_result(
     assert record["confusion"] == expected
     for i, figures in enumerate(record["per_class"]):
         assert figures["accuracy"] == expected[i][i] / sum(expected[i])
+    assert record["macro_f1"] == result.best_val_macro_f1
+    main(["evaluate", str(run.path), str(digits / "val")])
+    assert f"macro F1 {record['macro_f1']:.4f}, mean over 5 of 5 classes" in capsys.readouterr().out
 
 
 def test_the_default_test_set_is_the_one_the_run_kept(
@@ -248,6 +251,9 @@ def test_classes_without_pictures_are_said_and_the_others_are_evaluated_exactly(
     shown = capsys.readouterr().out
     assert "no pictures of: 5 and 7\n" in shown
     assert f"accuracy {sum(kept) / 3:.4f}, mean over 3 of 5 classes\n" in shown
+    f1s = [figures["f1"] for figures in record["per_class"] if figures["f1"] is not None]
+    assert record["macro_f1"] == pytest.approx(sum(f1s) / len(f1s))
+    assert f"macro F1 {record['macro_f1']:.4f}, mean over {len(f1s)} of 5 classes\n" in shown
     assert [line.split()[2] for line in shown.splitlines() if line[:2] in ("5 ", "7 ")][:2] == ["-", "-"]  # noqa: E501  # fmt: skip
 
 

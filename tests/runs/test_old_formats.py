@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sklearn.metrics import f1_score
 
 from finetune.analysis.read_runs import read_runs
 from finetune.runs.resolve import prepare_run
@@ -44,6 +45,8 @@ def test_finished_runs_are_read() -> None:
         rows = read_metrics(run.metrics_path)
         assert len(rows) == result.epochs_run
         assert rows[result.best_epoch]["val_acc"] == result.best_val_acc
+        assert result.best_val_macro_f1 is None
+        assert all(math.isnan(row["val_macro_f1"]) for row in rows)
         assert len(run.read_predictions()[1]) == result.num_val
 
 
@@ -62,6 +65,13 @@ def test_all_old_runs_are_compared() -> None:
     assert states == finished | {"interrupted": "stopped"}
 
 
+def test_the_macro_f1_of_an_old_run_follows_from_its_predictions() -> None:
+    (record,) = (record for record in read_runs(OLD_RUNS) if record.run_id == "gradual")
+    logits, labels, _ = RunDir(OLD_RUNS / "gradual").read_predictions()
+    expected = f1_score(labels, logits.argmax(axis=1), average="macro")
+    assert record.macro_f1 == pytest.approx(expected, abs=1e-12)
+
+
 def test_a_new_result_names_its_format(run: RunDir) -> None:
     fields = RunResult.load(run.path).model_dump(exclude={"format_version"})
     run.write_result(RunResult(**fields))
@@ -70,7 +80,7 @@ def test_a_new_result_names_its_format(run: RunDir) -> None:
 
 def test_a_result_may_have_more_fields_and_lack_optional_ones(run: RunDir) -> None:
     def change(content: dict[str, Any]) -> None:
-        content |= {"format_version": 9, "val_macro_f1": 0.5}
+        content |= {"format_version": 9, "val_top5": 0.5}
         for name in ("run_id", "num_threads", "versions", "prefix_timings", "cache_seconds"):
             del content[name]
 
@@ -104,8 +114,8 @@ def test_metrics_may_have_other_columns_in_another_order(run: RunDir) -> None:
 
 def test_rows_of_other_versions_are_written_and_read(run: RunDir) -> None:
     rows = read_metrics(run.metrics_path)
-    run.write_metrics([{**row, "val_macro_f1": 0.5} for row in rows])
-    assert read_metrics(run.metrics_path) == rows
+    run.write_metrics([{**row, "val_top5": 0.5} for row in rows])
+    assert list(map(str, read_metrics(run.metrics_path))) == list(map(str, rows))  # nan too
     run.write_metrics([{"epoch": 0, "val_acc": 0.5}])
     (row,) = read_metrics(run.metrics_path)
     assert row["val_acc"] == 0.5
@@ -140,6 +150,14 @@ def test_an_evaluation_has_defaults_and_needs_its_accuracy(run: RunDir) -> None:
     change_json(run.evaluation_path, lambda content: content["evaluations"][0].pop("accuracy"))
     with pytest.raises(RunDirError, match="it lacks accuracy"):
         run.read_evaluations()
+
+
+def test_the_macro_f1_of_an_old_evaluation_is_the_mean_of_its_classes(run: RunDir) -> None:
+    record = {"folder": "/data/test", "accuracy": 0.5, "num_pictures": 10}
+    classes = [{"class": name, "f1": f1} for name, f1 in (("a", 0.5), ("b", 0.75), ("c", None))]
+    content = {"evaluations": [record | {"per_class": classes}, record]}
+    run.evaluation_path.write_text(json.dumps(content))
+    assert [found["macro_f1"] for found in run.read_evaluations()] == [0.625, None]
 
 
 def test_a_failure_may_lack_its_reason(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import signal
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 from finetune.runs.predictions import (
     class_accuracies,
     confident_mistakes,
     confusion_counts,
+    macro_f1,
     mean_over_classes,
     most_confused_pairs,
 )
@@ -49,6 +51,32 @@ def test_a_class_without_pictures_has_no_accuracy_and_no_part_in_the_mean() -> N
     assert accuracies == [0.75, None, 0.5]
     assert mean_over_classes(accuracies) == (0.625, "mean over 2 of 3 classes")
     assert mean_over_classes([None]) == (None, "mean over 0 of 1 classes")
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([[4, 0], [0, 4]], 1.0),
+        ([[0, 4], [4, 0]], 0.0),
+        ([[3, 1], [2, 2]], (6 / 9 + 4 / 7) / 2),
+        ([[9, 0], [3, 0]], (18 / 21 + 0) / 2),  # a class that is never predicted
+        ([[2, 2, 0], [0, 0, 0], [0, 0, 4]], (4 / 6 + 0 + 1) / 3),  # one that is only predicted
+        ([[3, 1, 0], [2, 2, 0], [0, 0, 0]], (6 / 9 + 4 / 7) / 2),  # one that doesn't occur
+    ],
+)
+def test_macro_f1_is_the_mean_over_the_classes_that_occur(
+    counts: list[list[int]], expected: float
+) -> None:
+    assert macro_f1(np.array(counts)) == pytest.approx(expected, abs=1e-15)
+
+
+def test_macro_f1_is_that_of_scikit_learn() -> None:
+    chance = np.random.default_rng(3)
+    for num_classes in (2, 5, 40):
+        for num_pictures in (1, 7, 200):
+            labels, guesses = chance.integers(0, num_classes, (2, num_pictures)) ** 2 // num_classes
+            found = macro_f1(confusion_counts(labels, guesses, num_classes))
+            assert found == pytest.approx(f1_score(labels, guesses, average="macro"), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from finetune.config.fields import RunConfig
+from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 
@@ -54,6 +55,9 @@ def write_run(
             seed=config.seed,
             best_val_acc=found,
             best_val_loss=rows[best_epoch]["val_loss"],
+            best_val_macro_f1=macro_f1(
+                confusion_counts(labels, logits.argmax(axis=1), len(classes))
+            ),
             best_epoch=best_epoch,
             last_val_acc=rows[-1]["val_acc"],
             epochs_run=len(rows),
@@ -105,6 +109,7 @@ def _rows(
                 "train_acc": train_acc * (0.5 + 0.5 * share),
                 "val_loss": 1.2 - 0.8 * val_acc,
                 "val_acc": val_acc,
+                "val_macro_f1": val_acc - 0.01,
                 "best_val_acc": max([val_acc, *(row["val_acc"] for row in rows)]),
                 "trainable_parameters": 2_500_000 * len(open_parts),
                 "images_per_second": 210.0,

@@ -11,7 +11,8 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.runs.run_dir import RunDir
-from finetune.sweep.confirmation import confirmation
+from finetune.sweep.confirmation import confirmation, spread_table
+from finetune.sweep.trials import TrialResult
 from tests.support.synthetic import write_run
 
 HERE, ELSEWHERE = "/here", "/elsewhere"
@@ -100,3 +101,19 @@ def test_report_and_confirm_choose_the_same_setting(
     assert not main(["report", str(tmp_path)])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("partial ")]
     assert f"partial-lr{repeated(tmp_path)['learning_rate']:g}-" in row
+
+
+def test_the_table_of_fresh_seeds_has_the_mean_macro_f1() -> None:
+    outcomes = [
+        TrialResult(f"{s}{i}", Path(), s, {}, "finished", best_val_acc=acc, best_val_macro_f1=f1)
+        for s, pairs in {
+            "freeze": [(0.5, 0.4), (0.7, 0.5)],
+            "partial": [(0.9, 0.8), (0.8, None)],  # one trained by an older version
+            "scratch": [(0.1, None)],
+        }.items()
+        for i, (acc, f1) in enumerate(pairs)
+    ]
+    cells = {column.header: list(column.cells) for column in spread_table(outcomes).columns}
+    assert cells["strategy"] == ["partial", "freeze", "scratch"]
+    assert cells["mean"] == ["0.8500", "0.6000", "0.1000"]
+    assert cells["macro F1"] == ["0.8000", "0.4500", "-"]

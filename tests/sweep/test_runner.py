@@ -230,6 +230,53 @@ def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(base: Fields, tmp_path
     assert complete(tmp_path, given).count("pruned") == 3  # the table again, and nothing ran
 
 
+def test_early_termination_judges_by_macro_f1(base: Fields, tmp_path: Path) -> None:
+    given = content(base | {"epochs": 3}, strategy=["freeze"], learning_rate=[0.1, 1e-7, 1e-8])
+    given["metric"] = {"name": "val_macro_f1", "goal": "maximize"}
+    given["early_terminate"] = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    output = complete(tmp_path, given)
+    assert "1 finished, 2 pruned" in output
+    assert output.count("val_macro_f1 0.") >= 3
+    rows = {p.parent: read_metrics(p) for p in (tmp_path / "runs").glob("*/metrics.csv")}
+    (longest,) = (found for found in rows.values() if len(found) == 3)
+    for run_dir, found in rows.items():
+        if found is not longest:
+            assert found[1]["val_macro_f1"] < longest[1]["val_macro_f1"]
+            reason = f"val_macro_f1 {found[1]['val_macro_f1']:.4f} after 2 epochs is not among"
+            assert str((read_failure(run_dir / "failure.json") or {})["reason"]).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "goal"),
+    [("val_macro_f1", "maximize"), ("train_acc", "maximize"), ("lr/fc", "minimize")],
+)
+def test_any_logged_metric_may_be_a_sweep_s(
+    name: str, goal: str, base: Fields, tmp_path: Path
+) -> None:
+    given = content(base, strategy=["freeze"], learning_rate=[0.1, 1e-7])
+    given["metric"] = {"name": name, "goal": goal}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(given))
+    assert not main(["sweep", "--check", str(tmp_path / "small.yaml")])
+    console = Console(file=io.StringIO(), width=200)
+    results = run_sweep(given, out=tmp_path / "runs", console=console)
+    for result in results:
+        rows = read_metrics(result.run_dir / "metrics.csv")
+        assert result.value == rows[-1][name]
+        assert result.best_val_macro_f1 == rows[result.best_epoch or 0]["val_macro_f1"]
+    values = [result.value for result in results]
+    assert len(values) == 2 and values == sorted(values, reverse=goal == "maximize")
+
+
+def test_the_rate_of_a_part_that_the_network_lacks_is_refused_as_a_metric(
+    base: Fields, tmp_path: Path
+) -> None:
+    given = content(base, strategy=["freeze"])
+    given["metric"] = {"name": "lr/layer9", "goal": "maximize"}
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(ConfigError, match=r"metric.name: got 'lr/layer9'; .*lr/layer4, lr/fc"):
+        run_sweep(given, out=tmp_path / "runs", console=console)
+
+
 def test_offline_runs_carry_the_sweep_as_their_group(base: Fields, tmp_path: Path) -> None:
     from wandb.proto import wandb_internal_pb2
 

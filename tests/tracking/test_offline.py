@@ -67,6 +67,7 @@ def test_an_offline_run_has_every_metric(fields: dict[str, Any], tmp_path: Path)
         assert set(METRICS) <= row.keys()
     result = json.loads((run_dir / "result.json").read_text())
     assert epochs[-1]["best_val_acc"] == result["best_val_acc"]
+    assert epochs[result["best_epoch"]]["val_macro_f1"] == result["best_val_macro_f1"]
     last = {key.partition("/")[0] for row in history for key in row}
     assert {"confusion_matrix_table", "per_class_accuracy", "confident_mistakes"} <= last
     assert config["strategy"] == "partial"

@@ -85,6 +85,7 @@ def test_the_dashboard_has_the_best_model_and_its_mistakes(
     assert run.project == PROJECT
     assert run.summary["best_val_acc"] == result["best_val_acc"]
     assert run.summary["best_val_loss"] == result["best_val_loss"]
+    assert run.summary["best_val_macro_f1"] == result["best_val_macro_f1"]
     assert run.summary["state"] == "finished"
     assert run.config["strategy"]["value"] == "partial"
     model = run.artifact("model")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from sklearn.metrics import f1_score
 
 import finetune
 from finetune.config.fields import RunConfig
@@ -72,6 +73,10 @@ def test_a_run_directory_is_complete_and_consistent(train: Train, fields: dict[s
     with np.load(run_dir.predictions_path) as predictions:
         accuracy = (predictions["logits"].argmax(1) == predictions["labels"]).mean()
         assert accuracy == pytest.approx(result.best_val_acc, abs=1e-12)
+        guesses, labels = predictions["logits"].argmax(1), predictions["labels"]
+        expected = f1_score(labels, guesses, average="macro")
+        assert rows[best]["val_macro_f1"] == pytest.approx(expected, abs=1e-12)
+        assert result.best_val_macro_f1 == rows[best]["val_macro_f1"]
         assert all(Path(path).is_file() for path in predictions["paths"])
     best_ckpt = torch.load(run_dir.best_path, weights_only=True)
     assert (best_ckpt["format_version"], best_ckpt["model"]) == (2, "tiny")

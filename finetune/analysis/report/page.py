@@ -108,7 +108,8 @@ def _tiles(
 ) -> list[tuple[str, str]]:
     result, corrected = winner.finished_result, comparison.corrected
     best = "best run with a fresh seed" if comparison.about_strategies else "best run"
-    tiles = [(percent(winner.accuracy), f"{best}, on {result.num_val} pictures")]
+    f1 = f"macro F1 {percent(winner.macro_f1)}"
+    tiles = [(percent(winner.accuracy), f"{best}, on {result.num_val} pictures; {f1}")]
     if corrected:
         interval = f"{percent(corrected.low)} to {percent(corrected.high)}"
         about = f"corrected for selection from {comparison.num_candidates} runs (95 %: {interval})"

@@ -97,12 +97,13 @@ def terminal_summary(comparison: Comparison) -> str:
 
 def _strategy_lines(comparison: Comparison) -> list[str]:
     rows: list[tuple[str, ...]] = [
-        ("strategy", "accuracy", "seeds", "runs", "diverged", "best run")
+        ("strategy", "accuracy", "macro F1", "seeds", "runs", "diverged", "best run")
     ]
     for summary in comparison.summaries:
         numbers = (len(summary.chosen), len(summary.runs), summary.num_diverged)
         notes = "; ".join([summary.best.name, *summary.caveats])
-        rows.append((summary.strategy, percent(summary.accuracy), *map(str, numbers), notes))
+        scores = (percent(summary.accuracy), percent(summary.macro_f1))
+        rows.append((summary.strategy, *scores, *map(str, numbers), notes))
     return _aligned(rows)
 
 

@@ -27,14 +27,15 @@ def field_columns(
 
 def strategies(comparison: Comparison) -> str:
     about = (
-        "Accuracy is the mean over the fresh seeds of the best setting. "
+        "Accuracy and macro F1 are the means over the fresh seeds of the best setting. "
         if comparison.about_strategies
-        else "Accuracy is that of the best run, which is too optimistic, the more so the more runs "
-        "there are. "
+        else "Accuracy and macro F1 are those of the best run, which are too optimistic, the more "
+        "so the more runs there are. "
     )
     columns = [
         Column("strategy", _strategy_cell, str),
         Column("accuracy", lambda s: s.accuracy, percent),
+        Column("macro F1", lambda s: s.macro_f1, percent),
         Column("runs", lambda s: len(s.runs)),
         Column("lowest", lambda s: _of_several(min, s), percent),
         Column("highest", lambda s: _of_several(max, s), percent),
@@ -51,7 +52,7 @@ def strategies(comparison: Comparison) -> str:
             lambda n: f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}",
         ),
     ]
-    return table_section("Strategies", about, columns, comparison.summaries, num_fixed=3)
+    return table_section("Strategies", about, columns, comparison.summaries, num_fixed=4)
 
 
 def _strategy_cell(summary: StrategySummary) -> str:
@@ -69,6 +70,7 @@ def finished_runs(runs: Sequence[RunRecord]) -> str:
         Column("run", lambda run: run.run_id, code),
         Column("strategy", lambda run: run.strategy, strategy_label),
         Column("accuracy", lambda run: run.accuracy, percent),
+        Column("macro F1", lambda run: run.macro_f1, percent),
         Column("loss", lambda run: run.finished_result.best_val_loss, "{:.3f}".format),
         *field_columns(runs),
         Column("seed", lambda run: run.finished_result.seed, str),
@@ -79,7 +81,7 @@ def finished_runs(runs: Sequence[RunRecord]) -> str:
     ]
     rows = sorted(runs, key=lambda run: -run.accuracy)
     about = f"{num_runs(len(rows))}. "
-    return table_section("Finished runs", about, columns, rows, tall=True, num_fixed=3)
+    return table_section("Finished runs", about, columns, rows, tall=True, num_fixed=4)
 
 
 def excluded_runs(runs: Sequence[RunRecord]) -> str:

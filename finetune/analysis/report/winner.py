@@ -61,6 +61,7 @@ def _evaluations(run_dir: RunDir) -> str:
     columns = [
         Column("folder", lambda record: record["folder"]),
         Column("accuracy", lambda record: record["accuracy"], percent),
+        Column("macro F1", lambda record: record["macro_f1"], percent),
         Column("pictures", lambda record: record["num_pictures"]),
         Column("recorded", lambda record: record["recorded_at"]),
     ]
