@@ -130,6 +130,12 @@ BACKBONES: Mapping[str, Backbone] = {
 }
 """The networks of torchvision that are known by name."""
 
+HEADS = ("fc", "head", "heads", "classifier")
+"""The modules that map features to classes in files of weights, of these and other networks."""
+
+POSITIONS = "encoder.pos_embedding"
+"""Of torchvision's vision transformers: one row per patch, after that of the class token."""
+
 DEFAULT_MODEL = "resnet18"
 """Also the network of checkpoints that don't name theirs, which version 0.1.0 wrote."""
 

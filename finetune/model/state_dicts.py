@@ -11,18 +11,13 @@ from typing import Any
 import torch
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from finetune.config.backbones import HEADS, POSITIONS
 from finetune.model.weights import State
 from finetune.system.errors import WeightsError
 from finetune.system.text import listed
 
 ENTRIES = ("state_dict", "model", "model_state_dict", "net")
 """Where a checkpoint keeps its state dict; the first entry that is one is read."""
-
-HEADS = ("fc", "head", "heads", "classifier")
-"""The modules that map features to classes. A network of other classes needs its own."""
-
-POSITIONS = "encoder.pos_embedding"
-"""Of torchvision's vision transformers: one row per patch, after that of the class token."""
 
 COUNTER = "num_batches_tracked"
 """Of a BatchNorm, which reads it only without a momentum. torch before 0.4.1 did not write it."""
