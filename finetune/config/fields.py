@@ -133,7 +133,8 @@ class RunConfig(BaseModel):
     weights: types.Weights | None = searched(
         None,
         "imagenet (the network's ImageNet weights, the default), or the path of a state dict or "
-        "checkpoint (.pth, .ckpt, .safetensors) or of a run directory",
+        "checkpoint (.pth, .ckpt, .safetensors) or of a run directory; {model} in it stands for "
+        "the network's name",
     )
     patience: Annotated[types.Integer, at.Ge(0)] | None = searched(
         None,
@@ -195,8 +196,11 @@ class RunConfig(BaseModel):
             "group": os.environ.get("WANDB_RUN_GROUP") or None,
             "name": os.environ.get("WANDB_NAME") or None,
         }
+        model = str(fields.get("model", DEFAULT_MODEL))
+        if isinstance(weights := fields.get("weights"), str):
+            fields["weights"] = weights.replace("{model}", model.partition(":")[2] or model)
         with suppress(ConfigError):  # an unknown model is reported with the other errors
-            if backbone := known_backbone(str(fields.get("model", DEFAULT_MODEL))):
+            if backbone := known_backbone(model):
                 defaults["unfreeze_from"] = entry.deepest(backbone.part_names)
         return defaults | fields | dict.fromkeys(entry.ignores | ignored_fields(optimizer))
 
@@ -238,8 +242,10 @@ class RunConfig(BaseModel):
 
     @property
     def backbone(self) -> Backbone:
-        """The network's entry; of `timm:NAME` it imports timm."""
-        return find_backbone(self.model)
+        """The network's entry; of `timm:NAME` it imports timm. Raises `ConfigError`."""
+        backbone = find_backbone(self.model)
+        backbone.check(self.model, self.image_size, self.unfreeze_from)
+        return backbone
 
     @property
     def augmentation(self) -> Augmentation:

@@ -33,6 +33,9 @@ class Chain:
         self.parts = backbone.part_names
         nodes = _divided(_trace(network, backbone), backbone)
         self._owners = _owners(nodes)
+        for part, begin in backbone.parts.items():
+            if self.owner(begin) != part:
+                raise ConfigError(f"{begin} does not run in {part}, which should begin there")
         graphs = _graphs(nodes)
         self._runners = {
             part: fx.Interpreter(network, graph=graph) for part, graph in graphs.items()
@@ -114,7 +117,10 @@ def _divided(graph: fx.Graph, backbone: Backbone) -> dict[str, list[fx.Node]]:
             for i, (later, begin) in enumerate(remaining):
                 if path.startswith(f"{begin}."):
                     if i:
-                        raise ConfigError(f"{remaining[0][0]} does not run before {later}")
+                        name, missed = remaining[0]
+                        raise ConfigError(
+                            f"{missed} ({name}) does not run before {begin} ({later})"
+                        )
                     part = remaining.pop(0)[0]
                     break
         nodes[part].append(node)

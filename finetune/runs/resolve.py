@@ -125,11 +125,10 @@ def resolve(
 
 def _unfreeze_from(config: RunConfig) -> str | None:
     """The part's name, which for `timm:NAME` only timm can tell. Raises `ConfigError`."""
-    config.backbone.check(config.model, config.image_size, config.unfreeze_from)
-    entry = STRATEGIES[config.strategy]
+    entry, parts = STRATEGIES[config.strategy], config.backbone.part_names
     if "unfreeze_from" in entry.ignores:
         return None
-    return config.unfreeze_from or entry.deepest(config.backbone.part_names)
+    return config.unfreeze_from or entry.deepest(parts)
 
 
 def _accelerator(asked: str) -> str:

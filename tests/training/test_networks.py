@@ -1,0 +1,156 @@
+"""Every network and strategy: the numbers are those of a plain loop on torchvision's network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import finetune
+from finetune.__main__ import main
+from finetune.config.backbones import BACKBONES
+from finetune.config.fields import RunConfig
+from finetune.config.strategies import STRATEGIES
+from finetune.data.decode import Preprocessing, decode
+from finetune.model.network import build
+from finetune.runs.result import RunResult
+from finetune.runs.run_dir import RunDir, read_metrics
+from tests.conftest import carry_out
+from tests.support import plain_loop
+
+COMPARED = ("train_loss", "val_loss", "val_acc")
+SIZE = 64
+
+LONG = [pytest.param(m, s, marks=pytest.mark.long) for m in BACKBONES for s in STRATEGIES]
+QUICK = [
+    *((m, "partial") for m in BACKBONES if m not in ("resnet18", "resnet34", "vit_b_16")),
+    *(("mobilenet_v3_large", s) for s in STRATEGIES if s != "partial"),
+    ("vit_b_16", "freeze"),
+]
+every_network = pytest.mark.parametrize(
+    ("model", "strategy"),
+    [*(pytest.param(m, s, marks=pytest.mark.slow) for m, s in QUICK)]
+    + [p for p in LONG if p.values not in QUICK],
+)
+"""All pairs; those that are not long have every network and every strategy."""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes source weights of a network, with statistics of BatchNorm that fit its activations."""
+    folder = tmp_path_factory.mktemp("sources")
+
+    def source(model: str) -> Path:
+        path = folder / f"{model}.pth"
+        if not path.exists():
+            with torch.random.fork_rng():
+                torch.manual_seed(3)
+                network = plain_loop.create(model, num_classes=7, image_size=SIZE).train()
+                with torch.no_grad():
+                    for _ in range(20):
+                        network(torch.randn(8, 3, SIZE, SIZE))
+            torch.save(network.state_dict(), path)
+        return path
+
+    return source
+
+
+@pytest.fixture
+def settings(
+    model: str, strategy: str, sources: Callable[[str], Path], digits: Path, tmp_path: Path
+) -> dict[str, Any]:
+    """Three epochs, in which gradual opens two parts below the head and lp-ft all."""
+    *_, second, _, _ = BACKBONES[model].part_names
+    return {
+        "model": model,
+        "strategy": strategy,
+        "unfreeze_from": second if strategy == "gradual" else None,
+        "unfreeze_every": 1 if strategy == "lp-ft" else None,
+        "weights": None if strategy == "scratch" else sources(model),
+        "data_dir": digits,
+        "val_fraction": 0,
+        "image_size": SIZE,
+        "batch_size": 10,
+        "learning_rate": 0.00001,  # more would amplify the last bits of stored activations
+        "epochs": 3,
+        "patience": 0,
+        "out": tmp_path / "runs",
+        "cache_dir": tmp_path / "cache",
+        "accelerator": "cpu",
+    }
+
+
+def losses(run: RunDir) -> list[list[float]]:
+    return [[row[name] for name in COMPARED] for row in read_metrics(run.metrics_path)]
+
+
+def first_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a run of these settings starts from: its own head, and the source's other weights."""
+    config = RunConfig.from_fields(settings)
+    chain = build(config.model, 5, config.image_size, config.seed)
+    state = dict(chain.network.state_dict())
+    if config.weights:
+        source = torch.load(config.weights, weights_only=True)
+        (head, *_) = plain_loop.PARTS[config.model]
+        state |= {k: v for k, v in source.items() if plain_loop.part_of(config.model, k) != head}
+    return state
+
+
+@every_network
+def test_a_run_equals_a_plain_loop_and_its_frozen_parts_keep_their_bits(
+    model: str, strategy: str, settings: dict[str, Any]
+) -> None:
+    run = carry_out(**settings)
+    config = RunConfig.from_fields(settings)
+    network, before = plain_loop.create(model, 5, SIZE), first_weights(settings)
+    network.load_state_dict(before)
+    expected = [[row[name] for name in COMPARED] for row in plain_loop.run(config, network)]
+    np.testing.assert_allclose(losses(run), expected, rtol=1e-5, atol=1e-5)
+    after = torch.load(run.best_path, weights_only=True)["state_dict"]
+    starts = plain_loop.start_epochs(config)
+    frozen = [k for k in before if starts[plain_loop.part_of(model, k) or ""] == float("inf")]
+    assert bool(frozen) == (strategy in ("freeze", "partial", "gradual"))
+    assert all(torch.equal(before[key], after[key]) for key in frozen)
+    assert not all(torch.equal(before[key], after[key]) for key in before)
+
+
+@every_network
+def test_a_run_gives_the_same_without_a_cache_and_the_same_bits_when_resumed(
+    model: str, strategy: str, settings: dict[str, Any]
+) -> None:
+    whole = carry_out(**settings, keep_last=True)
+    uncached = carry_out(**settings, cache="off")
+    np.testing.assert_allclose(losses(uncached), losses(whole), rtol=1e-5, atol=1e-5)
+    interrupted = carry_out(**{**settings, "epochs": 2}, keep_last=True)
+    finetune.train_and_finetune(resume=interrupted.path, epochs=3)
+    assert losses(interrupted) == losses(whole)
+    last = [torch.load(run.last_path, weights_only=True) for run in (whole, interrupted)]
+    ours, theirs = (content["state_dict"] for content in last)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@every_network
+def test_the_best_model_predicts_its_accuracy_and_is_exported(
+    model: str, strategy: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = carry_out(**settings)
+    result = RunResult.load(run.path)
+    folder = Path(result.config["data_dir"]) / "val"
+    capsys.readouterr()
+    assert not main(["predict", str(run.path), str(folder), "--json"])
+    answers = json.loads(capsys.readouterr().out)
+    hits = [answer["class"] == Path(answer["path"]).parent.name for answer in answers]
+    assert sum(hits) / len(hits) == result.best_val_acc
+    assert not main(["export", str(run.path), "--format", "onnx"])
+    session = onnxruntime.InferenceSession(str(run.path / "model.onnx"))
+    recorded, _, paths = run.read_predictions()
+    decoded = [decode(Path(path), Preprocessing(SIZE)).image.numpy() for path in paths]
+    (logits,) = session.run(["logits"], {"pictures": np.stack(decoded)})
+    np.testing.assert_allclose(logits, recorded, atol=1e-4, rtol=1e-4)
