@@ -112,17 +112,13 @@ def _divided(graph: fx.Graph, backbone: Backbone) -> dict[str, list[fx.Node]]:
     remaining = list(backbone.parts.items())
     part = remaining.pop(0)[0]
     for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            path = f"{node.target}."
-            for i, (later, begin) in enumerate(remaining):
-                if path.startswith(f"{begin}."):
-                    if i:
-                        name, missed = remaining[0]
-                        raise ConfigError(
-                            f"{missed} ({name}) does not run before {begin} ({later})"
-                        )
-                    part = remaining.pop(0)[0]
-                    break
+        path = f"{node.target}." if node.op in ("call_module", "get_attr") else ""
+        reached = [i for i, (_, begin) in enumerate(remaining) if path.startswith(f"{begin}.")]
+        if reached and reached[0] > 0:
+            (name, missed), (later, begin) = remaining[0], remaining[reached[0]]
+            raise ConfigError(f"{missed} ({name}) does not run before {begin} ({later})")
+        if reached:
+            part, _ = remaining.pop(0)
         nodes[part].append(node)
     if remaining:
         name, begin = remaining[0]

@@ -15,7 +15,7 @@ from finetune.config.fields import RunConfig
 from finetune.config.strategies import STRATEGIES
 from finetune.system.errors import ConfigError
 from tests.conftest import ROOT
-from tests.support.tiny_network import TINY
+from tests.support.tiny_backbone import TINY
 
 
 @pytest.fixture

@@ -175,3 +175,12 @@ def test_the_inaturalist_sweep_has_valid_runs_only() -> None:
     for rate in parameters["learning_rate"]["values"]:
         given = {name: entry.get("value", rate) for name, entry in parameters.items()}
         assert advice(given, make(**given)) == []
+
+
+def test_momentum_means_nothing_to_adamw_and_is_recorded_as_null() -> None:
+    given = {"optimizer": "adamw", "momentum": 0.5}
+    config = RunConfig.from_fields(given)
+    assert config.to_fields()["momentum"] is None
+    assert config == RunConfig.from_fields({"optimizer": "adamw"})
+    assert advice(given, config) == ["momentum: no effect with optimizer adamw; ignored"]
+    assert RunConfig.from_fields({}).momentum == 0.9

@@ -109,6 +109,11 @@ def test_gradual_moves_to_the_next_boundary_as_it_unfreezes(fields: dict[str, An
     assert parts == ["fc", "layer2", "layer2"]
 
 
+def test_mixup_mixes_pictures_and_therefore_reads_no_activations(fields: dict[str, Any]) -> None:
+    loader = prepared(RunConfig.from_fields(fields | {"strategy": "freeze", "mixup": 0.2}))
+    assert loader.train_epoch(0)[0].part == "stem"
+
+
 def test_strong_augmentation_reads_pictures_instead_of_activations(fields: dict[str, Any]) -> None:
     loader = prepared(RunConfig.from_fields(fields | {"data_aug": "strong"}))
     batch = loader.train_epoch(0)[0]

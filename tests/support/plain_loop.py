@@ -111,7 +111,13 @@ def run(config: RunConfig, network: nn.Module) -> list[dict[str, float]]:
         for depth, part in enumerate(PARTS[model])
     ]
     assert sum(len(g["params"]) for g in groups) == len(list(network.parameters()))  # type: ignore[arg-type]
-    optimizer = torch.optim.SGD(groups, momentum=config.momentum or 0.0)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay or 0.0)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum or 0.0)
+    counts = torch.bincount(y_train)
+    weights = len(y_train) / (len(counts) * counts) if config.class_weights != "none" else None
     rows = []
     for epoch in range(config.epochs):
         _open(network, model, {part for part, start in starts.items() if start <= epoch})
@@ -122,9 +128,18 @@ def run(config: RunConfig, network: nn.Module) -> list[dict[str, float]]:
             chosen = order[start:end]
             x = x_train[chosen]
             x[flips[chosen]] = x[flips[chosen]].flip(3)
-            rng = step_generator(config.seed, epoch, step)
+            y = y_train[chosen]
+            rng, share, order_in_batch = step_generator(config.seed, epoch, step), 1.0, None
+            if config.mixup:
+                share = rng.beta(config.mixup, config.mixup)
+                share, order_in_batch = max(share, 1 - share), rng.permutation(len(y))
+                x = share * x + (1 - share) * x[order_in_batch]
             torch.manual_seed(int(rng.integers(2**63)))  # dropout and stochastic depth
-            loss = cross_entropy(network(x), y_train[chosen])
+            logits = network(x)
+            loss = cross_entropy(logits, y, weight=weights)
+            if order_in_batch is not None:
+                partners = cross_entropy(logits, y[order_in_batch], weight=weights)
+                loss = share * loss + (1 - share) * partners
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

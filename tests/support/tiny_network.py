@@ -1,7 +1,6 @@
 """A network of a few channels with the parts of a ResNet18: a thousandth of the work.
 
-Tests use it as `model="tiny"`. It is registered as a user's own network is, by an entry point:
-child_path/tests_networks-1.dist-info, on the path of the tests and their child processes.
+Tests use it as `model="tiny"` (see tiny_backbone.py).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from finetune.config.backbones import BACKBONES, Backbone
+from tests.support.tiny_backbone import TINY
 
 CHANNELS = (8, 8, 8, 16, 16)
 """Not fewer: with 4, torch 2.14.1 corrupts its heap in channels_last on a CPU."""
@@ -49,9 +48,6 @@ def _layer(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
             nn.BatchNorm2d(channels_out),
         )
     return nn.Sequential(BasicBlock(channels_in, channels_out, stride, downsample))
-
-
-TINY = Backbone("tests.support.tiny_network:TinyResNet", BACKBONES["resnet18"].parts)
 
 
 def tiny(num_classes: int, seed: int) -> TinyResNet:

@@ -426,7 +426,7 @@ def test_a_sweep_of_version_0_1_0_is_resumed_though_its_file_s_lines_are_swapped
     # The small network of these files was a ResNet18 by name.
     hook = """
 from finetune.config.backbones import BACKBONES
-from tests.support.tiny_network import TINY
+from tests.support.tiny_backbone import TINY
 BACKBONES["resnet18"] = TINY
 """
     (tmp_path / "sitecustomize.py").write_text(hook)

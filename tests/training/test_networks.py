@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,41 @@ def test_a_run_equals_a_plain_loop_and_its_frozen_parts_keep_their_bits(
     assert bool(frozen) == (strategy in ("freeze", "partial", "gradual"))
     assert all(torch.equal(before[key], after[key]) for key in frozen)
     assert not all(torch.equal(before[key], after[key]) for key in before)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.05},
+    "mixup": {"mixup": 0.4},
+    "class weights": {"class_weights": "balanced"},
+    "all": {"optimizer": "adamw", "mixup": 0.2, "class_weights": "balanced", "lr_decay": 0.5},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mobilenet_v3_large"])
+@pytest.mark.parametrize("strategy", ["partial"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_run_with_other_options_equals_a_plain_loop_and_resumes_to_the_same_bits(
+    model: str, strategy: str, options: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    settings |= options | {"data_dir": unbalanced(settings["data_dir"], tmp_path / "data")}
+    run = carry_out(**settings)
+    network = plain_loop.create(model, 5, SIZE)
+    network.load_state_dict(first_weights(settings))
+    rows = plain_loop.run(RunConfig.from_fields(settings), network)
+    expected = [[row[name] for name in COMPARED] for row in rows]
+    np.testing.assert_allclose(losses(run), expected, rtol=1e-5, atol=1e-5)
+    interrupted = carry_out(**{**settings, "epochs": 2}, keep_last=True)
+    finetune.train_and_finetune(resume=interrupted.path, epochs=3)
+    assert losses(interrupted) == losses(run)
+
+
+def unbalanced(data_dir: Path, copy: Path) -> Path:
+    """A copy of the data with fewer training pictures of the first class."""
+    shutil.copytree(data_dir, copy)
+    for path in sorted((copy / "train" / "5").iterdir())[2:]:
+        path.unlink()
+    return copy
 
 
 @every_network

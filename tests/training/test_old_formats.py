@@ -21,7 +21,7 @@ from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.system.errors import WeightsError
 from tests.conftest import ROOT
-from tests.support.tiny_network import TINY
+from tests.support.tiny_backbone import TINY
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from finetune.system.errors import ConfigError, Diverged, Pruned, RunDirError, S
 from finetune.training.train import run
 from tests.conftest import ROOT, Train
 from tests.support.process_server import fast_python
-from tests.support.tiny_network import TINY, load_into, tiny
+from tests.support.tiny_backbone import TINY
+from tests.support.tiny_network import load_into, tiny
 
 TIMES = {"images_per_second"}
 VARYING = {
