@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from finetune.__main__ import command_line
+from finetune.config.backbones import BACKBONES
 from finetune.config.fields import RunConfig
 from finetune.config.flags import given_fields
+from finetune.config.strategies import STRATEGIES
 from finetune.datasets.digits import write_digits
 from finetune.model.network import build
 from finetune.sweep.sweep_file import read_sweep
@@ -69,6 +71,13 @@ def test_each_command_is_understood(command: str) -> None:
             assert (ROOT / file).exists()
         case _:
             assert words[0] in ("wandb", "optuna-dashboard")
+
+
+def test_the_tables_of_strategies_and_networks_are_those_of_the_package() -> None:
+    for name, strategy in STRATEGIES.items():
+        assert f"| `{name}` | {strategy.summary} |" in README
+    for name, backbone in BACKBONES.items():
+        assert re.search(rf"^\|.*`{name}`.*\| {', '.join(backbone.part_names)} \|$", README, re.M)
 
 
 def test_the_tree_describes_every_file_and_no_other() -> None:
