@@ -48,12 +48,16 @@ class Mix(NamedTuple):
 class FineTuning(pl.LightningModule):
     """The frozen prefix in eval mode without gradients; one parameter group per part."""
 
-    def __init__(self, chain: Chain, config: RunConfig, loader: EpochLoader) -> None:
+    def __init__(
+        self, chain: Chain, config: RunConfig, loader: EpochLoader, first_epoch: int = 0
+    ) -> None:
+        """`first_epoch`: the one at which a resumed run goes on."""
         super().__init__()
         self.network = chain.network  # its name is part of last.ckpt's keys
         self.chain = chain
         self.config = config
         self.loader = loader
+        self.first_epoch = first_epoch  # Lightning restores its own after `on_fit_start`
         self.strict_loading = False  # last.ckpt leaves out the parts that never train
         self._open = chain.parts
         self._class_weights = _class_weights(config, loader)
@@ -100,7 +104,7 @@ class FineTuning(pl.LightningModule):
     def on_fit_start(self) -> None:
         precision = self.trainer.precision_plugin.forward_context
         self.network.eval()
-        self.loader.prepare(self.chain, self.current_epoch, precision)
+        self.loader.prepare(self.chain, self.first_epoch, precision)
 
     def train_dataloader(self) -> EpochBatches:
         return self.loader.train_epoch(self.current_epoch)
@@ -121,8 +125,21 @@ class FineTuning(pl.LightningModule):
         self.open_parts(self.current_epoch)
         self._totals["train"] = []
         optimizer: Any = self.optimizers()
+        self._start_momentum(optimizer)
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         self._rates = {part: rate if part in self._open else 0.0 for part, rate in rates.items()}
+
+    def _start_momentum(self, optimizer: torch.optim.Optimizer) -> None:
+        """Momentum starts at 0, which gives the same steps as torch's own start.
+
+        The fused SGD would allocate it at its first step without setting it, and return early if
+        the GradScaler found an infinite gradient: then it was whatever the memory had held.
+        """
+        for group in optimizer.param_groups:
+            if group.get("momentum") and group["name"] in self._open:
+                for parameter in group["params"]:
+                    state = optimizer.state[parameter]
+                    state.setdefault("momentum_buffer", torch.zeros_like(parameter))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss, (). What is drawn follows from the seed, the epoch and `batch_index` alone."""

@@ -114,7 +114,7 @@ class _Execution:
         if recorder.rows:
             run_dir.move_predictions(loader.val.pictures.paths)
         if not recorder.is_complete:
-            module = FineTuning(chain, config, loader)
+            module = FineTuning(chain, config, loader, first_epoch=len(recorder.rows))
             _trainer(recorder).fit(module, ckpt_path=checkpoint_path)
         result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir, log)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune
 from finetune.config.fields import RunConfig
 from finetune.features.loader import EpochLoader
 from finetune.model.network import build_from
@@ -177,3 +178,15 @@ def test_a_run_continues_without_a_cache_if_disk_space_is_short(
         read_metrics(with_cache.metrics_path), read_metrics(without.metrics_path), strict=True
     ):
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-6)
+
+
+def test_a_resumed_run_prepares_only_the_activations_of_the_epochs_that_are_left(
+    train: Train, tmp_path: Path
+) -> None:
+    run = train(strategy="gradual", epochs=3, keep_last=True)
+    before = set((tmp_path / "cache").iterdir())
+    finetune.train_and_finetune(resume=run.path, epochs=4)
+    timed = {name.partition("/")[0] for name in RunResult.load(run.path).prefix_timings}
+    assert timed <= {"layer2"}
+    made = set((tmp_path / "cache").iterdir()) - before
+    assert len(made) in (0, 3)  # of one boundary: training plain and flipped, validation
