@@ -9,3 +9,7 @@ from __future__ import annotations
 from finetune.config.backbones import BACKBONES, Backbone
 
 TINY = Backbone("tests.support.tiny_network:TinyResNet", BACKBONES["resnet18"].parts)
+TINY2 = Backbone(
+    "tests.support.tiny_network:TinyResNet", BACKBONES["resnet18"].parts, options={"width": 2}
+)
+"""As `TINY`, with twice the channels."""

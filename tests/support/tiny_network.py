@@ -20,18 +20,19 @@ CHANNELS = (8, 8, 8, 16, 16)
 class TinyResNet(nn.Module):
     """Parts named as in torchvision's ResNet18, one block each."""
 
-    def __init__(self, num_classes: int = 1000) -> None:
+    def __init__(self, num_classes: int = 1000, width: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, CHANNELS[0], 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(CHANNELS[0])
+        channels = [width * count for count in CHANNELS]
+        self.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = _layer(CHANNELS[0], CHANNELS[1], 1)
-        self.layer2 = _layer(CHANNELS[1], CHANNELS[2], 2)
-        self.layer3 = _layer(CHANNELS[2], CHANNELS[3], 2)
-        self.layer4 = _layer(CHANNELS[3], CHANNELS[4], 2)
+        self.layer1 = _layer(channels[0], channels[1], 1)
+        self.layer2 = _layer(channels[1], channels[2], 2)
+        self.layer3 = _layer(channels[2], channels[3], 2)
+        self.layer4 = _layer(channels[3], channels[4], 2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(CHANNELS[4], num_classes)
+        self.fc = nn.Linear(channels[4], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

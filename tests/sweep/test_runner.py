@@ -17,10 +17,12 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from finetune.__main__ import main
+from finetune.model.network import build
 from finetune.runs.result import RunResult, read_failure
 from finetune.runs.run_dir import read_metrics
 from finetune.sweep.confirmation import confirmation
@@ -450,6 +452,26 @@ BACKBONES["resnet18"] = TINY
         "small-af8537-002": ("partial", 0.01),
         "small-af8537-003": ("partial", 0.001),
     }
+
+
+@pytest.mark.slow
+def test_networks_yaml_runs_every_network_with_every_strategy(base: Fields, tmp_path: Path) -> None:
+    given = yaml.safe_load((ROOT / "sweeps/networks.yaml").read_text())
+    strategies = given["parameters"]["strategy"]["values"]
+    models = ["tiny", "tiny2"]
+    for model in models:
+        torch.save(build(model, 9, 32, seed=1).network.state_dict(), tmp_path / f"{model}.pth")
+    changed = base | {
+        "weights": str(tmp_path / "{model}.pth"),
+        "epochs": 4,
+        "lr_schedule": "cosine",
+    }
+    given["parameters"] |= {name: {"value": value} for name, value in changed.items()}
+    given["parameters"]["model"] = {"values": models}
+    trials = run_sweep(given, out=tmp_path / "runs", workers=2)
+    assert [trial.state for trial in trials] == ["finished"] * 16
+    found = Counter((t.setting["model"], t.strategy) for t in trials)
+    assert found == {(model, strategy): 2 for model in models for strategy in strategies}
 
 
 # confirm

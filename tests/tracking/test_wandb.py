@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
+from finetune.model.network import build
 from finetune.runs.result import read_failure
 from finetune.runs.run_dir import read_metrics
 from tests.conftest import ROOT
@@ -102,6 +105,26 @@ def test_the_dashboard_has_the_best_model_and_its_mistakes(
     mistakes = next(a for a in run.artifacts if "confident_mistakes" in a.name)
     pictures = [name for name in mistakes.files if name.endswith(".png")]
     assert len(pictures) == 15 - round(num_right)
+
+
+@pytest.mark.slow
+def test_an_agent_runs_each_network_of_networks_yaml(
+    place: Place, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    given = yaml.safe_load((ROOT / "sweeps/networks.yaml").read_text())["parameters"]
+    models = ["tiny", "tiny2"]
+    for model in models:
+        torch.save(build(model, 9, 64, seed=1).network.state_dict(), tmp_path / f"{model}.pth")
+    strategies = given["strategy"]["values"][-2:]
+    changed = {"weights": str(tmp_path / "{model}.pth"), "epochs": 4, "lr_schedule": "cosine"}
+    parameters = fixed(fields, **changed, model=models, strategy=strategies)
+    sweep = place.sweep(given | parameters | {"learning_rate": {"value": 0.03}})
+    assert place.agent(sweep).wait(300) == 0
+    runs = list(place.server.runs.values())
+    assert {run.state for run in runs} == {"finished"}
+    found = [(run.config["model"]["value"], run.config["strategy"]["value"]) for run in runs]
+    assert sorted(found) == sorted((m, s) for m in models for s in strategies)
+    assert all(any("lr/fc" in row for row in run.history) for run in runs)
 
 
 def test_parameters_without_flags_come_from_the_sweep(place: Place, fields: dict[str, Any]) -> None:
