@@ -105,7 +105,9 @@ def predict_logits(
         return [next(rows) if isinstance(image, Tensor) else image for image in decoded]
 
     bounds = batch_bounds(len(paths), predictor.batch_size)
-    with ThreadPoolExecutor(num_cores(), "predict", torch.set_num_threads, (1,)) as pool:
+    # On a GPU one thread computes while another decodes; more would only need its memory.
+    num_threads = num_cores() if predictor.device.type == "cpu" else 2
+    with ThreadPoolExecutor(num_threads, "predict", torch.set_num_threads, (1,)) as pool:
         return [outcome for batch in pool.map(predict_batch, bounds) for outcome in batch]
 
 

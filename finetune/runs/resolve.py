@@ -1,5 +1,6 @@
 """A run's config and directory, from what was given and from what the machine and data allow."""
 
+import os
 import re
 import secrets
 import shutil
@@ -15,8 +16,9 @@ from finetune.config.strategies import STRATEGIES
 from finetune.data.splits import Splits, find_splits
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import Cache, num_stored_bytes
+from finetune.system.cuda import check_architecture, cuda_fault
 from finetune.system.devices import refuse_torchrun
-from finetune.system.errors import ConfigError
+from finetune.system.errors import ConfigError, DeviceError
 from finetune.system.files import absolute, run_directory
 from finetune.system.progress import StartProgress, no_progress
 
@@ -132,14 +134,31 @@ def _unfreeze_from(config: RunConfig) -> str | None:
 
 
 def _accelerator(asked: str) -> str:
+    """Raises `ConfigError`, and `DeviceError` if a GPU was assigned that can't be used."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    assigned = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    if assigned and assigned != "-1" and asked in ("auto", "gpu", "cuda"):
+        if not has_cuda:
+            words = f"CUDA_VISIBLE_DEVICES is {assigned}, but CUDA can't be used: {cuda_fault()}"
+            raise DeviceError(f"{words}. To compute without it, pass --accelerator cpu")
+        asked = "cuda"
     if asked in ("auto", "gpu"):
         found = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-        if asked == "auto" or found != "cpu":
-            return found
-    elif asked == "cpu" or {"cuda": has_cuda, "mps": has_mps}[asked]:
-        return asked
-    raise ConfigError(f"accelerator: got {asked!r}, but torch finds none here; pass auto or cpu")
+        if asked == "gpu" and found == "cpu":
+            raise _unavailable(asked)
+        asked = found
+    elif asked != "cpu" and not {"cuda": has_cuda, "mps": has_mps}[asked]:
+        raise _unavailable(asked)
+    if asked == "cuda":
+        check_architecture()
+    return asked
+
+
+def _unavailable(asked: str) -> ConfigError:
+    reason = f" ({cuda_fault()})" if asked != "mps" else ""
+    return ConfigError(
+        f"accelerator: got {asked!r}, but torch finds none here{reason}; pass auto or cpu"
+    )
 
 
 def _precision(accelerator: str) -> str:

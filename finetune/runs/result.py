@@ -54,6 +54,8 @@ class RunResult(BaseModel):
     epochs_run: int
     stopped_early: bool = False
     num_threads: int = 0
+    device: str = ""
+    """The GPU's name, or the accelerator's."""
     train_seconds: float = 0.0
     cache_seconds: float = 0.0
     images_per_second: float = 0.0

@@ -174,7 +174,11 @@ class _Runner:
 
     def _handle(self, worker: Worker, event: Event) -> None:
         if isinstance(event, TrialEnded):
-            self._end(self._claims.pop(worker), event, time.perf_counter() - worker.started)
+            claim = self._claims.pop(worker)
+            if event.state == "without device":
+                self._retire(worker, claim, event.reason)
+            else:
+                self._end(claim, event, time.perf_counter() - worker.started)
             return
         claim, config = self._claims[worker], worker.job.config
         self.live_table.epoch_ended(claim.run_id, config, event)
@@ -183,6 +187,13 @@ class _Runner:
         reason = self.queue.report(claim, iteration, value, judge)
         if worker.job.is_judged:
             worker.answer(reason)
+
+    def _retire(self, worker: Worker, claim: Claim, reason: str) -> None:
+        """Go on without a worker whose GPU can't be used; `FinetuneError` if none is left."""
+        self.queue.requeue(claim)
+        if not self.worker_pool.retire(worker):
+            raise FinetuneError(f"no GPU that was assigned can be used: {reason} ({_RESUME})")
+        self.live_table.log(f"continuing with one worker less: {reason}")
 
     def _end(self, claim: Claim, end: TrialEnded, seconds: float | None) -> None:
         """Record how a trial ended, or requeue it if it was interrupted."""

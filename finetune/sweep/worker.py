@@ -15,7 +15,7 @@ from pathlib import Path
 from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, failure_of
 from finetune.runs.run_dir import RunDir
-from finetune.system.errors import FinetuneError, Pruned, Stopped
+from finetune.system.errors import DeviceError, FinetuneError, Pruned, Stopped
 from finetune.system.resources import shortage
 from finetune.system.shutdown import stoppable
 from finetune.system.text import message
@@ -41,7 +41,8 @@ class TrialEnded:
     """The end of a worker's run."""
 
     state: str
-    """As in `Failure`, or finished, crashed (its process has), or out of resources."""
+    """As in `Failure`, or finished, crashed (its process has), out of resources, or without device
+    (the GPU that it was given can't be used)."""
     reason: str = ""
 
 
@@ -99,6 +100,8 @@ def _end_by(error: BaseException) -> TrialEnded:
             traceback.print_exception(error)
     if short:
         return TrialEnded("out of resources", str(short))
+    if isinstance(error, DeviceError):
+        return TrialEnded("without device", failure.reason)
     return TrialEnded("failed", failure.reason)
 
 

@@ -23,6 +23,9 @@ from finetune.system.shutdown import STOP_SIGNALS
 STOP_SECONDS = 40.0
 """How long a worker that is asked to stop may take to write and send everything."""
 
+EXIT_SECONDS = 30.0
+"""How long a worker whose run has ended may take to exit."""
+
 _WANDB_MODULES = ("wandb", "wandb.plot", "wandb.sdk.launch")  # init imports the last one late
 _NUM_HANDLES = 12  # more than a start needs; if it fails midway, the fork server ends
 
@@ -49,18 +52,24 @@ class WorkerPool:
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
         self._devices = visible_devices()
+        self._slots = list(range(num_workers))
         self._workers: dict[int, Worker] = {}
         self._exiting: list[ForkServerProcess] = []
         _start_fork_server()
 
     @property
     def has_room(self) -> bool:
-        return len(self._workers) < self.num_workers
+        return len(self._workers) < len(self._slots)
+
+    def retire(self, worker: Worker) -> bool:
+        """Use the slot of a worker that has ended no more; whether others are left."""
+        self._slots.remove(worker.slot)
+        return bool(self._slots)
 
     def start(self, job: Job) -> Worker:
         """Start a process for a job. Raises `OSError` without file handles."""
         require_handles(_NUM_HANDLES)
-        slot = next(i for i in range(self.num_workers) if i not in self._workers)
+        slot = next(i for i in self._slots if i not in self._workers)
         environment = dict(os.environ)
         # The W&B service of this process would keep the run of a killed trial open.
         environment.pop("WANDB_SERVICE", None)
@@ -98,7 +107,7 @@ class WorkerPool:
         self._exiting = [process for process in self._exiting if process.is_alive()]
         self._exiting.append(worker.process)
         if self._devices:  # the next worker needs its GPU memory
-            worker.process.join()
+            _join(worker.process)
 
     def stop(self) -> list[Worker]:
         """Stop all workers, wait until their processes have exited, and return the workers."""
@@ -112,8 +121,16 @@ class WorkerPool:
                 worker.process.kill()
             self._release(worker)
         for process in self._exiting:
-            process.join()
+            _join(process)
         return stopped
+
+
+def _join(process: ForkServerProcess) -> None:
+    """Wait until a process has exited; one that hangs, as in a GPU's driver, is killed."""
+    process.join(EXIT_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join(EXIT_SECONDS)
 
 
 def _crash(worker: Worker) -> TrialEnded:

@@ -1,6 +1,7 @@
 """The cores and GPUs that this process may use, found without importing torch."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -26,7 +27,10 @@ def refuse_torchrun() -> None:
 
 
 def visible_devices() -> list[str]:
-    """The GPUs that CUDA would use, by index or as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that CUDA would use, by UUID or as CUDA_VISIBLE_DEVICES names them.
+
+    Of a GPU that is divided by MIG, its instances: they are devices of their own.
+    """
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked is not None:
         return [device.strip() for device in asked.split(",") if device.strip()]
@@ -38,4 +42,18 @@ def visible_devices() -> list[str]:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [str(i) for i, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
+    return list_devices(listed)
+
+
+def list_devices(listed: str) -> list[str]:
+    """The UUIDs in the output of `nvidia-smi --list-gpus`.
+
+    >>> list_devices("GPU 0: NVIDIA A100 (UUID: GPU-a)\\n  MIG 1g.5gb Device 0: (UUID: MIG-b)")
+    ['MIG-b']
+    """
+    devices: list[str] = []
+    for kind, uuid in re.findall(r"^\s*(GPU|MIG) .*\(UUID: ([^)]+)\)", listed, re.M):
+        if kind == "MIG" and devices and devices[-1].startswith("GPU-"):
+            devices.pop()  # the GPU that it is a part of
+        devices.append(uuid)
+    return devices

@@ -6,6 +6,7 @@ FinetuneError            exit code 1: the run failed
 ├── DataError            1: pictures, folders, splits
 ├── WeightsError         1: weight files and checkpoints
 ├── RunDirError          1: a run directory that can't be used
+├── DeviceError          1: a GPU that was assigned can't be used
 ├── Diverged             1: the loss is not finite
 ├── Shortage             1: disk, file handles or another resource are used up
 └── Pruned               the sweep's early termination ends the run
@@ -45,6 +46,10 @@ class WeightsError(FinetuneError):
 
 class RunDirError(FinetuneError):
     """A run directory is in use, finished, damaged, of another config, or can't be written."""
+
+
+class DeviceError(FinetuneError):
+    """The GPU that this process was given can't be used."""
 
 
 class Diverged(FinetuneError):

@@ -43,6 +43,19 @@ def require_handles(count: int) -> None:
             os.close(descriptor)
 
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # torch's allocator on the CPU
+    "out of memory",  # CUDA and MPS
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory is used up on the CPU, where torch's allocator raises a RuntimeError."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Whether the memory of the CPU or of a device is used up.
+
+    torch raises a RuntimeError or one of its subclasses, which only the text tells apart.
+    """
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)

@@ -27,6 +27,7 @@ from finetune.runs.resolve import prepare_run, resolve
 from finetune.runs.result import RunResult, best_epoch, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import Cache
+from finetune.system.cuda import device_name
 from finetune.system.errors import FinetuneError, RunDirError, Shortage
 from finetune.system.progress import bar
 from finetune.system.resources import is_out_of_memory, shortage
@@ -180,6 +181,7 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         epochs_run=len(rows),
         stopped_early=len(rows) < config.epochs,
         num_threads=torch.get_num_threads(),
+        device=device_name(config.accelerator),
         train_seconds=train_seconds,
         cache_seconds=loader.cache_seconds,
         images_per_second=len(rows) * (num_train + num_val) / train_seconds,
@@ -201,7 +203,7 @@ def _with_advice(error: BaseException, config: RunConfig, run_dir: RunDir) -> Ba
     """An exhausted resource as an error that says what to change; any other error unchanged."""
     if not isinstance(error, Exception):
         return error
-    if is_out_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return FinetuneError(
             f"out of memory at batch_size {config.batch_size} and image_size "
             f"{config.image_size}; pass a smaller --batch_size"

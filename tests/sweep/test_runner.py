@@ -218,6 +218,19 @@ def test_devices_are_those_that_cuda_would_see(monkeypatch: pytest.MonkeyPatch) 
     assert visible_devices() == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_sweep_whose_gpus_cannot_be_used_ends_with_its_trials_waiting(
+    base: Fields, tmp_path: Path
+) -> None:
+    given = content(base, strategy=["freeze"], learning_rate=[0.001, 0.1], accelerator=["auto"])
+    output = complete(tmp_path, given, "--workers", "2", code=1, CUDA_VISIBLE_DEVICES="GPU-a,GPU-b")
+    assert "continuing with one worker less: CUDA_VISIBLE_DEVICES is GPU-" in output
+    assert "no GPU that was assigned can be used" in output
+    assert not list((tmp_path / "runs").glob("*/failure.json"))
+    again = complete(tmp_path, given, CUDA_VISIBLE_DEVICES="")
+    assert "2 finished" in again
+
+
 def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(base: Fields, tmp_path: Path) -> None:
     base |= {"epochs": 6, "batch_size": 20}
     given = content(base, strategy=["gradual"], learning_rate=[0.02, 1e-7, 1e-8])
@@ -464,7 +477,6 @@ def test_networks_yaml_runs_every_network_with_every_strategy(base: Fields, tmp_
     changed = base | {
         "weights": str(tmp_path / "{model}.pth"),
         "epochs": 4,
-        "lr_schedule": "cosine",
     }
     given["parameters"] |= {name: {"value": value} for name, value in changed.items()}
     given["parameters"]["model"] = {"values": models}
