@@ -17,8 +17,8 @@ class Augmentation:
     """Each picture is flipped horizontally with probability 1/2. Both forms of its activations can
     be stored."""
     transform: str | None = None
-    """`package.module:function`, which changes a picture, uint8 (H, W, C), in a way that follows
-    from an integer seed."""
+    """`package.module:Class` of a change to the pixels. `Class.drawn(seeds, image_size)` has what
+    is drawn for the pictures of a batch, and its `apply` changes them, uint8 (B, H, W, C)."""
 
 
 AUGMENTATIONS: Mapping[str, Augmentation] = {
@@ -30,6 +30,6 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {
         "random resized crop (scale 0.35 to 1), flip, TrivialAugment",
         title="strong",
         label="strong",
-        transform="finetune.data.decode:augment_strongly",
+        transform="finetune.data.augment:StrongAugmentation",
     ),
 }

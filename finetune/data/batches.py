@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,17 +50,23 @@ class Batch(NamedTuple):
     """int64, (B,)."""
     part: str
     """The part of the network that takes `inputs`."""
+    augmentation: Any = None
+    """What `Augmentation.transform` has drawn; its `apply` changes the pictures."""
+
+
+Inputs = tuple[Tensor, Tensor | None, Any]
+"""The `inputs`, `flips` and `augmentation` of a batch."""
 
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """The batches of one epoch in this order; `fetch` returns the inputs and flips of each."""
+    """The batches of one epoch in this order; `fetch` returns the inputs of each."""
 
     pictures: Pictures
     order: Indices
     batch_size: int
     part: str
-    fetch: Callable[[Indices], tuple[Tensor, Tensor | None]]
+    fetch: Callable[[Indices], Inputs]
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
@@ -72,8 +78,9 @@ class EpochBatches:
     def __getitem__(self, index: int) -> Batch:
         start, end = self._bounds[index]
         indices = self.order[start:end]
-        inputs, flips = self.fetch(indices)
-        return Batch(inputs, flips, torch.from_numpy(self.pictures.labels[indices]), self.part)
+        inputs, flips, augmentation = self.fetch(indices)
+        labels = torch.from_numpy(self.pictures.labels[indices])
+        return Batch(inputs, flips, labels, self.part, augmentation)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))

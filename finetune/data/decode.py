@@ -1,4 +1,4 @@
-"""Decoding of picture files to uint8 RGB squares, and strong augmentation.
+"""Decoding of picture files to uint8 RGB squares.
 
 A picture is read as a viewer shows it: upright, on a background where it is transparent.
 
@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -143,24 +142,6 @@ def _hash(values: np.ndarray[Any, Any]) -> str:
     hashed = xxhash.xxh3_128(f"{values.shape} {values.dtype}".encode())
     hashed.update(np.ascontiguousarray(values).data)
     return hashed.hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _strong(size: int) -> v2.Compose:
-    crop = v2.RandomResizedCrop((size, size), scale=(0.35, 1.0), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()])
-
-
-def augment_strongly(image_HWC: Tensor, seed: int) -> Tensor:
-    """Random resized crop, flip and TrivialAugment (https://arxiv.org/abs/2103.10158).
-
-    Takes and returns uint8 of the same size. The result depends on `seed` alone; the state of
-    torch's generator is restored.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed % 2**63)
-        augmented: Tensor = _strong(image_HWC.shape[0])(image_HWC.permute(2, 0, 1))
-    return augmented.permute(1, 2, 0)
 
 
 def decode_many(

@@ -8,11 +8,9 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from finetune.config.fields import RunConfig
-from finetune.data.batches import EpochBatches, num_at_once
+from finetune.data.batches import EpochBatches, Inputs, num_at_once
 from finetune.data.decode import Preprocessing
 from finetune.data.images import open_images
 from finetune.data.pictures import Indices, Pictures
@@ -59,23 +57,20 @@ class EpochLoader:
         seeds = epoch_augment_seeds(pictures, config.seed, epoch)
         transform = self._transform
 
-        def fetch(indices: Indices) -> tuple[Tensor, Tensor | None]:
-            inputs, positions = split.batch(part, indices, flips[indices])
-            if transform is not None:
-                inputs = torch.stack(list(map(transform, inputs, seeds[indices].tolist())))
-            return inputs, positions
+        def fetch(indices: Indices) -> Inputs:
+            drawn = transform and transform.drawn(seeds[indices], config.image_size)
+            return *split.batch(part, indices, flips[indices]), drawn
 
         order = epoch_order(pictures, config.seed, epoch)
         return EpochBatches(pictures, order, config.batch_size, part, fetch)
 
     @property
-    def _transform(self) -> Callable[[Tensor, int], Tensor] | None:
-        """The augmentation's change of each training picture, if it is more than a flip."""
+    def _transform(self) -> Any:
+        """The class of the augmentation's change of pixels, if it is more than a flip."""
         if (name := self._config.augmentation.transform) is None:
             return None
-        module, _, function = name.partition(":")
-        found: Callable[[Tensor, int], Tensor] = getattr(import_module(module), function)
-        return found
+        module, _, class_name = name.partition(":")
+        return getattr(import_module(module), class_name)
 
     def val_epoch(self, epoch: int) -> EpochBatches:
         """Every validation picture once, ordered by name."""
@@ -85,7 +80,11 @@ class EpochLoader:
         order = np.arange(len(split.pictures))
         no_flips = np.zeros(len(order), dtype=bool)
         return EpochBatches(
-            split.pictures, order, batch_size, part, lambda i: split.batch(part, i, no_flips[i])
+            split.pictures,
+            order,
+            batch_size,
+            part,
+            lambda i: (*split.batch(part, i, no_flips[i]), None),
         )
 
     def prepare(

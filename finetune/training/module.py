@@ -116,7 +116,9 @@ class FineTuning(pl.LightningModule):
         """Logits, (B, K), in the dtype of the run's precision."""
         boundary = self._open[0]
         with torch.no_grad():
-            x = network_input(batch.inputs, batch.flips, self.chain.backbone)
+            changed = batch.augmentation
+            pixels = batch.inputs if changed is None else changed.apply(batch.inputs)
+            x = network_input(pixels, batch.flips, self.chain.backbone)
             x = x if mix is None else mix.of(x)
             x = self.chain.forward(x, batch.part, boundary)
         return self.chain.forward(x, boundary, None)

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
-from finetune.data.decode import Preprocessing, augment_strongly, decode, decode_many
+from finetune.data.decode import Preprocessing, decode, decode_many
 from finetune.data.images import open_images
 from finetune.data.layout import find_layout
 from finetune.data.pictures import find_pictures
@@ -329,17 +329,6 @@ def test_a_last_batch_of_one_picture_is_merged_with_the_previous_one(
     num: int, bounds: list[Any]
 ) -> None:
     assert batch_bounds(num, 4) == bounds
-
-
-def test_strong_augmentation_is_seeded_and_restores_torchs_generator() -> None:
-    image = torch.arange(32 * 32 * 3, dtype=torch.uint8).reshape(32, 32, 3)
-    state = torch.get_rng_state()
-    one, again, other = (augment_strongly(image, seed) for seed in (1, 1, 2))
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
-    assert one.shape == image.shape
-    assert one.dtype == torch.uint8
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # decoding
