@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ import yaml
 
 from finetune.runs.result import METRICS, read_failure
 from finetune.runs.run_dir import read_metrics
-from finetune.tracking.tracker import FOLDER
 from tests.conftest import ROOT
 from tests.support.wandb_server import Artifact, Run, Sweep, WandbServer
 from tests.tracking.conftest import PROJECT, Place
 from tests.tracking.test_wandb import assert_reports_agree
 
+FOLDER = "finetune"  # of a run's W&B files in version 0.1.0
 UPLOADED = ("metrics.csv", "predictions.npz", "result.json")
-SIGTERM_CODE = 143
 # agent.py with the small network of these files, which was a ResNet18 by name.
 AGENT = """
 import runpy
@@ -49,35 +47,36 @@ def as_stored(values: dict[str, Any]) -> dict[str, Any]:
     return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
 
 
+def end_of(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What version 0.1.0 added to the summary at a run's end, and the model's metadata."""
+    if (failure := read_failure(run_dir / "failure.json")) is not None:
+        state = {"state": failure["state"]}
+        return state | {"reason": failure["reason"]}, state
+    result = json.loads((run_dir / "result.json").read_text())
+    names = ("best_val_acc", "best_val_loss", "best_epoch", "stopped_early")
+    best = {name: result[name] for name in names}
+    classes = {"strategy": result["strategy"], "class_names": result["class_names"]}
+    return best | {"state": "finished", "reason": ""}, best | classes
+
+
 def put_run(
     server: WandbServer, run_dir: Path, sweep: str | None = None, num_sent: int | None = None
 ) -> Run:
     """Give the server what version 0.1.0 sent of this run; of the epochs the first `num_sent`."""
     fields = yaml.safe_load((run_dir / "config.yaml").read_text())
-    run = Run(run_dir.name, PROJECT, sweep, num_starts=1)
+    end, metadata = end_of(run_dir)
+    run = server.runs[run_dir.name] = Run(run_dir.name, PROJECT, sweep, num_starts=1)
     run.display_name, run.tags = fields["name"], [fields["strategy"]]
     run.config = {name: {"value": value} for name, value in as_stored(fields).items()}
     run.config["_wandb"] = {"value": {"cli_version": "0.31.0"}}
-    rows = [
-        as_stored({name: value for name, value in row.items() if not math.isnan(value)})
-        for row in read_metrics(run_dir / "metrics.csv")
-    ]
-    assert not any("val_macro_f1" in row for row in rows)
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [as_stored({k: float(v) for k, v in row.items()}) for row in csv.DictReader(file)]
     run.history = [row | {"_step": i, "_runtime": i + 0.5} for i, row in enumerate(rows[:num_sent])]
-    run.summary = dict(run.history[-1]) if run.history else {}
-    failure = read_failure(run_dir / "failure.json")
-    metadata: dict[str, Any] = {"state": "stopped"}
-    if failure is None:
-        result = json.loads((run_dir / "result.json").read_text())
-        names = ("best_val_acc", "best_val_loss", "best_epoch", "stopped_early")
-        best = {name: result[name] for name in names}
-        run.summary |= best | {"state": "finished", "reason": ""}
-        run.history.append({"_step": len(rows), "per_class_accuracy": {"_type": "table-file"}})
-        metadata = best | {"strategy": result["strategy"], "class_names": result["class_names"]}
+    run.summary = (dict(run.history[-1]) if run.history else {}) | end
+    run.state, run.exit_code = "failed", 143
+    if end["state"] == "finished":
         run.state, run.exit_code = "finished", 0
-    else:
-        run.summary |= {"state": failure["state"], "reason": failure["reason"]}
-        run.state, run.exit_code = "failed", SIGTERM_CODE
+        run.history.append({"_step": len(rows), "per_class_accuracy": {"_type": "table-file"}})
     for name in UPLOADED:
         if (run_dir / name).exists():
             run.files[f"{FOLDER}/{name}"] = (run_dir / name).read_bytes()
@@ -87,7 +86,6 @@ def put_run(
     )  # fmt: skip
     server.artifacts[model.id] = model
     run.artifacts.append(model)
-    server.runs[run.name] = run
     return run
 
 
