@@ -157,3 +157,17 @@ def test_a_preempted_run_of_version_0_1_0_is_resumed_by_an_agent(place: Place, o
     assert place.agent(sweep.name).wait(120) == 0
     assert list(place.server.runs) == ["interrupted"]
     assert_resumed(run, old / "interrupted")
+
+
+def test_epochs_that_were_added_to_a_finished_run_without_wandb_are_logged_later(
+    place: Place, old: Path
+) -> None:
+    run, run_dir = put_run(place.server, old / "whole"), old / "whole"
+    with (run_dir / "config.yaml").open("a") as file:
+        file.write("keep_last: true\n")
+    resume = ("-c", AGENT, f"--resume={run_dir}")
+    assert place.start(*resume, "--epochs=5", WANDB_MODE="disabled").wait(120) == 0
+    assert place.start(*resume, "--epochs=6").wait(120) == 0
+    logged = [row for row in run.history if "val_acc" in row]
+    assert rows_without_f1(logged) == rows_without_f1(read_metrics(run_dir / "metrics.csv"))
+    assert len(logged) == 6
