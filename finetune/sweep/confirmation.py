@@ -6,7 +6,7 @@ The best of many runs overestimates its setting; runs with fresh seeds don't.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, product
 from pathlib import Path
 from statistics import mean, stdev
@@ -27,6 +27,8 @@ from finetune.system.text import message
 _SEARCHED = fields_with_role("searched")
 _SHARED = {*fields_with_role("environment"), "project", "entity"} - {"out", "cache_gb"}
 """Fields that repeats take from the runs; `cache_gb` depends on the free disk space."""
+
+_NO_SETTING_IN_0_1_0 = ("seed", "out", "name", "group", "cache_gb")
 
 
 def confirm(
@@ -51,22 +53,31 @@ def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
 
     The best settings are those of the report. The runs may come from several machines: fields of
     the environment are kept if the repeated runs agree on them, and else have their defaults.
-    `data_dir` and `weights` are paths that exist here, if there are any. Raises `ConfigError`.
+    `data_dir` and `weights` are paths that exist here, if there are any. A confirmation that was
+    started by version 0.1.0 keeps its settings. Raises `ConfigError`.
     """
-    best = _best_runs(_results(runs_dir))
-    settings = {strategy: _setting(runs) for strategy, runs in best.items()}
-    text = json.dumps(settings, sort_keys=True)
-    name = f"confirm-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
+    results, out_dir = _results(runs_dir), runs_dir / "confirm"
+    best, described = _best_of_0_1_0(results)
+    if not any(out_dir.glob(f"{_name(described)}*")):  # the database, or runs
+        best = _best_runs(results)
+        described = {strategy: _setting(runs) for strategy, runs in best.items()}
+    settings = [_setting(runs) for runs in best.values()]
+    name = _name(described)
     first_seed = _first_seed(runs_dir, name)
     seeds = [(first_seed + i) % 2**32 for i in range(num_seeds)]
     return Sweep(
         name=name,
         method="grid",
         dimensions=(),
-        fixed=_environment([*chain(*best.values())]) | {"out": str(runs_dir / "confirm")},
-        listed=tuple({**s, "seed": seed} for seed, s in product(seeds, settings.values())),
-        source={"settings": settings, "first_seed": first_seed},
+        fixed=_environment([*chain(*best.values())]) | {"out": str(out_dir)},
+        listed=tuple({**s, "seed": seed} for seed, s in product(seeds, settings)),
+        source={"settings": described, "first_seed": first_seed},
     )
+
+
+def _name(settings: Mapping[str, Any]) -> str:
+    text = json.dumps(settings, sort_keys=True)
+    return f"confirm-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
 
 
 def _first_seed(runs_dir: Path, name: str) -> int:
@@ -109,6 +120,28 @@ def _best_runs(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
         settings = results_by_setting(r for r in results if r.strategy == strategy)
         best[strategy] = settings[best_setting(settings)]
     return best
+
+
+def _best_of_0_1_0(
+    results: Iterable[RunResult],
+) -> tuple[dict[str, list[RunResult]], dict[str, Any]]:
+    """What version 0.1.0 repeated of each strategy: its runs, and the fields that it stored.
+
+    Its setting had paths and the device too, and equal accuracies were decided by the fields' text.
+    """
+    groups: dict[tuple[str, str], list[RunResult]] = defaultdict(list)
+    for result in results:
+        config = {k: v for k, v in result.config.items() if v is not None}
+        fields = {k: v for k, v in config.items() if k not in _NO_SETTING_IN_0_1_0}
+        groups[result.strategy, json.dumps(fields, sort_keys=True)].append(result)
+
+    def rank(key: tuple[str, str]) -> tuple[float, tuple[str, str]]:
+        return -mean(result.best_val_acc for result in groups[key]), key
+
+    # Of each strategy's settings the best one comes last.
+    ranked = {strategy: (strategy, text) for strategy, text in sorted(groups, key=rank)[::-1]}
+    best = {strategy: groups[ranked[strategy]] for strategy in sorted(ranked)}
+    return best, {strategy: json.loads(text) for strategy, text in ranked.values()}
 
 
 def _setting(runs: Sequence[RunResult]) -> dict[str, Any]:

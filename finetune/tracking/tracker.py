@@ -120,7 +120,8 @@ class Tracker:
     def _num_logged(self, num_rows: int) -> int:
         """How many of the run's first rows W&B has."""
         assert self.run is not None
-        if self.is_joined:  # its steps may be the caller's own
+        # Its steps may be the caller's own; a run that has finished before has logged its tables.
+        if self.is_joined or self.run.summary.get("best_epoch") is not None:
             return int(self.run.summary.get("epoch", -1)) + 1
         # An offline run can't ask. Earlier attempts left folders, which `wandb sync` joins.
         folder = _folder(self.run)

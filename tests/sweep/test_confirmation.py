@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 
 from finetune.__main__ import main
+from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
 from finetune.sweep.confirmation import confirmation, spread_table
+from finetune.sweep.storage import sqlite_url
+from finetune.sweep.trial_queue import TrialQueue
 from finetune.sweep.trials import TrialResult
+from tests.conftest import ROOT
 from tests.support.synthetic import write_run
 
 HERE, ELSEWHERE = "/here", "/elsewhere"
@@ -117,3 +122,34 @@ def test_the_table_of_fresh_seeds_has_the_mean_macro_f1() -> None:
     assert cells["strategy"] == ["partial", "freeze", "scratch"]
     assert cells["mean"] == ["0.8500", "0.6000", "0.1000"]
     assert cells["macro F1"] == ["0.8000", "0.4500", "-"]
+
+
+def test_a_confirmation_of_version_0_1_0_is_continued(tmp_path: Path) -> None:
+    runs_dir = tmp_path / "swept"
+    shutil.copytree(ROOT / "tests/old_formats/v0_1_0/swept", runs_dir)
+    sweep = confirmation(runs_dir, num_seeds=4)
+    # Of two equal accuracies it had chosen another than this version does.
+    assert [c["learning_rate"] for c in sweep.cells()] == [0.001] * 4
+    storage = sqlite_url(sweep.out_dir / f"{sweep.slug}.db")
+    (done, *waiting) = TrialQueue(sweep, storage, 4).results()
+    assert [RunDir(done.run_dir).finished, done.state, done.best_val_acc] == [
+        True,
+        "finished",
+        1 / 3,
+    ]
+    seeds = [sweep.config(cell).seed for cell in sweep.cells()]
+    assert seeds == [RunResult.load(done.run_dir).seed + i for i in range(4)]
+    assert [(trial.run_id, trial.state) for trial in waiting] == [
+        (f"confirm-b38fe1-5a9826-{i:03d}", "waiting") for i in (1, 2, 3)
+    ]
+    assert [trial.setting for trial in waiting] == [{"seed": seed} for seed in seeds[1:]]
+
+
+def test_a_confirmation_of_runs_of_version_0_1_0_that_it_has_not_started_is_new(
+    tmp_path: Path,
+) -> None:
+    runs_dir = tmp_path / "swept"
+    shutil.copytree(ROOT / "tests/old_formats/v0_1_0/swept", runs_dir)
+    shutil.rmtree(runs_dir / "confirm")
+    assert repeated(runs_dir)["learning_rate"] == 0.01
+    assert "data_dir" not in repeated(runs_dir)
