@@ -1,75 +1,41 @@
-"""The figures of the comparison and of the winner, as data for plotly.js.
+"""The figures of the comparison and of the winner, as data for plotly.js."""
 
-The page adds the colours of its light or dark theme.
-"""
-
-import html
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from finetune.analysis.by_strategy import StrategySummary, by_strategy
+from finetune.analysis.by_strategy import StrategySummary, by_group
 from finetune.analysis.read_runs import RunRecord
+from finetune.analysis.report.traces import (
+    GREY,
+    PLAIN_MARGIN,
+    Figure,
+    Trace,
+    axis,
+    bars,
+    colour_of,
+    figure,
+    legend,
+    log_axis,
+    mark_of,
+    scatter,
+    text,
+)
 from finetune.analysis.statistics import Difference
-from finetune.config.strategies import STRATEGIES
 from finetune.runs.predictions import class_accuracies
 
-Figure = dict[str, Any]
-Trace = dict[str, Any]
-
-_PALETTE = ("#4393e6", "#e58637", "#35ad86", "#c26ccc", "#b59b2e", "#e0606b", "#7f8c9b")
-_GREY = "#94a0b0"
-PLAIN_MARGIN = {"l": 56, "r": 8, "t": 12, "b": 48}
-"""The margin of a figure without a legend."""
 _MAX_CURVES = 5
-"""Seeds of a strategy whose learning curves are drawn."""
+"""Seeds of a group whose learning curves are drawn."""
 
 
-def colour_of(strategy: str) -> str:
-    index = [*STRATEGIES, strategy].index(strategy)
-    return _PALETTE[index % len(_PALETTE)]
-
-
-def text(value: object) -> str:
-    """A label that plotly shows literally: it would interpret some tags and `%{}`."""
-    return html.escape(str(value), quote=False).replace("%{", "%&#123;")
-
-
-def figure(data: list[Trace], height: int, **layout: Any) -> Figure:
-    return {"data": data, "layout": {"height": height, **layout}}
-
-
-def axis(title: str, **options: Any) -> dict[str, Any]:
-    return {"title": {"text": title, "standoff": 10}, "zeroline": False, **options}
-
-
-def log_axis(title: str, low: float, high: float) -> dict[str, Any]:
-    """A logarithmic axis for values over a large range, else a linear one."""
-    if not 0 < 20 * low < high:
-        return axis(title)
-    return axis(title, type="log", tickformat="~g", dtick=1 if high > 300 * low else "D2")
-
-
-def scatter(mode: str, name: str, x: Sequence[Any], y: Sequence[Any], **options: Any) -> Trace:
-    """Markers, lines or both; the text of `hover` is shown under the pointer."""
-    hover = options.pop("hover", None)
-    shown = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
-    return {"type": "scatter", "mode": mode, "name": text(name), "x": x, "y": y, **shown, **options}
-
-
-def bars(x: Sequence[float | None], y: Sequence[str], hover: str, **options: Any) -> Trace:
-    """Horizontal bars."""
-    shown = {"hovertemplate": f"{hover}<extra></extra>", "marker": {"color": _PALETTE[0]}}
-    return {"type": "bar", "orientation": "h", "x": x, "y": y, **shown, **options}
-
-
-def difference_intervals(differences: Sequence[Difference]) -> Figure:
+def difference_intervals(differences: Sequence[Difference], long_names: bool = False) -> Figure:
     """Each pair's difference in percentage points, with its interval."""
-    pairs = {text(f"{d.first} − {d.second}"): d for d in reversed(differences)}
+    minus = " −<br>" if long_names else " − "
+    pairs = {f"{text(d.first)}{minus}{text(d.second)}": d for d in reversed(differences)}
     traces = []
-    for name, colour in (("significant", "#35ad86"), ("not significant", _GREY)):
+    for name, colour in (("significant", "#35ad86"), ("not significant", GREY)):
         shown = {k: d for k, d in pairs.items() if d.significant == (name == "significant")}
         lengths = [100 * (d.high - d.estimate) for d in shown.values()]
         trace = scatter(
@@ -84,7 +50,7 @@ def difference_intervals(differences: Sequence[Difference]) -> Figure:
         traces += [trace] if shown else []
     return figure(
         traces,
-        130 + 34 * len(pairs),
+        130 + (46 if long_names else 34) * len(pairs),
         xaxis=axis("percentage points", zeroline=True, zerolinewidth=2),
         yaxis={"categoryorder": "array", "categoryarray": list(pairs)},
         showlegend=True,
@@ -103,22 +69,30 @@ def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
         "frontier",
         [time for time, _ in best],
         [100 * accuracy for _, accuracy in best],
-        line={"shape": "hv", "color": _GREY, "width": 1.5, "dash": "dot"},
+        line={"shape": "hv", "color": GREY, "width": 1.5, "dash": "dot"},
     )
+    groups = by_group(finished)
     points = [
         scatter(
             "markers",
-            strategy,
+            group.strategy,
             [round(minutes[run], 4) for run in runs],
             [100 * run.accuracy for run in runs],
             hover="%{text}<br>%{y:.1f} % in %{x:.2f} min",
             text=[text(run.name) for run in runs],
-            marker={"color": colour_of(strategy), "size": 9, "opacity": 0.75},
+            marker={
+                "color": colour_of(group.strategy),
+                "symbol": mark_of(group).symbol,
+                "size": 9,
+                "opacity": 0.75,
+            },
+            legendgroup=group.strategy,
+            showlegend=not group.model,
         )
-        for strategy, runs in by_strategy(finished).items()
+        for group, runs in groups.items()
     ]
     return figure(
-        [frontier, *points],
+        [frontier, *points, *legend(groups)],
         400,
         xaxis=log_axis("training time, minutes", min(minutes.values()), max(minutes.values())),
         yaxis=axis("validation accuracy, %"),
@@ -126,19 +100,31 @@ def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
 
 
 def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
-    """Accuracy by epoch of each strategy's chosen runs, with a diamond at each unfreezing."""
-    traces, diamonds = [], []
-    for summary in summaries:
-        for i, run in enumerate(summary.chosen[:_MAX_CURVES]):
-            traces += _curves(run, is_first=i == 0)
-            diamonds += [_diamonds(run)] if unfreezings(run) else []
+    """Accuracy by epoch of each group's chosen runs, with a diamond at each unfreezing.
+
+    Each network has a panel of its own.
+    """
+    panels: dict[str, list[StrategySummary]] = defaultdict(list)
+    for summary in sorted(summaries, key=lambda summary: summary.group.model_number):
+        panels[summary.group.model].append(summary)
+    traces, diamonds, layout = [], [], {}
+    explained: set[str] = set()
+    for i, (model, members) in enumerate(panels.items()):
+        number = "" if i == 0 else str(i + 1)
+        for summary in members:
+            for j, run in enumerate(summary.chosen[:_MAX_CURVES]):
+                is_new = j == 0 and run.strategy not in explained
+                curves = _curves(run, is_first=j == 0, showlegend=is_new)
+                traces += [trace | {"yaxis": f"y{number}"} for trace in curves]
+                diamonds += [_diamonds(run) | {"yaxis": f"y{number}"}] if unfreezings(run) else []
+            explained.add(summary.strategy)
+        gap = 0.06 if len(panels) > 1 else 0
+        top = 1 - i / len(panels)
+        title = f"{text(model)}<br>accuracy, %" if model else "accuracy, %"
+        layout[f"yaxis{number}"] = axis(title, domain=[top - 1 / len(panels) + gap, top])
     num_epochs = max((len(summary.best.rows) for summary in summaries), default=0)
-    return figure(
-        traces + diamonds,
-        420,
-        xaxis=axis("epoch", dtick=1 if num_epochs <= 20 else None),
-        yaxis=axis("accuracy, %"),
-    )
+    epochs = axis("epoch", dtick=1 if num_epochs <= 20 else None, anchor=f"y{number}")
+    return figure(traces + diamonds, 160 + 260 * len(panels), xaxis=epochs, **layout)
 
 
 def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **options: Any) -> Trace:
@@ -154,7 +140,7 @@ def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **opti
     )
 
 
-def _curves(run: RunRecord, is_first: bool) -> list[Trace]:
+def _curves(run: RunRecord, is_first: bool, showlegend: bool) -> list[Trace]:
     colour = colour_of(run.strategy)
     validation = _curve(
         run,
@@ -162,7 +148,7 @@ def _curves(run: RunRecord, is_first: bool) -> list[Trace]:
         run.strategy,
         "val_acc",
         "%{y:.1f} % validation, epoch %{x}",
-        showlegend=is_first,
+        showlegend=showlegend,
         line={"color": colour, "width": 2.5 if is_first else 1.2},
         opacity=1 if is_first else 0.6,
         marker={"size": 4},
