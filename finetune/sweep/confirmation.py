@@ -1,6 +1,7 @@
 """Repeats the best settings with fresh seeds: `python -m finetune confirm RUNS_DIR`.
 
-They are those of each strategy, or of each network with each strategy. The best of many runs overestimates its setting; runs with fresh seeds don't.
+They are those of each strategy, or of each network with each strategy. The best of many runs
+overestimates its setting; runs with fresh seeds don't.
 """
 
 import hashlib

@@ -1,8 +1,9 @@
 """Which trials of a sweep keep their checkpoints: `sweep --keep_best N`.
 
-Those of the N best finished trials and of each strategy's best setting (of each network's with each
-strategy, if there are several), which the report shows, are kept. Of the other trials that have finished or were pruned, best.ckpt and last.ckpt are removed;
-result.json, metrics.csv and predictions.npz stay.
+Those of the N best finished trials and of each strategy's best setting (of each network with each
+strategy, if there are several networks), which the report shows, are kept. Of the other trials that
+have finished or were pruned, best.ckpt and last.ckpt are removed; result.json, metrics.csv and
+predictions.npz stay.
 """
 
 from collections.abc import Iterable, Sequence
