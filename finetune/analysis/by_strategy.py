@@ -82,6 +82,8 @@ def full_name(run: RunRecord, varied: Iterable[str]) -> str:
     """The run's name, with its network if there are several, and with the values of the varied
     fields that a name doesn't have."""
     others = {name: value_of(run, name) for name in varied if name not in NAMED_FIELDS}
+    if f"from-{others.get('unfreeze_from')}" in run.name:
+        del others["unfreeze_from"]
     values = [f"{title(name)} {shown(name, v)}" for name, v in others.items() if v is not None]
     needs_model = not run.name.startswith(run.group.model)
     return ", ".join([f"{run.group.model}-{run.name}" if needs_model else run.name, *values])

@@ -4,7 +4,7 @@ A group is a strategy, or a network with a strategy.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ CONFIRM = "python -m finetune confirm RUNS_DIR"
 MAX_PAIRS = 12
 """The most differences that are shown at once; of more only those from the most accurate group."""
 _MAX_NAMED = 4
-"""The most groups that the conclusion names."""
+"""The most groups that the conclusion names as equal or worse."""
 _CHANGES_NUMBERS = ("accelerator", "precision", "cache_format")
 """Fields of the environment that can change a run's accuracy."""
 
@@ -113,7 +113,7 @@ class Comparison:
             others = "others'" if self.about_networks else "other strategies'"
             return f"{text}; no significant difference from the {others} best models."
         limitation = max([rival.limitation for rival in worse], key=len)
-        text += f"; it beats the best model of {_names([*worse])}{limitation}"
+        text += f"; it beats the best model of {_names(worse)}{limitation}"
         if similar:
             text += f", with no significant difference from {_names(similar)}"
         return f"{text}."
@@ -223,7 +223,7 @@ def _named(runs: Sequence[RunRecord]) -> str:
     return f"{num_runs(len(runs))} ({names}{', …' * (len(runs) > 3)})"
 
 
-def _names(summaries: Sequence[StrategySummary]) -> str:
+def _names(summaries: Iterable[StrategySummary]) -> str:
     return listed([summary.group.in_words for summary in summaries], at_most=_MAX_NAMED)
 
 
@@ -260,10 +260,10 @@ def _verdict(
         for rival, difference in worse.items()
     ]
     if len(losses) > _MAX_NAMED:
-        rest = {s: abs(d.estimate) for s, d in [*worse.items()][_MAX_NAMED - 1 :]}
+        rest = {s: abs(d.estimate) for s, d in [*worse.items()][1:]}
         span = f"{points(min(rest.values()))} to {points(max(rest.values()))}"
         limitation = max([rival.limitation for rival in rest], key=len)
-        losses[_MAX_NAMED - 1 :] = [f"the other {len(rest)} are {span} points worse{limitation}"]
+        losses[1:] = [f"the other {len(rest)} are {span} points worse{limitation}"]
     decided = _decided([leader, *similar]) if similar and leader.group.model else ""
     return f"{'; '.join([opening, *losses])}.{decided}"
 

@@ -32,11 +32,8 @@ from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
 from finetune.system.text import brief, nearest
 
-NAMED_FIELDS = (
-    *("model", "strategy", "unfreeze_from"),
-    *("learning_rate", "batch_size", "data_aug"),
-)
-"""The fields whose values a run's default name has."""
+NAMED_FIELDS = ("model", "strategy", "learning_rate", "batch_size", "data_aug")
+"""The fields whose values a run's default name has, besides `unfreeze_from` where it is given."""
 
 
 class RunConfig(BaseModel):

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from finetune.analysis.report.traces import (
     text,
 )
 from finetune.config.field_tables import in_order, shown, title
+from finetune.runs.settings import Group
 
 _MAX_LEVELS = 8
 """The most values of a numeric field that are drawn at equal distances, not to scale."""
@@ -128,13 +129,17 @@ def parallel_coordinates(
 
 
 def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[Any]) -> Figure:
-    """Mean accuracy at each value of a field, one line per group.
+    """Mean accuracy at each value of a field, one line per group; of networks, one per strategy.
 
     The mean is over settings: one that was repeated with more seeds has no more weight.
     """
     continuous = _is_continuous(values)  # then hardly two runs have the same value
     traces = []
+    lines: dict[Group, list[RunRecord]] = defaultdict(list)
     for group, runs in by_group(finished).items():
+        is_axis = name == "model"
+        lines[replace(group, model="", model_number=0) if is_axis else group] += runs
+    for group, runs in lines.items():
         settings: dict[Any, list[Sequence[RunRecord]]] = defaultdict(list)
         for repeats in by_setting(runs).values():
             settings[value_of(repeats[0], name)].append(repeats)
