@@ -244,16 +244,13 @@ def _verdict(
     worse: Mapping[StrategySummary, Difference],
     similar: Sequence[StrategySummary],
 ) -> str:
-    accuracy, seeds = percent(leader.accuracy), len(leader.chosen)
-    won = "is best: " if leader.group.model else "wins with "
-    opening = f"{leader.group.in_words} {won}{accuracy}, the mean of {seeds} fresh seeds"
     if similar:
         seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
-        names = [f"{s.group.in_words} ({percent(s.accuracy)})" for s in similar]
-        opening = (
-            f"No significant difference between {leader.group.in_words} ({accuracy}) and "
-            f"{listed(names, _MAX_NAMED)} over {seeds} fresh seeds"
-        )
+        opening = f"{_tie([leader, *similar])} over {seeds} fresh seeds"
+    else:
+        won = "is best: " if leader.group.model else "wins with "
+        mean = f"{percent(leader.accuracy)}, the mean of {len(leader.chosen)} fresh seeds"
+        opening = f"{leader.group.in_words} {won}{mean}"
     losses = [
         f"{rival.group.in_words} is {points(abs(difference.estimate))} points "
         f"worse{rival.limitation}"
@@ -264,16 +261,17 @@ def _verdict(
         span = f"{points(min(rest.values()))} to {points(max(rest.values()))}"
         limitation = max([rival.limitation for rival in rest], key=len)
         losses[1:] = [f"the other {len(rest)} are {span} points worse{limitation}"]
-    decided = _decided([leader, *similar]) if similar and leader.group.model else ""
-    return f"{'; '.join([opening, *losses])}.{decided}"
+    return f"{'; '.join([opening, *losses])}."
 
 
-def _decided(best: Sequence[StrategySummary]) -> str:
-    """Whether groups without a significant difference share their network or their strategy."""
-    models = list(dict.fromkeys(summary.group.model for summary in best))
-    strategies = list(dict.fromkeys(summary.strategy for summary in best))
-    if len(models) == 1:
-        return f" The network is {models[0]}; which strategy is best for it is not decided."
-    if len(strategies) == 1:
-        return f" The strategy is {strategies[0]}; which network is best with it is not decided."
-    return " Neither the network nor the strategy is decided."
+def _tie(best: Sequence[StrategySummary]) -> str:
+    """Groups without a significant difference, and the network or the strategy that all have."""
+    groups = [summary.group for summary in best]
+    shared, names = "", [group.in_words for group in groups]
+    if len({group.model for group in groups}) == 1 and groups[0].model:
+        shared, names = groups[0].model, [group.strategy for group in groups]
+    elif len({group.strategy for group in groups}) == 1:
+        shared, names = groups[0].strategy, [group.model for group in groups]
+    first, *others = [f"{n} ({percent(s.accuracy)})" for n, s in zip(names, best, strict=True)]
+    tie = f"o significant difference between {first} and {listed(others, _MAX_NAMED)}"
+    return f"{shared} is best, with n{tie}" if shared else f"N{tie}"

@@ -118,10 +118,11 @@ def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
                 traces += [trace | {"yaxis": f"y{number}"} for trace in curves]
                 diamonds += [_diamonds(run) | {"yaxis": f"y{number}"}] if unfreezings(run) else []
             explained.add(summary.strategy)
-        gap = 0.06 if len(panels) > 1 else 0
-        top = 1 - i / len(panels)
+        height = 1.06 / len(panels) - 0.06  # 0.06 is between two panels
+        bottom = (len(panels) - 1 - i) * (height + 0.06)
         title = f"{text(model)}<br>accuracy, %" if model else "accuracy, %"
-        layout[f"yaxis{number}"] = axis(title, domain=[top - 1 / len(panels) + gap, top])
+        same_range = {"matches": "y"} if number else {}
+        layout[f"yaxis{number}"] = axis(title, domain=[bottom, bottom + height], **same_range)
     num_epochs = max((len(summary.best.rows) for summary in summaries), default=0)
     epochs = axis("epoch", dtick=1 if num_epochs <= 20 else None, anchor=f"y{number}")
     return figure(traces + diamonds, 160 + 260 * len(panels), xaxis=epochs, **layout)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.analysis.report.traces import Figure, colour_of, mark_of
+from finetune.analysis.report.traces import GREY, Figure, colour_of, mark_of
 from finetune.runs.settings import Group
 
 
@@ -23,11 +23,14 @@ def warning(text: object) -> str:
     return f'<div class="note warn"><p>{esc(text)}</p></div>'
 
 
+def marked(name: str, character: str = "●", colour: str = GREY) -> str:
+    """A name with its symbol before it."""
+    return f'<span><span class="mark" style="color:{colour}">{character}</span>{esc(name)}</span>'
+
+
 def group_label(group: Group) -> str:
     """A group with its colour and symbol in the figures."""
-    mark = mark_of(group).character
-    colour = colour_of(group.strategy)
-    return f'<span class="mark" style="color:{colour}">{mark}</span>{esc(group)}'
+    return marked(str(group), mark_of(group).character, colour_of(group.strategy))
 
 
 def code(text: object) -> str:

@@ -12,12 +12,13 @@ from finetune.analysis.report import figures, run_tables, search_figures
 from finetune.analysis.report.markup import (
     Column,
     esc,
-    group_label,
+    marked,
     place,
     section,
     table_section,
     warning,
 )
+from finetune.analysis.report.traces import colour_of, mark_of
 from finetune.analysis.report.winner import winner_section
 from finetune.system.errors import MissingPackage
 from finetune.system.text import listed
@@ -222,5 +223,10 @@ def _line_styles(comparison: Comparison) -> str:
     """Which line is which network and strategy, as HTML."""
     if not comparison.about_networks:
         return ""
-    labels = [group_label(group) for group in by_group(comparison.compared)]
-    return f", one line per network and strategy: {', '.join(labels)}"
+    groups = by_group(comparison.compared)
+    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g.strategy)) for g in groups}
+    networks = {g.model: marked(g.model, mark_of(g).character) for g in groups}
+    return (
+        f". The colour is the strategy ({', '.join(strategies.values())}), the symbol and the "
+        f"dashes are the network ({', '.join(networks.values())})"
+    )
