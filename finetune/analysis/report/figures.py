@@ -28,6 +28,10 @@ from finetune.runs.predictions import class_accuracies
 
 _MAX_CURVES = 5
 """Seeds of a group whose learning curves are drawn."""
+_PANEL_NAME = {
+    **{"xref": "paper", "xanchor": "left", "yref": "paper", "yanchor": "bottom"},
+    "showarrow": False,
+}
 
 
 def difference_intervals(differences: Sequence[Difference], long_names: bool = False) -> Figure:
@@ -104,28 +108,41 @@ def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
 
     Each network has a panel of its own.
     """
-    panels: dict[str, list[StrategySummary]] = defaultdict(list)
-    for summary in sorted(summaries, key=lambda summary: summary.group.model_number):
-        panels[summary.group.model].append(summary)
-    traces, diamonds, layout = [], [], {}
+    ordered = sorted(summaries, key=lambda summary: summary.group.model_number)
+    models = list(dict.fromkeys(summary.group.model for summary in ordered))
+    traces, diamonds = [], []
     explained: set[str] = set()
-    for i, (model, members) in enumerate(panels.items()):
-        number = "" if i == 0 else str(i + 1)
-        for summary in members:
-            for j, run in enumerate(summary.chosen[:_MAX_CURVES]):
-                is_new = j == 0 and run.strategy not in explained
-                curves = _curves(run, is_first=j == 0, showlegend=is_new)
-                traces += [trace | {"yaxis": f"y{number}"} for trace in curves]
-                diamonds += [_diamonds(run) | {"yaxis": f"y{number}"}] if unfreezings(run) else []
-            explained.add(summary.strategy)
-        height = 1.06 / len(panels) - 0.06  # 0.06 is between two panels
-        bottom = (len(panels) - 1 - i) * (height + 0.06)
-        title = f"{text(model)}<br>accuracy, %" if model else "accuracy, %"
-        same_range = {"matches": "y"} if number else {}
-        layout[f"yaxis{number}"] = axis(title, domain=[bottom, bottom + height], **same_range)
+    for summary in ordered:
+        place = {"yaxis": _axis_name("y", models.index(summary.group.model))}
+        for i, run in enumerate(summary.chosen[:_MAX_CURVES]):
+            is_new = i == 0 and summary.strategy not in explained
+            traces += [one | place for one in _curves(run, is_first=i == 0, showlegend=is_new)]
+            diamonds += [_diamonds(run) | place] if unfreezings(run) else []
+        explained.add(summary.strategy)
     num_epochs = max((len(summary.best.rows) for summary in summaries), default=0)
-    epochs = axis("epoch", dtick=1 if num_epochs <= 20 else None, anchor=f"y{number}")
-    return figure(traces + diamonds, 160 + 260 * len(panels), xaxis=epochs, **layout)
+    return figure(traces + diamonds, 160 + 260 * len(models), **_panels(models, num_epochs))
+
+
+def _axis_name(begin: str, number: int) -> str:
+    """plotly's name of an axis, such as y, y2 and y3."""
+    return begin + (str(number + 1) if number else "")
+
+
+def _panels(models: Sequence[str], num_epochs: int) -> dict[str, Any]:
+    """The axes of one panel per network, one below the other, and the networks' names."""
+    last, slot = len(models) - 1, 1 / len(models)
+    height = 0.85 * slot if last else slot  # the rest is for the name
+    layout: dict[str, Any] = {"annotations": []}
+    for i, model in enumerate(models):
+        bottom = (last - i) * slot
+        linked = {"matches": "y"} if i else {}
+        place = {"domain": [bottom, bottom + height], **linked}
+        layout[_axis_name("yaxis", i)] = axis("accuracy, %", **place)
+        name = {"text": f"<b>{text(model)}</b>", "x": 0, "y": bottom + height}
+        layout["annotations"].append({**name, **_PANEL_NAME})
+    anchor = _axis_name("y", last)
+    layout["xaxis"] = axis("epoch", dtick=1 if num_epochs <= 20 else None, anchor=anchor)
+    return layout
 
 
 def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **options: Any) -> Trace:
