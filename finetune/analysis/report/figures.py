@@ -17,7 +17,6 @@ from finetune.analysis.report.traces import (
     bars,
     colour_of,
     figure,
-    legend,
     log_axis,
     mark_of,
     scatter,
@@ -75,28 +74,26 @@ def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
         [100 * accuracy for _, accuracy in best],
         line={"shape": "hv", "color": GREY, "width": 1.5, "dash": "dot"},
     )
-    groups = by_group(finished)
-    points = [
-        scatter(
-            "markers",
-            group.strategy,
-            [round(minutes[run], 4) for run in runs],
-            [100 * run.accuracy for run in runs],
-            hover="%{text}<br>%{y:.1f} % in %{x:.2f} min",
-            text=[text(run.name) for run in runs],
-            marker={
-                "color": colour_of(group.strategy),
-                "symbol": mark_of(group).symbol,
-                "size": 9,
-                "opacity": 0.75,
-            },
-            legendgroup=group.strategy,
-            showlegend=not group.model,
+    points = []
+    explained: set[str] = set()
+    for group, runs in by_group(finished).items():
+        colour, symbol = colour_of(group.strategy), mark_of(group).symbol
+        points.append(
+            scatter(
+                "markers",
+                group.strategy,
+                [round(minutes[run], 4) for run in runs],
+                [100 * run.accuracy for run in runs],
+                hover="%{text}<br>%{y:.1f} % in %{x:.2f} min",
+                text=[text(run.name) for run in runs],
+                marker={"color": colour, "symbol": symbol, "size": 9, "opacity": 0.75},
+                legendgroup=group.strategy,
+                showlegend=group.strategy not in explained,
+            )
         )
-        for group, runs in groups.items()
-    ]
+        explained.add(group.strategy)
     return figure(
-        [frontier, *points, *legend(groups)],
+        [frontier, *points],
         400,
         xaxis=log_axis("training time, minutes", min(minutes.values()), max(minutes.values())),
         yaxis=axis("validation accuracy, %"),

@@ -38,8 +38,9 @@ def page(
             _differences(comparison),
             section(
                 "Accuracy and training time",
-                f"One point per run, at its best epoch. {_symbols(comparison)}No run is both "
-                "quicker and more accurate than those on the dotted frontier.",
+                "One point per run, at its best epoch. No run is both quicker and more accurate "
+                "than those on the dotted frontier.",
+                _legend(comparison, "symbol is"),
                 place("frontier", figures.accuracy_against_time(comparison.compared)),
             ),
             section(
@@ -122,11 +123,17 @@ def _each(comparison: Comparison) -> str:
     return "network and strategy" if comparison.about_networks else "strategy"
 
 
-def _symbols(comparison: Comparison) -> str:
-    """What tells networks apart in a figure, as a sentence."""
+def _legend(comparison: Comparison, what: str) -> str:
+    """How strategies and networks are drawn, as HTML; nothing for a single network."""
     if not comparison.about_networks:
         return ""
-    return "The colour is the strategy, the symbol is the network. "
+    groups = by_group(comparison.compared)
+    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g.strategy)) for g in groups}
+    networks = {g.model: marked(g.model, mark_of(g).character) for g in groups}
+    return (
+        f'<p class="soft">The colour is the strategy: {", ".join(strategies.values())}. '
+        f"The {what} the network: {', '.join(networks.values())}.</p>"
+    )
 
 
 def _tiles(
@@ -202,8 +209,8 @@ def _search(comparison: Comparison, importances: Mapping[str, float]) -> str:
     parts = [
         place("parallel", search_figures.parallel_coordinates(finished, varied), wide=True),
         "<h3>Marginal means</h3>",
-        f'<p class="soft">Mean accuracy at each value, over all values of the other fields'
-        f"{_line_styles(comparison)}.</p>",
+        '<p class="soft">Mean accuracy at each value, over all values of the other fields.</p>',
+        _legend(comparison, "symbol and the dashes are"),
         f'<div class="columns">{"".join(marginal_means)}</div>',
     ]
     if importances:
@@ -217,16 +224,3 @@ def _search(comparison: Comparison, importances: Mapping[str, float]) -> str:
     what = "network, its strategy" if comparison.about_networks else "strategy"
     about = f"One line per run: its {what}, its settings, and its accuracy on the right."
     return section("The search", about, *parts)
-
-
-def _line_styles(comparison: Comparison) -> str:
-    """Which line is which network and strategy, as HTML."""
-    if not comparison.about_networks:
-        return ""
-    groups = by_group(comparison.compared)
-    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g.strategy)) for g in groups}
-    networks = {g.model: marked(g.model, mark_of(g).character) for g in groups}
-    return (
-        f". The colour is the strategy ({', '.join(strategies.values())}), the symbol and the "
-        f"dashes are the network ({', '.join(networks.values())})"
-    )

@@ -155,14 +155,17 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
             marker={"size": 8, "symbol": mark_of(group).symbol},
         )
         traces += [trace] if found else []
+    height = 270
     if continuous:
         xaxis = log_axis(title(name), values[0], values[-1])
     else:
         names = [shown(name, value) for value in values]
+        if sum(map(len, names)) > 40:  # they are upright on a narrow screen
+            height += 6 * max(map(len, names))
         order = {"categoryorder": "array", "categoryarray": names}
         xaxis = axis(title(name), type="category", **order)
     means = axis("mean accuracy, %")
-    return figure(traces, 270, xaxis=xaxis, yaxis=means, showlegend=False, margin=PLAIN_MARGIN)
+    return figure(traces, height, xaxis=xaxis, yaxis=means, showlegend=False, margin=PLAIN_MARGIN)
 
 
 def importance_bars(importances: Mapping[str, float]) -> Figure:

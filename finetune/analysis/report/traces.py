@@ -4,7 +4,7 @@ The page adds the colours of its light or dark theme.
 """
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from finetune.config.strategies import STRATEGIES
@@ -79,16 +79,3 @@ def bars(x: Sequence[float | None], y: Sequence[str], hover: str, **options: Any
     """Horizontal bars."""
     shown = {"hovertemplate": f"{hover}<extra></extra>", "marker": {"color": PALETTE[0]}}
     return {"type": "bar", "orientation": "h", "x": x, "y": y, **shown, **options}
-
-
-def legend(groups: Iterable[Group]) -> list[Trace]:
-    """Entries of the legend for the colours and symbols of several networks' groups."""
-    named = [group for group in sorted(groups) if group.model]
-    colours = {group.strategy: colour_of(group.strategy) for group in named}
-    symbols = {group.model: mark_of(group).symbol for group in named}
-    markers = {name: {"color": colour} for name, colour in colours.items()}
-    markers |= {name: {"color": GREY, "symbol": symbol} for name, symbol in symbols.items()}
-    return [
-        scatter("markers", name, [None], [None], legendgroup=name, marker=marker)
-        for name, marker in markers.items()
-    ]
