@@ -66,15 +66,22 @@ def _defaults(strategy: str, lr_schedule: str | None) -> dict[str, Any]:
 def varied_fields(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """The searched fields that differ between runs, each with its values in order.
 
-    The strategy is left out, and so is a field that differs only by the strategies' defaults. None,
-    the value of a field that the strategy ignores, is not listed.
+    The strategy is left out, and so is a field that differs only by the strategies' defaults, or
+    weights that differ only because each network has its own. None, the value of a field that the
+    strategy ignores, is not listed.
     """
     varied = {}
     for name in fields_with_role("searched"):
-        found = [(v, _default(run, name)) for run in runs if (v := value_of(run, name)) is not None]
-        chosen = {"default" if value == default else value for value, default in found}
-        if name != "strategy" and len(chosen) > 1:
-            varied[name] = in_order(name, {value for value, _ in found})
+        chosen: dict[str, set[Any]] = defaultdict(set)
+        values = set()
+        for run in runs:
+            if (value := value_of(run, name)) is not None:
+                is_default = value == _default(run, name)
+                compared_with = run.group.model if name == "weights" else ""
+                chosen[compared_with].add("default" if is_default else value)
+                values.add(value)
+        if name != "strategy" and any(len(found) > 1 for found in chosen.values()):
+            varied[name] = in_order(name, values)
     return varied
 
 

@@ -201,8 +201,10 @@ def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[st
 
 def _inequalities(runs: Sequence[RunRecord]) -> list[str]:
     """What differs between compared runs besides their settings and may change their accuracy."""
-    weights = [run.finished_result.weights_fingerprint for run in runs]
-    counts = {"weights": Counter(filter(None, weights))}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in runs:
+        if fingerprint := run.finished_result.weights_fingerprint:
+            counts[f"weights of {run.group.model}".removesuffix(" of ")][fingerprint] += 1
     for name in _CHANGES_NUMBERS:
         recorded = [run.config[name] for run in runs if name in run.config]
         counts[name] = Counter(shown(name, value) for value in recorded)

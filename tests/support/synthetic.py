@@ -202,6 +202,7 @@ def write_networks(
     for model, more in networks.items():
         for strategy, accuracy in ACCURACY.items():
             fields = {"model": model, "strategy": strategy, **changed}
+            fields |= {"fingerprints": ("data-0", "split-0", f"{model}'s weights")}
             begin = f"{model}-{strategy}"
             for rate, loss in ((0.01, 0.0), (0.001, 0.03)):
                 write_run(runs_dir, f"{begin}-{rate}", accuracy + more - loss, learning_rate=rate, **fields)  # noqa: E501  # fmt: skip
