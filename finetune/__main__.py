@@ -139,7 +139,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "confirm": (
-        "repeat the best setting of each strategy (of each network) with fresh seeds, equally often",
+        "repeat each strategy's best setting (per network) with fresh seeds, equally often",
         "finetune.sweep.confirmation:confirm",
         _runs_dir("contains finished runs"),
         _count("--seeds", "fresh seeds per setting (default: 5)", dest="num_seeds", default=5),

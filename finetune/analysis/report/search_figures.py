@@ -82,6 +82,14 @@ def _accuracy_axis(finished: Sequence[RunRecord]) -> _Axis:
     return _Axis("accuracy", lambda run: (run.accuracy - low) / (span or 1), ticks)
 
 
+def _axes(finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]) -> list[_Axis]:
+    strategies = in_order("strategy", {run.strategy for run in finished})
+    models = {name: values for name, values in varied.items() if name == "model"}
+    fields = {**models, "strategy": strategies, **varied}
+    axes = [_field_axis(name, values, finished) for name, values in fields.items()]
+    return [*axes, _accuracy_axis(finished)]
+
+
 def parallel_coordinates(
     finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]
 ) -> Figure:
@@ -89,11 +97,7 @@ def parallel_coordinates(
 
     The lines are SVG: plotly's own parallel coordinates need WebGL, which not every browser has.
     """
-    strategies = in_order("strategy", {run.strategy for run in finished})
-    models = {name: values for name, values in varied.items() if name == "model"}
-    fields = {**models, "strategy": strategies, **varied}
-    axes = [_field_axis(name, values, finished) for name, values in fields.items()]
-    axes.append(_accuracy_axis(finished))
+    axes = _axes(finished, varied)
     rng = np.random.default_rng(0)
     traces = []
     explained: set[str] = set()
