@@ -139,10 +139,10 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "confirm": (
-        "repeat the best setting of each strategy with fresh seeds, equally often",
+        "repeat each strategy's best setting (per network) with fresh seeds, equally often",
         "finetune.sweep.confirmation:confirm",
         _runs_dir("contains finished runs"),
-        _count("--seeds", "fresh seeds per strategy (default: 5)", dest="num_seeds", default=5),
+        _count("--seeds", "fresh seeds per setting (default: 5)", dest="num_seeds", default=5),
         _WORKERS,
         _storage("as for sweep (default: RUNS_DIR/confirm/NAME.db)"),
     ),

@@ -1,4 +1,7 @@
-"""Each strategy's best setting, its accuracy, and reasons for which the accuracy may be too low."""
+"""Each group's best setting, its accuracy, and reasons for which the accuracy may be too low.
+
+A group is a strategy, or a network with a strategy.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +14,10 @@ import numpy as np
 
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.statistics import MIN_SEEDS
-from finetune.config.field_tables import fields_with_role, in_order
-from finetune.config.fields import RunConfig
+from finetune.config.field_tables import fields_with_role, in_order, shown, title
+from finetune.config.fields import NAMED_FIELDS, RunConfig
 from finetune.config.strategies import STRATEGIES
-from finetune.runs.settings import best_setting, setting_of
+from finetune.runs.settings import Group, best_setting, setting_of
 
 FITTED_TRAIN_ACC = 0.9
 """Training accuracy below which a strategy has not fitted the training pictures."""
@@ -32,18 +35,26 @@ def by_setting(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
     return dict(groups)
 
 
-def by_strategy(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    """The runs of each strategy, in the order of the table of strategies."""
-    groups: dict[str, list[RunRecord]] = {name: [] for name in STRATEGIES}
+def by_group(runs: Iterable[RunRecord]) -> dict[Group, list[RunRecord]]:
+    """The runs of each group, in the order of the tables of networks and strategies."""
+    groups: dict[Group, list[RunRecord]] = defaultdict(list)
     for run in runs:
-        groups.setdefault(run.strategy, []).append(run)
-    return {name: found for name, found in groups.items() if found}
+        groups[run.group].append(run)
+    return {group: groups[group] for group in sorted(groups)}
 
 
 def value_of(run: RunRecord, field: str) -> Any:
     """The value of a field; of a path only the last part, which does not depend on the machine."""
     value = run.config.get(field)
     return PurePath(value).name if isinstance(value, str) and "/" in value else value
+
+
+def _default(run: RunRecord, field: str) -> Any:
+    """What the field is if it is not given."""
+    if field == "unfreeze_from":  # the network itself may not be known here
+        entry = STRATEGIES[run.strategy]
+        return entry.deepest(run.parts) if run.parts else value_of(run, field)
+    return _defaults(run.strategy, run.config.get("lr_schedule"))[field]
 
 
 @cache
@@ -55,25 +66,41 @@ def _defaults(strategy: str, lr_schedule: str | None) -> dict[str, Any]:
 def varied_fields(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """The searched fields that differ between runs, each with its values in order.
 
-    The strategy is left out, and so is a field that differs only by the strategies' defaults. None,
-    the value of a field that the strategy ignores, is not listed.
+    The strategy is left out, and so is a field that differs only by the strategies' defaults, or
+    weights that differ only because each network has its own. None, the value of a field that the
+    strategy ignores, is not listed.
     """
     varied = {}
-    defaults = [_defaults(run.strategy, run.config.get("lr_schedule")) for run in runs]
     for name in fields_with_role("searched"):
-        values = [value_of(run, name) for run in runs]
-        pairs = zip(values, defaults, strict=True)
-        chosen = {"default" if v == default[name] else v for v, default in pairs if v is not None}
-        if name != "strategy" and len(chosen) > 1:
-            varied[name] = in_order(name, {value for value in values if value is not None})
+        chosen: dict[str, set[Any]] = defaultdict(set)
+        values = set()
+        for run in runs:
+            if (value := value_of(run, name)) is not None:
+                is_default = value == _default(run, name)
+                compared_with = run.group.model if name == "weights" else ""
+                chosen[compared_with].add("default" if is_default else value)
+                values.add(value)
+        if name != "strategy" and any(len(found) > 1 for found in chosen.values()):
+            varied[name] = in_order(name, values)
     return varied
+
+
+def full_name(run: RunRecord, varied: Iterable[str]) -> str:
+    """The run's name, with its network if there are several, and with the values of the varied
+    fields that a name doesn't have."""
+    others = {name: value_of(run, name) for name in varied if name not in NAMED_FIELDS}
+    if f"from-{others.get('unfreeze_from')}" in run.name:
+        del others["unfreeze_from"]
+    values = [f"{title(name)} {shown(name, v)}" for name, v in others.items() if v is not None]
+    needs_model = not run.name.startswith(run.group.model)
+    return ", ".join([f"{run.group.model}-{run.name}" if needs_model else run.name, *values])
 
 
 @dataclass(frozen=True, eq=False)
 class StrategySummary:
-    """One strategy: the runs of its best setting, and what limits a statement about it."""
+    """One group: the runs of its best setting, and what limits a statement about it."""
 
-    strategy: str
+    group: Group
     runs: tuple[RunRecord, ...]
     """All its runs, also those that did not finish; without finished runs on other pictures."""
     chosen: tuple[RunRecord, ...]
@@ -83,7 +110,11 @@ class StrategySummary:
     """Whether `chosen` are runs with at least `MIN_SEEDS` seeds that were not used to choose the
     setting."""
     caveats: tuple[str, ...] = ()
-    """Reasons for which the strategy may not have had a fair chance."""
+    """Reasons for which the group may not have had a fair chance."""
+
+    @property
+    def strategy(self) -> str:
+        return self.group.strategy
 
     @property
     def best(self) -> RunRecord:
@@ -114,24 +145,24 @@ class StrategySummary:
 
     @property
     def limitation(self) -> str:
-        """What a statement that this strategy is worse is limited to, if it has caveats."""
+        """What a statement that this group is worse is limited to, if it has caveats."""
         return f" within {self.best.config['epochs']} epochs" if self.caveats else ""
 
 
 def summarize_strategies(
     comparable: Sequence[RunRecord], runs: Sequence[RunRecord], best_runs_only: bool = False
 ) -> list[StrategySummary]:
-    """A summary of each strategy with comparable runs, the most accurate first.
+    """A summary of each group with comparable runs, the most accurate first.
 
     With `best_runs_only`, fresh seeds don't count.
     """
     compared = set(comparable)
-    kept = by_strategy(run for run in runs if run.result is None or run in compared)
-    summaries = [_summary(s, tuple(kept[s]), best_runs_only) for s in by_strategy(comparable)]
+    kept = by_group(run for run in runs if run.result is None or run in compared)
+    summaries = [_summary(g, tuple(kept[g]), best_runs_only) for g in by_group(comparable)]
     return sorted(summaries, key=lambda summary: -summary.accuracy)
 
 
-def _summary(strategy: str, runs: tuple[RunRecord, ...], best_run_only: bool) -> StrategySummary:
+def _summary(group: Group, runs: tuple[RunRecord, ...], best_run_only: bool) -> StrategySummary:
     """If several settings are confirmed, the best one in the search is chosen."""
     finished = [run for run in runs if run.result is not None]
     confirmed = _confirmed_settings(finished)
@@ -141,12 +172,12 @@ def _summary(strategy: str, runs: tuple[RunRecord, ...], best_run_only: bool) ->
     candidates = [s for s in confirmed if s in searched or len(confirmed) == 1]
     if candidates and not best_run_only:
         setting = _best({s: searched.get(s, confirmed[s]) for s in candidates})
-        summary = StrategySummary(strategy, runs, confirmed[setting], fresh=True)
+        summary = StrategySummary(group, runs, confirmed[setting], fresh=True)
     else:
-        groups = by_setting(finished)
-        setting = _best(searched or groups)
-        best = max(groups[setting], key=lambda run: run.accuracy)
-        summary = StrategySummary(strategy, runs, (best,), fresh=False)
+        settings = by_setting(finished)
+        setting = _best(searched or settings)
+        best = max(settings[setting], key=lambda run: run.accuracy)
+        summary = StrategySummary(group, runs, (best,), fresh=False)
     caveats = _caveats(summary)
     if summary.fresh and setting in searched and _best(searched) != setting:
         caveats.append("another setting was better in the search but has no fresh seeds")
@@ -160,8 +191,8 @@ def _best(groups: Mapping[str, Sequence[RunRecord]]) -> str:
 def _confirmed_settings(finished: Sequence[RunRecord]) -> dict[str, tuple[RunRecord, ...]]:
     """The settings with enough fresh seeds, each with one run per seed.
 
-    A run is fresh if it can't have helped to choose its setting: no other setting of the strategy
-    was run with its seed, nor in its sweep.
+    A run is fresh if it can't have helped to choose its setting: no other setting of the group was
+    run with its seed, nor in its sweep.
     """
     settings: dict[tuple[str, object], set[str]] = defaultdict(set)
     for run in finished:

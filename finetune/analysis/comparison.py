@@ -1,19 +1,32 @@
-"""Compares the strategies: accuracies, differences with intervals, warnings, and a conclusion."""
+"""Compares the groups: accuracies, differences with intervals, warnings, and a conclusion.
+
+A group is a strategy, or a network with a strategy.
+"""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from finetune.analysis import statistics
-from finetune.analysis.by_strategy import StrategySummary, summarize_strategies
+from finetune.analysis.by_strategy import (
+    StrategySummary,
+    full_name,
+    summarize_strategies,
+    varied_fields,
+)
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.statistics import MIN_SEEDS, Corrected, Difference
 from finetune.config.field_tables import shown
 from finetune.system.text import listed
 
 CONFIRM = "python -m finetune confirm RUNS_DIR"
+MAX_PAIRS = 12
+"""The most differences that are shown at once; of more only those from the most accurate group."""
+_MAX_NAMED = 4
+"""The most groups that the conclusion names as equal or worse."""
 _CHANGES_NUMBERS = ("accelerator", "precision", "cache_format")
 """Fields of the environment that can change a run's accuracy."""
 
@@ -23,14 +36,16 @@ class Comparison:
     """What the page and the terminal show."""
 
     summaries: tuple[StrategySummary, ...]
-    """The most accurate strategy first."""
+    """The most accurate group first."""
     differences: tuple[Difference, ...]
     about_strategies: bool
-    """Whether `differences` are about strategies, over seeds, or only about single models."""
+    """Whether `differences` are about groups, over seeds, or only about single models."""
     corrected: Corrected | None
     """None for a single candidate."""
     num_candidates: int
     warnings: tuple[str, ...]
+    varied: Mapping[str, Sequence[Any]]
+    """The searched fields that differ between the compared runs, with their values."""
     compared: tuple[RunRecord, ...]
     excluded: tuple[RunRecord, ...]
     """Runs that did not finish, or can't be compared with the others."""
@@ -40,14 +55,37 @@ class Comparison:
         return self.summaries[0].best if self.summaries else None
 
     @property
+    def about_networks(self) -> bool:
+        """Whether the groups are networks with strategies."""
+        return bool(self.summaries and self.summaries[0].group.model)
+
+    @property
+    def subject(self) -> str:
+        """What is compared."""
+        return "networks and strategies" if self.about_networks else "strategies"
+
+    @property
+    def group_title(self) -> str:
+        """The head of a column of groups."""
+        return "network, strategy" if self.about_networks else "strategy"
+
+    @property
+    def main_differences(self) -> tuple[Difference, ...]:
+        """All differences, or those from the most accurate group if there are too many."""
+        if len(self.differences) <= MAX_PAIRS:
+            return self.differences
+        return tuple(d for d in self.differences if d.first == str(self.summaries[0].group))
+
+    @property
     def advice(self) -> str:
-        """What a comparison of the strategies still needs; empty if nothing."""
+        """What a comparison of the groups still needs; empty if nothing."""
         if self.about_strategies or len(self.summaries) < 2:
             return ""
+        each = "network with each strategy" if self.about_networks else "strategy"
         return (
-            "This compares these models, not the strategies: with other seeds the order could "
-            f"change. A comparison of strategies needs at least {MIN_SEEDS} fresh seeds of each "
-            f"strategy's best setting: {CONFIRM}"
+            f"This compares these models, not the {self.subject}: with other seeds the order could "
+            f"change. A comparison of {self.subject} needs at least {MIN_SEEDS} fresh seeds of "
+            f"each {each}'s best setting: {CONFIRM}"
         )
 
     @property
@@ -58,11 +96,11 @@ class Comparison:
         leader, *rivals = self.summaries
         best = f"{leader.best.name} at {percent(leader.best.accuracy)}"
         if not rivals:
-            return f"Only {leader.strategy} has finished runs; its best model is {best}."
-        differences = {d.second: d for d in self.differences if d.first == leader.strategy}
-        compared = [rival for rival in rivals if rival.strategy in differences]
-        similar = [rival for rival in compared if not differences[rival.strategy].significant]
-        worse = {s: differences[s.strategy] for s in compared if s not in similar}
+            return f"Only {leader.group.in_words} has finished runs; its best model is {best}."
+        differences = {d.second: d for d in self.differences if d.first == str(leader.group)}
+        compared = [rival for rival in rivals if str(rival.group) in differences]
+        similar = [rival for rival in compared if not differences[str(rival.group)].significant]
+        worse = {s: differences[str(s.group)] for s in compared if s not in similar}
         if self.about_strategies:
             return _verdict(leader, worse, similar)
         highest = max(run.accuracy for run in self.compared)
@@ -72,36 +110,42 @@ class Comparison:
             corrected = percent(self.corrected.accuracy)
             text += f" ({corrected} corrected for selection from {self.num_candidates} runs)"
         if not worse:
-            return f"{text}; no significant difference from the other strategies' best models."
+            others = "others'" if self.about_networks else "other strategies'"
+            return f"{text}; no significant difference from the {others} best models."
         limitation = max([rival.limitation for rival in worse], key=len)
-        text += f"; it beats the best model of {listed([s.strategy for s in worse])}{limitation}"
+        text += f"; it beats the best model of {_names(worse)}{limitation}"
         if similar:
-            names = listed([rival.strategy for rival in similar])
-            text += f", with no significant difference from {names}"
+            text += f", with no significant difference from {_names(similar)}"
         return f"{text}."
 
 
 def compare(runs: Sequence[RunRecord]) -> Comparison:
-    """Compares strategies if two or more have enough fresh seeds, else the best model of each."""
+    """Compares groups if two or more have enough fresh seeds, else the best model of each.
+
+    In the comparison the runs have their full names.
+    """
     comparable, warnings = _comparable([run for run in runs if run.result is not None])
+    varied = varied_fields(comparable)
+    named = {run: _named_fully(run, varied) for run in runs}
+    runs, comparable = [*named.values()], [named[run] for run in comparable]
     summaries = summarize_strategies(comparable, runs)
     confirmed = [summary for summary in summaries if summary.fresh]
     about_strategies = len(confirmed) > 1
     if about_strategies:
         if unconfirmed := [summary for summary in summaries if not summary.fresh]:
             warnings.append(
-                f"{', '.join(s.strategy for s in unconfirmed)}: fewer than {MIN_SEEDS} fresh "
+                f"{', '.join(str(s.group) for s in unconfirmed)}: fewer than {MIN_SEEDS} fresh "
                 "seeds of one setting, so not part of the comparison"
             )
         summaries = [*confirmed, *unconfirmed]
-        candidates = [(run, s.strategy) for s in confirmed for run in s.chosen]
-        groups = {s.strategy: np.stack([run.correct for run in s.chosen]) for s in confirmed}
+        candidates = [(run, str(s.group)) for s in confirmed for run in s.chosen]
+        groups = {str(s.group): np.stack([run.correct for run in s.chosen]) for s in confirmed}
         differences = statistics.group_differences(groups)
     else:
         if len(summaries) > 1:  # the mean of several seeds is not comparable with a best run
             summaries = summarize_strategies(comparable, runs, best_runs_only=True)
         candidates = [(run, "") for run in comparable]
-        models = {summary.strategy: summary.best.correct for summary in summaries}
+        models = {str(summary.group): summary.best.correct for summary in summaries}
         differences = statistics.model_differences(models)
     compared = set(comparable)
     return Comparison(
@@ -111,9 +155,16 @@ def compare(runs: Sequence[RunRecord]) -> Comparison:
         corrected=_corrected(candidates),
         num_candidates=len(candidates),
         warnings=tuple(warnings),
+        varied=varied,
         compared=tuple(comparable),
         excluded=tuple(run for run in runs if run not in compared),
     )
+
+
+def _named_fully(run: RunRecord, varied: Mapping[str, Sequence[Any]]) -> RunRecord:
+    if not run.config:
+        return run
+    return replace(run, config={**run.config, "name": full_name(run, varied)})
 
 
 def _corrected(candidates: Sequence[tuple[RunRecord, str]]) -> Corrected | None:
@@ -150,8 +201,10 @@ def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[st
 
 def _inequalities(runs: Sequence[RunRecord]) -> list[str]:
     """What differs between compared runs besides their settings and may change their accuracy."""
-    weights = [run.finished_result.weights_fingerprint for run in runs]
-    counts = {"weights": Counter(filter(None, weights))}
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in runs:
+        if fingerprint := run.finished_result.weights_fingerprint:
+            counts[f"weights of {run.group.model}".removesuffix(" of ")][fingerprint] += 1
     for name in _CHANGES_NUMBERS:
         recorded = [run.config[name] for run in runs if name in run.config]
         counts[name] = Counter(shown(name, value) for value in recorded)
@@ -172,6 +225,10 @@ def _named(runs: Sequence[RunRecord]) -> str:
     return f"{num_runs(len(runs))} ({names}{', …' * (len(runs) > 3)})"
 
 
+def _names(summaries: Iterable[StrategySummary]) -> str:
+    return listed([summary.group.in_words for summary in summaries], at_most=_MAX_NAMED)
+
+
 def percent(accuracy: float) -> str:
     return f"{100 * accuracy:.1f} %"
 
@@ -189,17 +246,34 @@ def _verdict(
     worse: Mapping[StrategySummary, Difference],
     similar: Sequence[StrategySummary],
 ) -> str:
-    accuracy, seeds = percent(leader.accuracy), len(leader.chosen)
-    opening = f"{leader.strategy} wins with {accuracy}, the mean of {seeds} fresh seeds"
     if similar:
         seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
-        others = listed([f"{s.strategy} ({percent(s.accuracy)})" for s in similar])
-        opening = (
-            f"No significant difference between {leader.strategy} ({accuracy}) and {others} over "
-            f"{seeds} fresh seeds"
-        )
+        opening = f"{_tie([leader, *similar])} over {seeds} fresh seeds"
+    else:
+        won = "is best: " if leader.group.model else "wins with "
+        mean = f"{percent(leader.accuracy)}, the mean of {len(leader.chosen)} fresh seeds"
+        opening = f"{leader.group.in_words} {won}{mean}"
     losses = [
-        f"; {rival.strategy} is {points(abs(difference.estimate))} points worse{rival.limitation}"
+        f"{rival.group.in_words} is {points(abs(difference.estimate))} points "
+        f"worse{rival.limitation}"
         for rival, difference in worse.items()
     ]
-    return f"{opening}{''.join(losses)}."
+    if len(losses) > _MAX_NAMED:
+        rest = {s: abs(d.estimate) for s, d in [*worse.items()][1:]}
+        span = f"{points(min(rest.values()))} to {points(max(rest.values()))}"
+        limitation = max([rival.limitation for rival in rest], key=len)
+        losses[1:] = [f"the other {len(rest)} are {span} points worse{limitation}"]
+    return f"{'; '.join([opening, *losses])}."
+
+
+def _tie(best: Sequence[StrategySummary]) -> str:
+    """Groups without a significant difference, and the network or the strategy that all have."""
+    groups = [summary.group for summary in best]
+    shared, names = "", [group.in_words for group in groups]
+    if len({group.model for group in groups}) == 1 and groups[0].model:
+        shared, names = groups[0].model, [group.strategy for group in groups]
+    elif len({group.strategy for group in groups}) == 1:
+        shared, names = groups[0].strategy, [group.model for group in groups]
+    first, *others = [f"{n} ({percent(s.accuracy)})" for n, s in zip(names, best, strict=True)]
+    tie = f"o significant difference between {first} and {listed(others, _MAX_NAMED)}"
+    return f"{shared} is best, with n{tie}" if shared else f"N{tie}"

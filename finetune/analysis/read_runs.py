@@ -1,7 +1,7 @@
 """Reads the runs in a folder, finished or not."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 from finetune.analysis.statistics import Correct
 from finetune.config.fields import RunConfig
 from finetune.runs.predictions import confusion_counts, macro_f1
-from finetune.runs.result import Row, RunResult, read_failure
+from finetune.runs.result import RATE, Row, RunResult, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
-from finetune.runs.settings import setting_of
+from finetune.runs.settings import UNGROUPED, Group, groups_of, setting_of
 from finetune.system.errors import FinetuneError, RunDirError
 from finetune.system.files import walk
 
@@ -35,6 +35,8 @@ class RunRecord:
     """The classes of the validation pictures; empty without predictions.npz."""
     correct: Correct = field(default_factory=lambda: np.empty(0, bool))
     """Whether each validation picture was classified correctly at the best epoch."""
+    group: Group = UNGROUPED
+    """That of the run among those that were read with it."""
 
     @property
     def run_id(self) -> str:
@@ -47,6 +49,12 @@ class RunRecord:
     @property
     def strategy(self) -> str:
         return str(self.config.get("strategy"))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the network, from input to output; nothing before the first epoch's end."""
+        rates = [name for row in self.rows[:1] for name in row if name.startswith(RATE)]
+        return tuple(name.removeprefix(RATE) for name in rates)
 
     @property
     def diverged(self) -> bool:
@@ -98,7 +106,9 @@ def read_runs(runs_dir: Path) -> list[RunRecord]:
             f"{runs_dir} holds no run directories (folders with a config.yaml, at any depth); "
             "pass the folder of the runs (--out)"
         )
-    return runs
+    readable = [run for run in runs if run.config]
+    groups = dict(zip(readable, groups_of([run.config for run in readable]), strict=True))
+    return [replace(run, group=groups.get(run, run.group)) for run in runs]
 
 
 def _read(run_dir: RunDir) -> RunRecord:
@@ -120,6 +130,8 @@ def _read(run_dir: RunDir) -> RunRecord:
 def _read_finished(run_dir: RunDir) -> RunRecord:
     result = RunResult.load(run_dir.path)
     known = {k: v for k, v in result.config.items() if k in RunConfig.model_fields}
+    if "model" in known:  # it may be registered elsewhere only
+        known = {k: v for k, v in known.items() if k not in ("model", "unfreeze_from")}
     config = RunConfig.from_fields(known)  # raises for values that are not allowed
     predictions: dict[str, Any] = {}
     if run_dir.predictions_path.exists():

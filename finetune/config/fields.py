@@ -32,6 +32,9 @@ from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
 from finetune.system.text import brief, nearest
 
+NAMED_FIELDS = ("model", "strategy", "learning_rate", "batch_size", "data_aug")
+"""The fields whose values a run's default name has, besides `unfreeze_from` where it is given."""
+
 
 class RunConfig(BaseModel):
     """Everything that a run depends on.

@@ -1,12 +1,14 @@
-"""Which runs repeat the same setting, and which setting of several is the best."""
+"""Which runs are compared as one group, which repeat a setting, and which setting is the best."""
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from finetune.config.field_tables import fields_with_role
+from finetune.config.backbones import DEFAULT_MODEL
+from finetune.config.field_tables import fields_with_role, in_order
 from finetune.config.fields import RunConfig
 from finetune.runs.result import RunResult
 from finetune.system.errors import ConfigError
@@ -14,6 +16,44 @@ from finetune.system.errors import ConfigError
 _SEARCHED = fields_with_role("searched")
 _ACCURACY_DIGITS = 9
 """Sums of the same accuracies in another order may differ in their last bit."""
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """What runs are compared by: their strategy, and their network if there are several networks.
+
+    Groups sort as the tables of networks and strategies list them.
+    """
+
+    model_number: int = 0
+    """The place of the network among those that the runs have."""
+    strategy_number: int = 0
+    model: str = ""
+    """Empty if all runs have the same network."""
+    strategy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.strategy}".strip()
+
+    @property
+    def in_words(self) -> str:
+        """As a sentence names it, such as `resnet50 with partial`."""
+        return f"{self.model} with {self.strategy}" if self.model else self.strategy
+
+
+UNGROUPED = Group()
+"""Of a run whose config can't be read."""
+
+
+def groups_of(configs: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """The group of each of the runs with these configs."""
+    pairs = [(str(c.get("model") or DEFAULT_MODEL), str(c.get("strategy"))) for c in configs]
+    models = in_order("model", {model for model, _ in pairs})
+    strategies = in_order("strategy", {strategy for _, strategy in pairs})
+    return [
+        Group(models.index(m), strategies.index(s), m if len(models) > 1 else "", s)
+        for m, s in pairs
+    ]
 
 
 def setting_of(config: Mapping[str, Any], weights_fingerprint: str | None = None) -> str:
@@ -31,6 +71,15 @@ def setting_of(config: Mapping[str, Any], weights_fingerprint: str | None = None
     if weights_fingerprint is not None:
         searched["weights"] = weights_fingerprint
     return json.dumps(searched, sort_keys=True, default=str)
+
+
+def results_by_group(results: Sequence[RunResult]) -> dict[Group, list[RunResult]]:
+    """The results of each group, in the order of the groups."""
+    groups = groups_of([{**result.config, "strategy": result.strategy} for result in results])
+    found: dict[Group, list[RunResult]] = {group: [] for group in sorted(set(groups))}
+    for result, group in zip(results, groups, strict=True):
+        found[group].append(result)
+    return found
 
 
 def results_by_setting(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:

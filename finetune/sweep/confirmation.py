@@ -1,6 +1,7 @@
-"""Repeats each strategy's best setting with fresh seeds: `python -m finetune confirm RUNS_DIR`.
+"""Repeats the best settings with fresh seeds: `python -m finetune confirm RUNS_DIR`.
 
-The best of many runs overestimates its setting; runs with fresh seeds don't.
+They are those of each strategy, or of each network with each strategy. The best of many runs
+overestimates its setting; runs with fresh seeds don't.
 """
 
 import hashlib
@@ -16,7 +17,13 @@ from rich.table import Column, Table
 
 from finetune.config.field_tables import fields_with_role
 from finetune.runs.result import RunResult
-from finetune.runs.settings import best_setting, results_by_setting
+from finetune.runs.settings import (
+    Group,
+    best_setting,
+    groups_of,
+    results_by_group,
+    results_by_setting,
+)
 from finetune.sweep.runner import conclude, run_sweep
 from finetune.sweep.spec import Sweep
 from finetune.sweep.table import open_console
@@ -34,14 +41,16 @@ _NO_SETTING_IN_0_1_0 = ("seed", "out", "name", "group", "cache_gb")
 def confirm(
     runs_dir: Path, num_seeds: int = 5, workers: int | None = None, storage: str | None = None
 ) -> int:
-    """Repeat each strategy's best setting and print its accuracies; returns the exit code.
+    """Repeat each group's best setting and print its accuracies; returns the exit code.
 
     The runs go to RUNS_DIR/confirm. The same call resumes them; a larger `num_seeds` adds runs.
     Raises `ConfigError` and what `run_sweep` raises.
     """
     sweep, console = confirmation(runs_dir, num_seeds), open_console()
-    num_strategies = len(sweep.source["settings"])
-    console.print(f"{num_strategies} strategies, {num_seeds} fresh seeds each: {sweep.out_dir}")
+    settings = sweep.source["settings"].values()
+    several = len({setting.get("model") for setting in settings}) > 1
+    what = "pairs of network and strategy" if several else "strategies"
+    console.print(f"{len(settings)} {what}, {num_seeds} fresh seeds each: {sweep.out_dir}")
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
     code = conclude(outcomes, sweep.metric.name, console)
     console.print(spread_table(outcomes))
@@ -60,8 +69,8 @@ def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
     best, described = _best_of_0_1_0(results)
     if not any(out_dir.glob(f"{_name(described)}*")):  # the database, or runs
         best = _best_runs(results)
-        described = {strategy: _setting(runs) for strategy, runs in best.items()}
-    settings = [_setting(runs) for runs in best.values()]
+        described = {str(group): _setting(group, runs) for group, runs in best.items()}
+    settings = [_setting(group, runs) for group, runs in best.items()]
     name = _name(described)
     first_seed = _first_seed(runs_dir, name)
     seeds = [(first_seed + i) % 2**32 for i in range(num_seeds)]
@@ -113,18 +122,18 @@ def _results(runs_dir: Path) -> list[RunResult]:
     return results
 
 
-def _best_runs(results: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """The results of each strategy's best setting, by strategy."""
+def _best_runs(results: Sequence[RunResult]) -> dict[Group, list[RunResult]]:
+    """The results of each group's best setting, by group."""
     best = {}
-    for strategy in sorted({result.strategy for result in results}):
-        settings = results_by_setting(r for r in results if r.strategy == strategy)
-        best[strategy] = settings[best_setting(settings)]
+    for group, members in results_by_group(results).items():
+        settings = results_by_setting(members)
+        best[group] = settings[best_setting(settings)]
     return best
 
 
 def _best_of_0_1_0(
     results: Iterable[RunResult],
-) -> tuple[dict[str, list[RunResult]], dict[str, Any]]:
+) -> tuple[dict[Group, list[RunResult]], dict[str, Any]]:
     """What version 0.1.0 repeated of each strategy: its runs, and the fields that it stored.
 
     Its setting had paths and the device too, and equal accuracies were decided by the fields' text.
@@ -140,13 +149,13 @@ def _best_of_0_1_0(
 
     # Of each strategy's settings the best one comes last.
     ranked = {strategy: (strategy, text) for strategy, text in sorted(groups, key=rank)[::-1]}
-    best = {strategy: groups[ranked[strategy]] for strategy in sorted(ranked)}
+    best = {Group(strategy=name): groups[ranked[name]] for name in sorted(ranked)}
     return best, {strategy: json.loads(text) for strategy, text in ranked.values()}
 
 
-def _setting(runs: Sequence[RunResult]) -> dict[str, Any]:
+def _setting(group: Group, runs: Sequence[RunResult]) -> dict[str, Any]:
     """The searched fields of runs with the same setting."""
-    config = runs[0].config
+    config = runs[0].config | ({"model": group.model} if group.model else {})
     setting = {name: config[name] for name in _SEARCHED if config.get(name) is not None}
     if "weights" in setting and setting["weights"] != "imagenet":
         setting["weights"] = _existing(run.config["weights"] for run in runs)
@@ -169,20 +178,23 @@ def _existing(paths: Iterable[str]) -> str:
 
 
 def spread_table(outcomes: Iterable[TrialResult]) -> Table:
-    """Each strategy's best_val_acc and mean macro F1 over its seeds, the best mean first."""
-    found: dict[str, list[float]] = defaultdict(list)
-    scores: dict[str, list[float]] = defaultdict(list)
-    for outcome in outcomes:
+    """Each group's best_val_acc and mean macro F1 over its seeds, the best mean first."""
+    all_trials = list(outcomes)
+    groups = groups_of([{**trial.setting, "strategy": trial.strategy} for trial in all_trials])
+    found: dict[Group, list[float]] = defaultdict(list)
+    scores: dict[Group, list[float]] = defaultdict(list)
+    for outcome, group in zip(all_trials, groups, strict=True):
         if outcome.state == "finished" and outcome.best_val_acc is not None:
-            found[outcome.strategy].append(outcome.best_val_acc)
+            found[group].append(outcome.best_val_acc)
             if outcome.best_val_macro_f1 is not None:
-                scores[outcome.strategy].append(outcome.best_val_macro_f1)
+                scores[group].append(outcome.best_val_macro_f1)
     headings = ("seeds", "mean", "standard deviation", "lowest", "highest", "macro F1")
     columns = [Column(heading, justify="right") for heading in headings]
-    table = Table("strategy", *columns, box=None, pad_edge=False)
-    for strategy, values in sorted(found.items(), key=lambda item: -mean(item[1])):
+    title = "network, strategy" if any(group.model for group in groups) else "strategy"
+    table = Table(title, *columns, box=None, pad_edge=False)
+    for group, values in sorted(found.items(), key=lambda item: -mean(item[1])):
         spread = f"{stdev(values):.4f}" if len(values) > 1 else "-"
         low, middle, high = (f"{n:.4f}" for n in (min(values), mean(values), max(values)))
-        macro_f1 = f"{mean(scores[strategy]):.4f}" if scores[strategy] else "-"
-        table.add_row(strategy, str(len(values)), middle, spread, low, high, macro_f1)
+        macro_f1 = f"{mean(scores[group]):.4f}" if scores[group] else "-"
+        table.add_row(str(group), str(len(values)), middle, spread, low, high, macro_f1)
     return table

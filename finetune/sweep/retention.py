@@ -1,11 +1,11 @@
 """Which trials of a sweep keep their checkpoints: `sweep --keep_best N`.
 
-Those of the N best finished trials and of each strategy's best setting, which the report shows, are
-kept. Of the other trials that have finished or were pruned, best.ckpt and last.ckpt are removed;
-result.json, metrics.csv and predictions.npz stay.
+Those of the N best finished trials and of each strategy's best setting (of each network with each
+strategy, if there are several networks), which the report shows, are kept. Of the other trials that
+have finished or were pruned, best.ckpt and last.ckpt are removed; result.json, metrics.csv and
+predictions.npz stay.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
-from finetune.runs.settings import best_setting, results_by_setting
+from finetune.runs.settings import best_setting, results_by_group, results_by_setting
 from finetune.system.errors import RunDirError
 
 if TYPE_CHECKING:  # it imports optuna, whose absence `storage` explains
@@ -41,8 +41,7 @@ class Retention:
                 checkpoint.unlink(missing_ok=True)
 
     def _of_best_settings(self, run_dirs: Iterable[Path]) -> list[Path]:
-        kept, places = [], {}
-        by_strategy: dict[str, list[RunResult]] = defaultdict(list)
+        kept, places, loaded = [], {}, []
         for run_dir in run_dirs:
             try:
                 result = self._load(run_dir)
@@ -50,8 +49,8 @@ class Retention:
                 kept.append(run_dir)
                 continue
             places[result.run_id] = run_dir
-            by_strategy[result.strategy].append(result)
-        for results in by_strategy.values():
+            loaded.append(result)
+        for results in results_by_group(loaded).values():
             settings = results_by_setting(results)
             kept += [places[result.run_id] for result in settings[best_setting(settings)]]
         return kept

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from finetune.config.fields import RunConfig
+from finetune.config.strategies import Plan, plan
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
@@ -29,9 +30,13 @@ def write_run(
     train_acc: float = 0.97,
     pictures: Sequence[Path] = (),
     fingerprints: tuple[str, str, str] = ("data-0", "split-0", "weights-0"),
+    parts: Sequence[str] = (),
     **fields: Any,
 ) -> Path:
-    """A finished run whose pictures are right with about this probability, the hard ones less."""
+    """A finished run whose pictures are right with about this probability, the hard ones less.
+
+    `parts` are those of a network that isn't known here.
+    """
     config = RunConfig.from_fields({"weights": "imagenet", "val_fraction": 0.2, "out": runs_dir} | fields)  # noqa: E501  # fmt: skip
     chance = np.random.default_rng(list(f"{run_id} {config.seed}".encode()))
     run_dir = RunDir(runs_dir / run_id)
@@ -45,7 +50,8 @@ def write_run(
     found = float((logits.argmax(axis=1) == labels).mean())
     paths = [str(pictures[i % len(pictures)]) if pictures else f"/data/train/{classes[label]}/{i:05}.jpg" for i, label in enumerate(labels)]  # noqa: E501  # fmt: skip
     np.savez(run_dir.predictions_path, logits=logits, labels=labels, paths=np.array(paths))
-    rows = _rows(config, found, best_epoch, train_acc)
+    unfreezing = _plan(config, parts)
+    rows = _rows(config, unfreezing, found, best_epoch, train_acc)
     run_dir.write_config(config)
     run_dir.write_metrics(rows)
     run_dir.write_result(
@@ -67,6 +73,7 @@ def write_run(
             cache_seconds=3.0,
             images_per_second=210.0,
             trainable_parameters=int(rows[-1]["trainable_parameters"]),
+            start_epochs=dict(unfreezing.start_epochs),
             class_names=list(classes),
             num_train=4 * num_val,
             num_val=num_val,
@@ -93,15 +100,23 @@ def write_predictions(
     np.savez(RunDir(run_dir).predictions_path, logits=logits, labels=pairs[:, 0], paths=paths)
 
 
+def _plan(config: RunConfig, parts: Sequence[str] = ()) -> Plan:
+    """The config's plan; with `parts`, the network is not asked."""
+    if not parts:
+        return config.plan
+    timing = config.unfreeze_from, config.unfreeze_every, config.lr_decay
+    return plan(config.strategy, parts, *timing)
+
+
 def _rows(
-    config: RunConfig, accuracy: float, best_epoch: int, train_acc: float
+    config: RunConfig, unfreezing: Plan, accuracy: float, best_epoch: int, train_acc: float
 ) -> list[dict[str, float]]:
     rows = []
     for epoch in range(config.epochs):
         share = (epoch + 1) / config.epochs
         val_acc = accuracy - 0.02 * abs(epoch - best_epoch)
-        open_parts = config.plan.trainable_parts(epoch)
-        rates = {part: config.learning_rate * (part in open_parts) for part in config.plan.parts}
+        open_parts = unfreezing.trainable_parts(epoch)
+        rates = {part: config.learning_rate * (part in open_parts) for part in unfreezing.parts}
         rows.append(
             {
                 "epoch": epoch,
@@ -125,7 +140,7 @@ def write_failure(runs_dir: Path, run_id: str, state: str, reason: str, **fields
     run_dir = RunDir(runs_dir / run_id)
     run_dir.path.mkdir(parents=True)
     run_dir.write_config(config)
-    run_dir.write_metrics(_rows(config, 0.4, 0, 0.5)[:1])
+    run_dir.write_metrics(_rows(config, _plan(config), 0.4, 0, 0.5)[:1])
     run_dir.write_failure(state, reason, 1)
     return run_dir.path
 
@@ -172,6 +187,29 @@ def write_confirmed(
         for seed in range(1000, 1000 + num_seeds):
             reached = accuracy + spread * chance.standard_normal()
             write_run(runs_dir, f"{strategy}-{seed}", reached, strategy=strategy, seed=seed, learning_rate=0.01, **changed)  # noqa: E501  # fmt: skip
+
+
+NETWORKS = {"resnet18": 0.0, "resnet50": 0.05}
+
+
+def write_networks(
+    runs_dir: Path, networks: Mapping[str, float] = NETWORKS, num_seeds: int = 5, **changed: Any
+) -> None:
+    """A grid over networks, strategies and learning rates, and fresh seeds of the best settings.
+
+    `networks` gives what a network adds to an accuracy.
+    """
+    for model, more in networks.items():
+        for strategy, accuracy in ACCURACY.items():
+            fields = {"model": model, "strategy": strategy, **changed}
+            fields |= {"fingerprints": ("data-0", "split-0", f"{model}'s weights")}
+            begin = f"{model}-{strategy}"
+            for rate, loss in ((0.01, 0.0), (0.001, 0.03)):
+                write_run(runs_dir, f"{begin}-{rate}", accuracy + more - loss, learning_rate=rate, **fields)  # noqa: E501  # fmt: skip
+            chance = np.random.default_rng(list(begin.encode()))
+            for seed in range(1000, 1000 + num_seeds):
+                reached = accuracy + more + 0.004 * chance.standard_normal()
+                write_run(runs_dir / "confirm", f"{begin}-{seed}", reached, learning_rate=0.01, seed=seed, group="confirm", **fields)  # noqa: E501  # fmt: skip
 
 
 def read_json(path: Path) -> Any:

@@ -153,3 +153,31 @@ def test_a_confirmation_of_runs_of_version_0_1_0_that_it_has_not_started_is_new(
     shutil.rmtree(runs_dir / "confirm")
     assert repeated(runs_dir)["learning_rate"] == 0.01
     assert "data_dir" not in repeated(runs_dir)
+
+
+def test_each_network_with_each_strategy_is_repeated_equally_often(tmp_path: Path) -> None:
+    for model in ("resnet50", "resnet18"):
+        for strategy in ("partial", "freeze"):
+            for rate in (0.1, 0.01):
+                fields = {"model": model, "strategy": strategy, "learning_rate": rate}
+                is_best = (rate == 0.1) == (model == "resnet18")
+                write_run(tmp_path, f"{model}{strategy}{rate}", 0.8 if is_best else 0.7, **fields)
+    cells = list(confirmation(tmp_path, 2).cells())
+    found = [(c["seed"], c["model"], c["strategy"], c["learning_rate"]) for c in cells]
+    assert found == [
+        (seed, model, strategy, rate)
+        for seed in (43, 44)
+        for model, rate in (("resnet18", 0.1), ("resnet50", 0.01))
+        for strategy in ("freeze", "partial")
+    ]
+
+
+def test_the_table_of_fresh_seeds_has_a_row_per_network_and_strategy() -> None:
+    outcomes = [
+        TrialResult(f"{m}{i}", Path(), "partial", {"model": m}, "finished", best_val_acc=accuracy)
+        for m, accuracy in {"resnet18": 0.7, "resnet50": 0.8}.items()
+        for i in range(2)
+    ]
+    cells = {column.header: list(column.cells) for column in spread_table(outcomes).columns}
+    assert cells["network, strategy"] == ["resnet50 partial", "resnet18 partial"]
+    assert cells["seeds"] == ["2", "2"]

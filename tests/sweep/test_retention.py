@@ -85,6 +85,16 @@ def test_of_repeated_settings_the_runs_of_the_best_mean_are_kept(tmp_path: Path)
     assert kept(tmp_path) == {"lucky", "steady-1", "steady-2"}
 
 
+def test_each_networks_best_setting_is_kept(tmp_path: Path) -> None:
+    trials = [
+        trial(tmp_path, f"{model}-{rate}", accuracy + rate, model=model, learning_rate=rate)
+        for model, accuracy in (("resnet18", 0.5), ("resnet50", 0.8))
+        for rate in (0.01, 0.1)
+    ]
+    Retention(1).apply(best_first(trials))
+    assert kept(tmp_path) == winners(tmp_path) == {"resnet18-0.1", "resnet50-0.1"}
+
+
 def test_pruned_trials_lose_their_checkpoints_and_others_are_not_touched(tmp_path: Path) -> None:
     trials = [trial(tmp_path, "good", 0.8), trial(tmp_path, "bad", 0.4, learning_rate=0.1)]
     states = ("pruned", "failed", "running", "waiting", "interrupted")

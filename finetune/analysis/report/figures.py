@@ -1,75 +1,44 @@
-"""The figures of the comparison and of the winner, as data for plotly.js.
+"""The figures of the comparison and of the winner, as data for plotly.js."""
 
-The page adds the colours of its light or dark theme.
-"""
-
-import html
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from finetune.analysis.by_strategy import StrategySummary, by_strategy
+from finetune.analysis.by_strategy import StrategySummary, by_group
 from finetune.analysis.read_runs import RunRecord
+from finetune.analysis.report.traces import (
+    GREY,
+    PLAIN_MARGIN,
+    Figure,
+    Trace,
+    axis,
+    bars,
+    colour_of,
+    figure,
+    log_axis,
+    mark_of,
+    scatter,
+    text,
+)
 from finetune.analysis.statistics import Difference
-from finetune.config.strategies import STRATEGIES
 from finetune.runs.predictions import class_accuracies
 
-Figure = dict[str, Any]
-Trace = dict[str, Any]
-
-_PALETTE = ("#4393e6", "#e58637", "#35ad86", "#c26ccc", "#b59b2e", "#e0606b", "#7f8c9b")
-_GREY = "#94a0b0"
-PLAIN_MARGIN = {"l": 56, "r": 8, "t": 12, "b": 48}
-"""The margin of a figure without a legend."""
 _MAX_CURVES = 5
-"""Seeds of a strategy whose learning curves are drawn."""
+"""Seeds of a group whose learning curves are drawn."""
+_PANEL_NAME = {
+    **{"xref": "paper", "xanchor": "left", "yref": "paper", "yanchor": "bottom"},
+    "showarrow": False,
+}
 
 
-def colour_of(strategy: str) -> str:
-    index = [*STRATEGIES, strategy].index(strategy)
-    return _PALETTE[index % len(_PALETTE)]
-
-
-def text(value: object) -> str:
-    """A label that plotly shows literally: it would interpret some tags and `%{}`."""
-    return html.escape(str(value), quote=False).replace("%{", "%&#123;")
-
-
-def figure(data: list[Trace], height: int, **layout: Any) -> Figure:
-    return {"data": data, "layout": {"height": height, **layout}}
-
-
-def axis(title: str, **options: Any) -> dict[str, Any]:
-    return {"title": {"text": title, "standoff": 10}, "zeroline": False, **options}
-
-
-def log_axis(title: str, low: float, high: float) -> dict[str, Any]:
-    """A logarithmic axis for values over a large range, else a linear one."""
-    if not 0 < 20 * low < high:
-        return axis(title)
-    return axis(title, type="log", tickformat="~g", dtick=1 if high > 300 * low else "D2")
-
-
-def scatter(mode: str, name: str, x: Sequence[Any], y: Sequence[Any], **options: Any) -> Trace:
-    """Markers, lines or both; the text of `hover` is shown under the pointer."""
-    hover = options.pop("hover", None)
-    shown = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
-    return {"type": "scatter", "mode": mode, "name": text(name), "x": x, "y": y, **shown, **options}
-
-
-def bars(x: Sequence[float | None], y: Sequence[str], hover: str, **options: Any) -> Trace:
-    """Horizontal bars."""
-    shown = {"hovertemplate": f"{hover}<extra></extra>", "marker": {"color": _PALETTE[0]}}
-    return {"type": "bar", "orientation": "h", "x": x, "y": y, **shown, **options}
-
-
-def difference_intervals(differences: Sequence[Difference]) -> Figure:
+def difference_intervals(differences: Sequence[Difference], long_names: bool = False) -> Figure:
     """Each pair's difference in percentage points, with its interval."""
-    pairs = {text(f"{d.first} − {d.second}"): d for d in reversed(differences)}
+    minus = " −<br>" if long_names else " − "
+    pairs = {f"{text(d.first)}{minus}{text(d.second)}": d for d in reversed(differences)}
     traces = []
-    for name, colour in (("significant", "#35ad86"), ("not significant", _GREY)):
+    for name, colour in (("significant", "#35ad86"), ("not significant", GREY)):
         shown = {k: d for k, d in pairs.items() if d.significant == (name == "significant")}
         lengths = [100 * (d.high - d.estimate) for d in shown.values()]
         trace = scatter(
@@ -84,7 +53,7 @@ def difference_intervals(differences: Sequence[Difference]) -> Figure:
         traces += [trace] if shown else []
     return figure(
         traces,
-        130 + 34 * len(pairs),
+        130 + (46 if long_names else 34) * len(pairs),
         xaxis=axis("percentage points", zeroline=True, zerolinewidth=2),
         yaxis={"categoryorder": "array", "categoryarray": list(pairs)},
         showlegend=True,
@@ -103,20 +72,26 @@ def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
         "frontier",
         [time for time, _ in best],
         [100 * accuracy for _, accuracy in best],
-        line={"shape": "hv", "color": _GREY, "width": 1.5, "dash": "dot"},
+        line={"shape": "hv", "color": GREY, "width": 1.5, "dash": "dot"},
     )
-    points = [
-        scatter(
-            "markers",
-            strategy,
-            [round(minutes[run], 4) for run in runs],
-            [100 * run.accuracy for run in runs],
-            hover="%{text}<br>%{y:.1f} % in %{x:.2f} min",
-            text=[text(run.name) for run in runs],
-            marker={"color": colour_of(strategy), "size": 9, "opacity": 0.75},
+    points = []
+    explained: set[str] = set()
+    for group, runs in by_group(finished).items():
+        colour, symbol = colour_of(group.strategy), mark_of(group).symbol
+        points.append(
+            scatter(
+                "markers",
+                group.strategy,
+                [round(minutes[run], 4) for run in runs],
+                [100 * run.accuracy for run in runs],
+                hover="%{text}<br>%{y:.1f} % in %{x:.2f} min",
+                text=[text(run.name) for run in runs],
+                marker={"color": colour, "symbol": symbol, "size": 9, "opacity": 0.75},
+                legendgroup=group.strategy,
+                showlegend=group.strategy not in explained,
+            )
         )
-        for strategy, runs in by_strategy(finished).items()
-    ]
+        explained.add(group.strategy)
     return figure(
         [frontier, *points],
         400,
@@ -126,19 +101,45 @@ def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
 
 
 def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
-    """Accuracy by epoch of each strategy's chosen runs, with a diamond at each unfreezing."""
+    """Accuracy by epoch of each group's chosen runs, with a diamond at each unfreezing.
+
+    Each network has a panel of its own.
+    """
+    ordered = sorted(summaries, key=lambda summary: summary.group.model_number)
+    models = list(dict.fromkeys(summary.group.model for summary in ordered))
     traces, diamonds = [], []
-    for summary in summaries:
+    explained: set[str] = set()
+    for summary in ordered:
+        place = {"yaxis": _axis_name("y", models.index(summary.group.model))}
         for i, run in enumerate(summary.chosen[:_MAX_CURVES]):
-            traces += _curves(run, is_first=i == 0)
-            diamonds += [_diamonds(run)] if unfreezings(run) else []
+            is_new = i == 0 and summary.strategy not in explained
+            traces += [one | place for one in _curves(run, is_first=i == 0, showlegend=is_new)]
+            diamonds += [_diamonds(run) | place] if unfreezings(run) else []
+        explained.add(summary.strategy)
     num_epochs = max((len(summary.best.rows) for summary in summaries), default=0)
-    return figure(
-        traces + diamonds,
-        420,
-        xaxis=axis("epoch", dtick=1 if num_epochs <= 20 else None),
-        yaxis=axis("accuracy, %"),
-    )
+    return figure(traces + diamonds, 160 + 260 * len(models), **_panels(models, num_epochs))
+
+
+def _axis_name(begin: str, number: int) -> str:
+    """plotly's name of an axis, such as y, y2 and y3."""
+    return begin + (str(number + 1) if number else "")
+
+
+def _panels(models: Sequence[str], num_epochs: int) -> dict[str, Any]:
+    """The axes of one panel per network, one below the other, and the networks' names."""
+    last, slot = len(models) - 1, 1 / len(models)
+    height = 0.85 * slot if last else slot  # the rest is for the name
+    layout: dict[str, Any] = {"annotations": []}
+    for i, model in enumerate(models):
+        bottom = (last - i) * slot
+        linked = {"matches": "y"} if i else {}
+        place = {"domain": [bottom, bottom + height], **linked}
+        layout[_axis_name("yaxis", i)] = axis("accuracy, %", **place)
+        name = {"text": f"<b>{text(model)}</b>", "x": 0, "y": bottom + height}
+        layout["annotations"].append({**name, **_PANEL_NAME})
+    anchor = _axis_name("y", last)
+    layout["xaxis"] = axis("epoch", dtick=1 if num_epochs <= 20 else None, anchor=anchor)
+    return layout
 
 
 def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **options: Any) -> Trace:
@@ -154,7 +155,7 @@ def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **opti
     )
 
 
-def _curves(run: RunRecord, is_first: bool) -> list[Trace]:
+def _curves(run: RunRecord, is_first: bool, showlegend: bool) -> list[Trace]:
     colour = colour_of(run.strategy)
     validation = _curve(
         run,
@@ -162,7 +163,7 @@ def _curves(run: RunRecord, is_first: bool) -> list[Trace]:
         run.strategy,
         "val_acc",
         "%{y:.1f} % validation, epoch %{x}",
-        showlegend=is_first,
+        showlegend=showlegend,
         line={"color": colour, "width": 2.5 if is_first else 1.2},
         opacity=1 if is_first else 0.6,
         marker={"size": 4},

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.analysis.report.figures import Figure, colour_of
+from finetune.analysis.report.traces import GREY, Figure, colour_of, mark_of
+from finetune.runs.settings import Group
 
 
 def esc(value: object) -> str:
@@ -22,9 +23,14 @@ def warning(text: object) -> str:
     return f'<div class="note warn"><p>{esc(text)}</p></div>'
 
 
-def strategy_label(strategy: str) -> str:
-    colour = colour_of(strategy)
-    return f'<span class="swatch" style="background:{colour}"></span>{esc(strategy)}'
+def marked(name: str, character: str = "●", colour: str = GREY) -> str:
+    """A name with its symbol before it."""
+    return f'<span><span class="mark" style="color:{colour}">{character}</span>{esc(name)}</span>'
+
+
+def group_label(group: Group) -> str:
+    """A group with its colour and symbol in the figures."""
+    return marked(str(group), mark_of(group).character, colour_of(group.strategy))
 
 
 def code(text: object) -> str:

@@ -1,17 +1,27 @@
 """The report as one HTML page that needs no other file and no network."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 
-from finetune.analysis.by_strategy import StrategySummary, varied_fields
+from finetune.analysis.by_strategy import StrategySummary, by_group
 from finetune.analysis.comparison import CONFIRM, Comparison, num_runs, p_value, percent, points
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report import figures, run_tables, search_figures
-from finetune.analysis.report.markup import Column, esc, place, section, table_section, warning
+from finetune.analysis.report.markup import (
+    Column,
+    esc,
+    marked,
+    place,
+    section,
+    table_section,
+    warning,
+)
+from finetune.analysis.report.traces import colour_of, mark_of
 from finetune.analysis.report.winner import winner_section
 from finetune.system.errors import MissingPackage
+from finetune.system.text import listed
 
 _SIGNIFICANT = '<span class="yes">significant</span>'
 
@@ -30,20 +40,21 @@ def page(
                 "Accuracy and training time",
                 "One point per run, at its best epoch. No run is both quicker and more accurate "
                 "than those on the dotted frontier.",
+                _legend(comparison, "symbol is"),
                 place("frontier", figures.accuracy_against_time(comparison.compared)),
             ),
             section(
                 "Learning curves",
-                "Validation accuracy of each strategy's compared runs; dotted: training accuracy."
-                f"{_unfreezings(comparison.summaries)}",
+                f"Validation accuracy of the compared runs of each {_each(comparison)}; dotted: "
+                f"training accuracy.{_unfreezings(comparison.summaries)}",
                 place("curves", figures.learning_curves(comparison.summaries)),
             ),
-            _search(comparison.compared, importances),
+            _search(comparison, importances),
             winner_section(comparison.winner),
         ]
     sections += [
-        run_tables.finished_runs(comparison.compared),
-        run_tables.excluded_runs(comparison.excluded),
+        run_tables.finished_runs(comparison),
+        run_tables.excluded_runs(comparison),
         run_tables.data_and_software(runs),
     ]
     return _document("".join(sections))
@@ -85,12 +96,10 @@ def _plotly() -> str:
 
 def _overview(runs: Sequence[RunRecord], comparison: Comparison, source: str) -> str:
     advice = esc(comparison.advice).replace(CONFIRM, f"<code>{CONFIRM}</code>")
-    strategies = len({run.strategy for run in runs if run.config})
     parts = [
         f"<h1>{esc(comparison.headline)}</h1>",
         f"<p>{advice}</p>" if advice else "",
-        f'<p class="soft">{num_runs(len(runs))} of {strategies} '
-        f"strateg{'y' if strategies == 1 else 'ies'} in {esc(source)}, "
+        f'<p class="soft">{num_runs(len(runs))} of {_number_of_groups(runs)} in {esc(source)}, '
         f"{datetime.now():%Y-%m-%d %H:%M}</p>",
         *map(warning, comparison.warnings),
     ]
@@ -101,6 +110,30 @@ def _overview(runs: Sequence[RunRecord], comparison: Comparison, source: str) ->
         )
         parts.append(f'<div class="tiles">{tiles}</div>')
     return "".join(parts)
+
+
+def _number_of_groups(runs: Sequence[RunRecord]) -> str:
+    groups = {run.group for run in runs if run.config}
+    models, strategies = ({g.model for g in groups}, {g.strategy for g in groups})
+    networks = f"{len(models)} networks and " if len(models) > 1 else ""
+    return f"{networks}{len(strategies)} strateg{'y' if len(strategies) == 1 else 'ies'}"
+
+
+def _each(comparison: Comparison) -> str:
+    return "network and strategy" if comparison.about_networks else "strategy"
+
+
+def _legend(comparison: Comparison, what: str) -> str:
+    """How strategies and networks are drawn, as HTML; nothing for a single network."""
+    if not comparison.about_networks:
+        return ""
+    groups = by_group(comparison.compared)
+    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g.strategy)) for g in groups}
+    networks = {g.model: marked(g.model, mark_of(g).character) for g in groups}
+    return (
+        f'<p class="soft">The colour is the strategy: {", ".join(strategies.values())}. '
+        f"The {what} the network: {', '.join(networks.values())}.</p>"
+    )
 
 
 def _tiles(
@@ -134,7 +167,7 @@ def _differences(comparison: Comparison) -> str:
         Column("to", lambda d: d.high, points),
         Column("p (Holm)", lambda d: d.p_holm, p_value),
     ]
-    title, limits = "Differences between strategies", "other seeds and other pictures"
+    title, limits = f"Differences between {comparison.subject}", "other seeds and other pictures"
     if not comparison.about_strategies:
         title = "Differences between these models"
         limits = (
@@ -142,23 +175,31 @@ def _differences(comparison: Comparison) -> str:
             "change"
         )
         columns.append(Column("p (McNemar)", lambda d: d.p_mcnemar, p_value))
-    drawing = place("intervals", figures.difference_intervals(comparison.differences))
+    drawn = comparison.main_differences
+    is_part = len(drawn) < len(comparison.differences)
+    figure = figures.difference_intervals(drawn, long_names=comparison.about_networks)
     about = f"95 % intervals for {limits}. {corrected}"
-    return table_section(title, about, columns, comparison.differences, above=drawing)
+    if is_part:
+        about += f" The figure has the pairs with {drawn[0].first}, the table has all pairs."
+    rows, drawing = comparison.differences, place("intervals", figure)
+    return table_section(title, about, columns, rows, above=drawing, tall=is_part)
 
 
 def _unfreezings(summaries: Sequence[StrategySummary]) -> str:
-    """When more parts of each strategy's network start to train, as a sentence."""
-    sentences = []
+    """When more parts of each group's network start to train, as a sentence."""
+    groups: dict[str, list[str]] = defaultdict(list)
     for summary in summaries:
         if starts := figures.unfreezings(summary.chosen[0]):
             epochs = [f"{' and '.join(parts)} from epoch {e}" for e, parts in starts.items()]
-            sentences.append(f"{summary.strategy} trains {', '.join(epochs)}")
+            groups[", ".join(epochs)].append(summary.group.in_words)
+    sentences = [
+        f"{listed(names)} train{'s' * (len(names) == 1)} {what}" for what, names in groups.items()
+    ]
     return f" A diamond marks an unfreezing: {'; '.join(sentences)}." if sentences else ""
 
 
-def _search(finished: Sequence[RunRecord], importances: Mapping[str, float]) -> str:
-    varied = varied_fields(finished)
+def _search(comparison: Comparison, importances: Mapping[str, float]) -> str:
+    finished, varied = comparison.compared, comparison.varied
     if not varied:
         return ""
     marginal_means = [
@@ -169,6 +210,7 @@ def _search(finished: Sequence[RunRecord], importances: Mapping[str, float]) -> 
         place("parallel", search_figures.parallel_coordinates(finished, varied), wide=True),
         "<h3>Marginal means</h3>",
         '<p class="soft">Mean accuracy at each value, over all values of the other fields.</p>',
+        _legend(comparison, "symbol and the dashes are"),
         f'<div class="columns">{"".join(marginal_means)}</div>',
     ]
     if importances:
@@ -179,5 +221,6 @@ def _search(finished: Sequence[RunRecord], importances: Mapping[str, float]) -> 
             "other fields.</p>",
             place("importances", search_figures.importance_bars(importances)),
         ]
-    about = "One line per run: its strategy, its settings, and its accuracy on the right."
+    what = "network, its strategy" if comparison.about_networks else "strategy"
+    about = f"One line per run: its {what}, its settings, and its accuracy on the right."
     return section("The search", about, *parts)

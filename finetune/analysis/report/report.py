@@ -58,6 +58,7 @@ def runs_csv(runs: Sequence[RunRecord]) -> str:
     rows: list[dict[str, Any]] = []
     for run in runs:
         row: dict[str, Any] = {"run_id": run.run_id, "state": run.state, "reason": run.reason}
+        row |= {name: run.config.get(name) for name in ("model", "strategy")}
         if run.result is not None:
             values = run.result.model_dump(exclude={"config"})
             row |= {k: v for k, v in values.items() if not isinstance(v, list | dict)}
@@ -97,18 +98,21 @@ def terminal_summary(comparison: Comparison) -> str:
 
 def _strategy_lines(comparison: Comparison) -> list[str]:
     rows: list[tuple[str, ...]] = [
-        ("strategy", "accuracy", "macro F1", "seeds", "runs", "diverged", "best run")
+        (comparison.group_title, "accuracy", "macro F1", "seeds", "runs", "diverged", "best run")
     ]
     for summary in comparison.summaries:
         numbers = (len(summary.chosen), len(summary.runs), summary.num_diverged)
         notes = "; ".join([summary.best.name, *summary.caveats])
         scores = (percent(summary.accuracy), percent(summary.macro_f1))
-        rows.append((summary.strategy, *scores, *map(str, numbers), notes))
+        rows.append((str(summary.group), *scores, *map(str, numbers), notes))
     return _aligned(rows)
 
 
 def _difference_lines(comparison: Comparison) -> list[str]:
-    what = "strategies" if comparison.about_strategies else "these models"
+    what = comparison.subject if comparison.about_strategies else "these models"
+    shown = comparison.main_differences
+    left_out = len(comparison.differences) - len(shown)
+    more = f"; the page has the other {left_out} pairs" * bool(left_out)
     rows = [
         (
             f"  {d.first} - {d.second}",
@@ -117,9 +121,10 @@ def _difference_lines(comparison: Comparison) -> list[str]:
             f"p {p_value(d.p_holm)}",
             "significant" if d.significant else "not significant",
         )
-        for d in comparison.differences
+        for d in shown
     ]
-    return [f"differences between {what}, in percentage points (95 % interval)", *_aligned(rows)]
+    head = f"differences between {what}, in percentage points (95 % interval){more}"
+    return [head, *_aligned(rows)]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

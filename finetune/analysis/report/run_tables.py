@@ -7,7 +7,7 @@ from typing import Any
 from finetune.analysis.by_strategy import StrategySummary, value_of, varied_fields
 from finetune.analysis.comparison import Comparison, num_runs, percent
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report.markup import Column, code, esc, strategy_label, table_section
+from finetune.analysis.report.markup import Column, code, esc, group_label, table_section
 from finetune.config.field_tables import shown, title
 
 
@@ -22,7 +22,7 @@ def field_columns(
 
         return Column(title(name), value, lambda value: esc(shown(name, value)))
 
-    return [column(name) for name in varied_fields(runs)]
+    return [column(name) for name in varied_fields(runs) if name != "model"]  # a group has it
 
 
 def strategies(comparison: Comparison) -> str:
@@ -33,7 +33,7 @@ def strategies(comparison: Comparison) -> str:
         "so the more runs there are. "
     )
     columns = [
-        Column("strategy", _strategy_cell, str),
+        Column(comparison.group_title, _group_cell, str),
         Column("accuracy", lambda s: s.accuracy, percent),
         Column("macro F1", lambda s: s.macro_f1, percent),
         Column("runs", lambda s: len(s.runs)),
@@ -52,12 +52,14 @@ def strategies(comparison: Comparison) -> str:
             lambda n: f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}",
         ),
     ]
-    return table_section("Strategies", about, columns, comparison.summaries, num_fixed=4)
+    return table_section(
+        comparison.subject.capitalize(), about, columns, comparison.summaries, num_fixed=4
+    )
 
 
-def _strategy_cell(summary: StrategySummary) -> str:
+def _group_cell(summary: StrategySummary) -> str:
     caveats = "".join(f'<span class="caveat">{esc(text)}</span>' for text in summary.caveats)
-    return strategy_label(summary.strategy) + caveats
+    return group_label(summary.group) + caveats
 
 
 def _of_several(extreme: Callable[[list[float]], float], summary: StrategySummary) -> float | None:
@@ -65,10 +67,11 @@ def _of_several(extreme: Callable[[list[float]], float], summary: StrategySummar
     return extreme(accuracies) if len(accuracies) > 1 else None
 
 
-def finished_runs(runs: Sequence[RunRecord]) -> str:
+def finished_runs(comparison: Comparison) -> str:
+    runs = comparison.compared
     columns = [
         Column("run", lambda run: run.run_id, code),
-        Column("strategy", lambda run: run.strategy, strategy_label),
+        Column(comparison.group_title, lambda run: run.group, group_label),
         Column("accuracy", lambda run: run.accuracy, percent),
         Column("macro F1", lambda run: run.macro_f1, percent),
         Column("loss", lambda run: run.finished_result.best_val_loss, "{:.3f}".format),
@@ -84,19 +87,19 @@ def finished_runs(runs: Sequence[RunRecord]) -> str:
     return table_section("Finished runs", about, columns, rows, tall=True, num_fixed=4)
 
 
-def excluded_runs(runs: Sequence[RunRecord]) -> str:
+def excluded_runs(comparison: Comparison) -> str:
     def state(run: RunRecord) -> str:
         return "diverged" if run.diverged else run.state if run.result is None else "not compared"
 
     columns = [
         Column("run", lambda run: run.run_id, code),
-        Column("strategy", lambda run: run.strategy if run.config else None, strategy_label),
+        Column(comparison.group_title, lambda run: run.group if run.config else None, group_label),
         Column("state", state),
         Column("name", lambda run: run.name),
         Column("reason", lambda run: run.reason or "see the warnings above"),
     ]
     title = "Runs that did not finish or are not compared"
-    return table_section(title, "", columns, runs, tall=True)
+    return table_section(title, "", columns, comparison.excluded, tall=True)
 
 
 def data_and_software(runs: Sequence[RunRecord]) -> str:

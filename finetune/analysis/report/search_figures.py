@@ -2,17 +2,28 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from finetune.analysis.by_strategy import by_setting, by_strategy, mean_accuracy, value_of
+from finetune.analysis.by_strategy import by_group, by_setting, mean_accuracy, value_of
 from finetune.analysis.comparison import percent
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report import figures
-from finetune.analysis.report.figures import PLAIN_MARGIN, Figure, axis, colour_of, figure, scatter
-from finetune.config.field_tables import shown, title
+from finetune.analysis.report.traces import (
+    PLAIN_MARGIN,
+    Figure,
+    axis,
+    bars,
+    colour_of,
+    figure,
+    log_axis,
+    mark_of,
+    scatter,
+    text,
+)
+from finetune.config.field_tables import in_order, shown, title
+from finetune.runs.settings import Group
 
 _MAX_LEVELS = 8
 """The most values of a numeric field that are drawn at equal distances, not to scale."""
@@ -71,19 +82,27 @@ def _accuracy_axis(finished: Sequence[RunRecord]) -> _Axis:
     return _Axis("accuracy", lambda run: (run.accuracy - low) / (span or 1), ticks)
 
 
+def _axes(finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]) -> list[_Axis]:
+    strategies = in_order("strategy", {run.strategy for run in finished})
+    models = {name: values for name, values in varied.items() if name == "model"}
+    fields = {**models, "strategy": strategies, **varied}
+    axes = [_field_axis(name, values, finished) for name, values in fields.items()]
+    return [*axes, _accuracy_axis(finished)]
+
+
 def parallel_coordinates(
     finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]
 ) -> Figure:
-    """One line per run over its strategy, every varied field, and its accuracy.
+    """One line per run over its network and strategy, every varied field, and its accuracy.
 
     The lines are SVG: plotly's own parallel coordinates need WebGL, which not every browser has.
     """
-    fields = {"strategy": list(by_strategy(finished)), **varied}
-    axes = [_field_axis(name, values, finished) for name, values in fields.items()]
-    axes.append(_accuracy_axis(finished))
+    axes = _axes(finished, varied)
     rng = np.random.default_rng(0)
     traces = []
-    for strategy, runs in by_strategy(finished).items():
+    explained: set[str] = set()
+    for group, runs in by_group(finished).items():
+        strategy = group.strategy
         ys: list[float | None] = []
         for run in runs:
             offset = rng.uniform(-1, 1)  # so that runs of one setting don't hide each other
@@ -91,7 +110,9 @@ def parallel_coordinates(
         line = {"color": colour_of(strategy), "width": 1.3}
         opacity = 0.7 if len(finished) <= 200 else 0.3
         xs = [*range(len(axes)), None] * len(runs)
-        traces.append(scatter("lines", strategy, xs, ys, line=line, opacity=opacity))
+        shared = {"legendgroup": strategy, "showlegend": strategy not in explained}
+        traces.append(scatter("lines", strategy, xs, ys, line=line, opacity=opacity, **shared))
+        explained.add(strategy)
     return figure(
         traces,
         400,
@@ -104,7 +125,7 @@ def parallel_coordinates(
         },
         yaxis={"visible": False, "range": [-0.12, 1.1], "fixedrange": True},
         annotations=[
-            {"x": x, "y": y, "text": f"<b>{figures.text(label)}</b>", "font": {"size": 11}, **_TICK}
+            {"x": x, "y": y, "text": f"<b>{text(label)}</b>", "font": {"size": 11}, **_TICK}
             for x, a in enumerate(axes)
             for y, label in a.ticks
         ],
@@ -112,43 +133,50 @@ def parallel_coordinates(
 
 
 def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[Any]) -> Figure:
-    """Mean accuracy at each value of a field, one line per strategy.
+    """Mean accuracy at each value of a field, one line per group; of networks, one per strategy.
 
     The mean is over settings: one that was repeated with more seeds has no more weight.
     """
     continuous = _is_continuous(values)  # then hardly two runs have the same value
     traces = []
-    for strategy, runs in by_strategy(finished).items():
+    lines: dict[Group, list[RunRecord]] = defaultdict(list)
+    for group, runs in by_group(finished).items():
+        is_axis = name == "model"
+        lines[replace(group, model="", model_number=0) if is_axis else group] += runs
+    for group, runs in lines.items():
         settings: dict[Any, list[Sequence[RunRecord]]] = defaultdict(list)
         for repeats in by_setting(runs).values():
             settings[value_of(repeats[0], name)].append(repeats)
         found = [value for value in values if value in settings]
         trace = scatter(
             "markers" if continuous else "lines+markers",
-            strategy,
+            str(group),
             [float(value) if continuous else shown(name, value) for value in found],
             [100 * float(np.mean([*map(mean_accuracy, settings[v])])) for v in found],
             hover="%{x}: %{y:.1f} %, mean of %{text}",
             text=[f"{len(settings[value])} settings" for value in found],
-            line={"color": colour_of(strategy), "width": 2},
-            marker={"size": 8},
+            line={"color": colour_of(group.strategy), "width": 2, "dash": mark_of(group).dash},
+            marker={"size": 8, "symbol": mark_of(group).symbol},
         )
         traces += [trace] if found else []
+    height = 270
     if continuous:
-        xaxis = figures.log_axis(title(name), values[0], values[-1])
+        xaxis = log_axis(title(name), values[0], values[-1])
     else:
         names = [shown(name, value) for value in values]
+        if sum(map(len, names)) > 40:  # they are upright on a narrow screen
+            height += 6 * max(map(len, names))
         order = {"categoryorder": "array", "categoryarray": names}
         xaxis = axis(title(name), type="category", **order)
     means = axis("mean accuracy, %")
-    return figure(traces, 270, xaxis=xaxis, yaxis=means, showlegend=False, margin=PLAIN_MARGIN)
+    return figure(traces, height, xaxis=xaxis, yaxis=means, showlegend=False, margin=PLAIN_MARGIN)
 
 
 def importance_bars(importances: Mapping[str, float]) -> Figure:
     """The share of each field in the variation of the accuracy."""
     names = list(importances)[::-1]
     shares = [importances[name] for name in names]
-    trace = figures.bars(shares, [*map(title, names)], "%{y}: %{x:.0%}")
+    trace = bars(shares, [*map(title, names)], "%{y}: %{x:.0%}")
     return figure(
         [trace],
         80 + 30 * len(names),
