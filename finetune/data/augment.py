@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import avg_pool2d, grid_sample
 from torchvision.transforms.v2 import functional as v2
 
 from finetune.data.pictures import Keys
@@ -36,13 +36,21 @@ def _blend(degenerate: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor],
     return operation
 
 
+def _blurred(x_BCHW: Tensor) -> Tensor:
+    """A mean of 3 x 3 pixels, the middle one 5 times, as Pillow's SMOOTH; edges stay."""
+    blurred = x_BCHW.float()
+    middle = blurred[..., 1:-1, 1:-1].clone()
+    blurred[..., 1:-1, 1:-1] = (9 * avg_pool2d(x_BCHW.float(), 3, 1) + 4 * middle) / 13
+    return blurred
+
+
 def _posterize(x_BCHW: Tensor, values: Tensor) -> Tensor:
     steps = (2.0 ** (values * 6 / 0.99).round()).view(-1, 1, 1, 1)  # 8 bits are kept, down to 2
     return (x_BCHW.float() / steps).floor() * steps
 
 
 def _solarize(x_BCHW: Tensor, values: Tensor) -> Tensor:
-    thresholds = (255 * (1 - values / 0.99)).view(-1, 1, 1, 1)
+    thresholds = (255 * (1 - values / 0.99)).ceil().to(torch.uint8).view(-1, 1, 1, 1)
     return torch.where(x_BCHW >= thresholds, 255 - x_BCHW, x_BCHW)
 
 
@@ -50,7 +58,7 @@ _COLOURS: Mapping[str, tuple[bool, Callable[[Tensor, Tensor], Tensor]]] = {
     "brightness": (True, _blend(torch.zeros_like)),
     "saturation": (True, _blend(lambda x: v2.adjust_saturation(x, 0.0))),
     "contrast": (True, _blend(lambda x: v2.adjust_contrast(x, 0.0))),
-    "sharpness": (True, _blend(lambda x: v2.adjust_sharpness(x, 0.0))),
+    "sharpness": (True, _blend(_blurred)),
     "posterize": (False, _posterize),
     "solarize": (False, _solarize),
     "autocontrast": (False, lambda x, values: v2.autocontrast(x)),
@@ -83,12 +91,13 @@ class StrongAugmentation(NamedTuple):
     Müller and Hutter 2021 (https://arxiv.org/abs/2103.10158). Shears are about the centre.
     """
 
-    moves: Tensor
-    """The matrix of each picture's move, float32, (B, 2, 3)."""
-    crops: Tensor
-    """Scale and centre of each picture's crop, by x and y, float32, (B, 2, 2)."""
+    crops: list[tuple[int, int, int, int]]
+    """Top, left, height and width of each picture's crop, in pixels."""
+    is_flipped: list[bool]
+    moves: tuple[Tensor, Tensor]
+    """The positions of the pictures that are moved, and their matrices, float32, (M, 2, 3)."""
     colours: dict[str, tuple[Tensor, Tensor]]
-    """For each operation on colours its pictures' positions in the batch, and their values."""
+    """For each operation on colours the positions of its pictures, and their values."""
 
     @classmethod
     def drawn(cls, seeds: Keys, image_size: int) -> Self:
@@ -96,7 +105,7 @@ class StrongAugmentation(NamedTuple):
         operations = (_uniform(seeds, 0) * len(_OPERATIONS)).astype(int)
         values = np.floor(_uniform(seeds, 1) * _NUM_BINS) / (_NUM_BINS - 1) * 0.99
         signed = values * np.where(_uniform(seeds, 2) < 0.5, -1, 1)
-        moves = np.tile(np.array([1.0, 0, 0, 0, 1, 0]), (len(seeds), 1))
+        moves = np.zeros((len(seeds), 6))
         colours = {}
         for number, name in enumerate(_OPERATIONS):
             chosen = np.flatnonzero(operations == number)
@@ -107,25 +116,40 @@ class StrongAugmentation(NamedTuple):
                 has_sign, _ = _COLOURS[name]
                 given = (signed if has_sign else values)[chosen].astype(np.float32)
                 colours[name] = (torch.from_numpy(chosen), torch.from_numpy(given))
-        matrices = torch.from_numpy(moves.reshape(-1, 2, 3)).float()
-        return cls(matrices, torch.from_numpy(_crops(seeds)).float(), colours)
+        moved = np.flatnonzero((operations > 0) & (operations < len(_MOVES)))
+        matrices = torch.from_numpy(moves[moved].reshape(-1, 2, 3)).float()
+        crops, is_flipped = _crops(seeds, image_size), (_uniform(seeds, 5) < 0.5).tolist()
+        return cls(crops, is_flipped, (torch.from_numpy(moved), matrices), colours)
 
     def apply(self, images_BHWC: Tensor) -> Tensor:
         """The changed pictures, uint8, of the same shape."""
-        x_BCHW = images_BHWC.permute(0, 3, 1, 2)
-        moved_BHW2 = affine_grid(self.moves, list(x_BCHW.shape), align_corners=False)
-        scale, centre = self.crops[:, None, None].unbind(-2)
-        grid = moved_BHW2 * scale + centre
-        sampled = grid_sample(x_BCHW.float(), grid, padding_mode="border", align_corners=False)
-        is_inside = (moved_BHW2.abs() <= 1).all(-1)[:, None]  # else black, as in torchvision
-        x_BCHW = torch.where(is_inside, sampled, 0.0).round_().to(torch.uint8)
-        for name, (chosen, values) in self.colours.items():
-            _, operation = _COLOURS[name]
-            changed = operation(x_BCHW[chosen], values)
-            if changed.is_floating_point():
-                changed = changed.round_().clamp_(0, 255).to(torch.uint8)
-            x_BCHW[chosen] = changed
+        x_BCHW = self._cropped(images_BHWC.permute(0, 3, 1, 2))
+        operations = {name: _COLOURS[name][1] for name in self.colours} | {"": _move}
+        for name, (chosen, values) in [*self.colours.items(), ("", self.moves)]:
+            if len(chosen):
+                changed = operations[name](x_BCHW[chosen], values)
+                if changed.is_floating_point():
+                    changed = changed.round_().clamp_(0, 255).to(torch.uint8)
+                x_BCHW[chosen] = changed
         return x_BCHW.permute(0, 2, 3, 1).contiguous()
+
+    def _cropped(self, x_BCHW: Tensor) -> Tensor:
+        """The crops, resized to whole pictures, some of them flipped."""
+        size, cropped_BCHW = list(x_BCHW.shape[2:]), torch.empty_like(x_BCHW)
+        for i, (y, x, h, w) in enumerate(self.crops):
+            resized = v2.resize(x_BCHW[i, :, y : y + h, x : x + w], size, antialias=True)
+            cropped_BCHW[i] = resized.flip(2) if self.is_flipped[i] else resized
+        return cropped_BCHW
+
+
+def _move(x_BCHW: Tensor, matrices: Tensor) -> Tensor:
+    """Pictures moved by these matrices; black where nothing was, as in torchvision."""
+    height, width = x_BCHW.shape[2:]
+    y_H1 = ((2 * torch.arange(height, device=x_BCHW.device) + 1) / height - 1)[:, None]
+    x_W = (2 * torch.arange(width, device=x_BCHW.device) + 1) / width - 1
+    a, b, c, d, e, f = matrices.view(-1, 6, 1, 1).unbind(1)
+    grid = torch.stack([a * x_W + (b * y_H1 + c), d * x_W + (e * y_H1 + f)], dim=-1)
+    return grid_sample(x_BCHW.float(), grid, align_corners=False)
 
 
 def _uniform(seeds: Keys, use: int) -> Numbers:
@@ -133,17 +157,18 @@ def _uniform(seeds: Keys, use: int) -> Numbers:
     return np.asarray((mixed(seeds, use) >> np.uint64(11)) * 2.0**-53)
 
 
-def _crops(seeds: Keys) -> Numbers:
-    """Scale and centre of crops that lie within the picture, (B, 2, 2); the flip's scale is < 0."""
-    width, height = np.ones(len(seeds)), np.ones(len(seeds))
+def _crops(seeds: Keys, size: int) -> list[tuple[int, int, int, int]]:
+    """Top, left, height and width of crops that lie within the picture."""
+    width, height = np.full(len(seeds), size), np.full(len(seeds), size)
     for attempt in reversed(range(_MAX_TRIES)):  # the first that fits is used
         area = _MIN_AREA + (1 - _MIN_AREA) * _uniform(seeds, 10 + 2 * attempt)
         ratio = _MAX_RATIO ** (2 * _uniform(seeds, 11 + 2 * attempt) - 1)
-        w, h = np.sqrt(area * ratio), np.sqrt(area / ratio)
-        fits = (w <= 1) & (h <= 1)
+        w, h = (
+            np.rint(size * np.sqrt(share)).astype(int) for share in (area * ratio, area / ratio)
+        )
+        fits = (w <= size) & (h <= size)
         width, height = np.where(fits, w, width), np.where(fits, h, height)
-    x, y = ((2 * _uniform(seeds, use) - 1) for use in (3, 4))
-    direction = np.where(_uniform(seeds, 5) < 0.5, -1, 1)
-    scale = np.stack([width * direction, height], axis=1)
-    centre = np.stack([(1 - width) * x, (1 - height) * y], axis=1)
-    return np.stack([scale, centre], axis=1)
+    left = (_uniform(seeds, 3) * (size - width + 1)).astype(int)
+    top = (_uniform(seeds, 4) * (size - height + 1)).astype(int)
+    columns = (top, left, height, width)
+    return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -37,9 +37,8 @@ class Chain:
             if self.owner(begin) != part:
                 raise ConfigError(f"{begin} does not run in {part}, which should begin there")
         graphs = _graphs(nodes)
-        self._runners = {
-            part: fx.Interpreter(network, graph=graph) for part, graph in graphs.items()
-        }
+        # They hold the network's own modules and parameters: they see loaded and moved weights.
+        self._functions = {part: fx.GraphModule(network, g) for part, g in graphs.items()}
         if strangers := [key for key, _ in _entries(network) if self.owner(key) is None]:
             raise ConfigError(f"its forward doesn't use {listed(strangers, 4)}")
         self.part_of_key: Mapping[str, str] = {
@@ -55,7 +54,7 @@ class Chain:
         """
         end = len(self.parts) if stop is None else self.parts.index(stop)
         for part in self.parts[self.parts.index(start) : end]:
-            x = self._runners[part].run(x)
+            x = self._functions[part](x)
         return x
 
     def parts_before(self, boundary: str) -> tuple[str, ...]:
