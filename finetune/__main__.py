@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.backbones import DEFAULT_MODEL
-from finetune.config.flags import Parser
+from finetune.config.flags import Parser, given_fields
 from finetune.system.files import run_directory
 from finetune.system.progress import close_bars
 from finetune.system.shutdown import run_cli
@@ -33,6 +33,9 @@ def positive_integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"got {text}; must be an integer >= 1")
     return int(text)
 
+
+_RUN_FIELDS: Argument = ("fields", {})
+"""Of a command that takes the fields of a run as agent.py does, in the argument `fields`."""
 
 _path = partial(argument, type=Path)
 _count = partial(argument, type=positive_integer)
@@ -96,6 +99,11 @@ COMMANDS: dict[str, Command] = {
             metavar="N",
         ),
     ),
+    "lr_find": (
+        "learning-rate range test: a curve and a suggestion; takes the flags of agent.py",
+        "finetune.training.lr_find:lr_find",
+        _RUN_FIELDS,
+    ),
     "gpus": (
         "start one W&B agent on each visible GPU, or a single agent without a GPU",
         "finetune.tracking.gpus:gpus",
@@ -155,16 +163,30 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, (summary, function, *arguments) in COMMANDS.items():
         subparser = commands.add_parser(command, help=summary, description=summary)
+        takes_fields = _RUN_FIELDS in arguments
         for name, options in arguments:
-            subparser.add_argument(name, **options)
-        subparser.set_defaults(function=function)
+            if (name, options) != _RUN_FIELDS:
+                subparser.add_argument(name, **options)
+        subparser.set_defaults(function=function, takes_fields=takes_fields)
     return parser
+
+
+def parse(arguments: list[str] | None = None) -> dict[str, Any]:
+    """The `function` of a command line, and its keyword arguments. Raises `ConfigError`."""
+    parser = command_line()
+    known, rest = parser.parse_known_args(arguments)
+    given = vars(known)
+    if given.pop("takes_fields"):
+        return given | {"fields": given_fields(rest, parser.prog)}
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return given
 
 
 @close_bars()
 def main(arguments: list[str] | None = None) -> int | None:
     """Call a command's function with its arguments; returns the exit code."""
-    given = vars(command_line().parse_args(arguments))
+    given = parse(arguments)
     module, _, name = given.pop("function").partition(":")
     code: int | None = getattr(import_module(module), name)(**given)
     return code

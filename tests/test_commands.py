@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 
 import finetune
-from finetune.__main__ import COMMANDS, command_line, main
+from finetune.__main__ import COMMANDS, main, parse
 from finetune.system.errors import ConfigError, RunDirError
 from tests.conftest import Train
 
@@ -25,7 +25,7 @@ REQUIRED = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_s_arguments_are_those_of_its_function(command: str) -> None:
-    given = vars(command_line().parse_args([command, *REQUIRED.get(command, [])]))
+    given = parse([command, *REQUIRED.get(command, [])])
     module, _, name = given.pop("function").partition(":")
     inspect.signature(getattr(import_module(module), name)).bind(**given)
 
@@ -34,8 +34,8 @@ def test_a_command_s_arguments_are_those_of_its_function(command: str) -> None:
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export"])
 def test_a_checkpoint_stands_for_its_run(command: str, name: str) -> None:
     words = REQUIRED[command]
-    given = command_line().parse_args([command, f"{words[0]}/{name}", *words[1:]])
-    assert given.run_dir.as_posix() == words[0]
+    given = parse([command, f"{words[0]}/{name}", *words[1:]])
+    assert given["run_dir"].as_posix() == words[0]
 
 
 def test_a_checkpoint_stands_for_its_run_from_prediction_to_resume(

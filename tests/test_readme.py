@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.__main__ import command_line
+from finetune.__main__ import parse
 from finetune.config.backbones import BACKBONES
 from finetune.config.fields import RunConfig
 from finetune.config.flags import given_fields
@@ -52,8 +52,7 @@ def test_each_command_is_understood(command: str) -> None:
     words = shlex.split(command.replace("\n", " "))
     match words:
         case ["python", "-m", "finetune", *rest]:
-            given = command_line().parse_args(rest)
-            path = getattr(given, "sweep", None)
+            path = parse(rest).get("sweep")
             if path is not None and str(path) != "FILE":
                 read_sweep(ROOT / path)
         case ["python", "agent.py", "--help"]:

@@ -40,11 +40,8 @@ def prepare_run(
     Raises `ConfigError` and `RunDirError`.
     """
     refuse_torchrun()
-    given = {name: value for name, value in fields.items() if value not in (None, "None")}
-    resume, file = given.pop("resume", None), given.pop("config", None)
-    if file is not None:
-        given = read_mapping(Path(file)) | given
-    if resume:
+    given = with_file(fields)
+    if resume := given.pop("resume", None):
         run_dir = RunDir(absolute(run_directory(resume)))
     else:
         config = RunConfig.from_fields(given)
@@ -54,6 +51,13 @@ def prepare_run(
         if not run_dir.config_path.exists():
             return config, run_dir
     return _resumed(run_dir, given, log), run_dir
+
+
+def with_file(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The given fields that have a value, and those of the file `config`. Raises `ConfigError`."""
+    given = {name: value for name, value in fields.items() if value not in (None, "None")}
+    file = given.pop("config", None)
+    return given if file is None else read_mapping(Path(file)) | given
 
 
 def _resumed(run_dir: RunDir, given: Mapping[str, Any], log: Callable[[str], None]) -> RunConfig:

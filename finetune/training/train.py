@@ -67,7 +67,6 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: EpochCallback | None = Non
 
     `on_epoch` is called with every epoch's row after its files are written; it may raise `Pruned`.
     """
-    _silence_lightning()
     config, splits, cache = resolve(config, log, bar)
     with stoppable():
         run_dir.claim(config)
@@ -116,7 +115,8 @@ class _Execution:
             run_dir.move_predictions(loader.val.pictures.paths)
         if not recorder.is_complete:
             module = FineTuning(chain, config, loader, first_epoch=len(recorder.rows))
-            _trainer(recorder).fit(module, ckpt_path=checkpoint_path)
+            trainer = make_trainer(config, run_dir.path, recorder, max_epochs=config.epochs)
+            trainer.fit(module, ckpt_path=checkpoint_path)
         result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir, log)
         with defer_stop():  # the server and the directory agree on how the run ended
@@ -146,17 +146,21 @@ class _Execution:
                 log(f"{type(unsent).__name__}: {unsent}")
 
 
-def _trainer(recorder: Recorder) -> pl.Trainer:
-    config: Any = recorder.config
+def make_trainer(
+    config: RunConfig, directory: Path, callback: pl.Callback, **options: Any
+) -> pl.Trainer:
+    """Lightning's Trainer on the config's device, without Lightning's own files and logs."""
+    _silence_lightning()
+    precision: Any = config.precision
     return pl.Trainer(
-        max_epochs=config.epochs,
+        **options,
         accelerator=config.accelerator,
         devices=1,
-        precision=config.precision,
+        precision=precision,
         logger=False,  # Lightning's log on rank 0 only, and Slurm's tasks have ranks
-        callbacks=[recorder],
+        callbacks=[callback],
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
-        default_root_dir=recorder.run_dir.path,
+        default_root_dir=directory,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
