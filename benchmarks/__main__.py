@@ -31,6 +31,7 @@ from benchmarks.complete_sweep import complete_sweep
 from benchmarks.memory import peak_bytes
 from benchmarks.pipelines import Bench
 from benchmarks.sweep_overhead import sweep_overhead
+from finetune.config.backbones import IMAGENET_MEAN, IMAGENET_STD
 from finetune.data.decode import Preprocessing, decode
 from finetune.data.images import open_images
 from finetune.data.pictures import find_pictures
@@ -118,7 +119,12 @@ def image_store(bench: Bench, scale: Scale) -> dict[str, float]:
 
     gathered = images_per_second(lambda batch: None)
     normalised = images_per_second(
-        lambda batch: normalise(batch, torch.from_numpy(rng.choice(32, 16, replace=False)))
+        lambda batch: normalise(
+            batch,
+            torch.from_numpy(rng.choice(32, 16, replace=False)),
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+        )
     )
     torch.set_num_threads(num_threads)
     resize = v2.Resize((bench.image_size, bench.image_size))
@@ -154,12 +160,36 @@ def measure_sweep(bench: Bench, scale: Scale) -> dict[str, Any]:
     return complete_sweep(bench.folder / "sweeps", bench.weights, data_dir, bench.image_size)
 
 
+def networks(bench: Bench, scale: Scale) -> dict[str, Any]:
+    """Other networks at 128 pixels, two epochs, beside the plain pipeline; images per second."""
+    figures: dict[str, Any] = {}
+    for model in ("resnet50", "efficientnet_b0"):
+        other = Bench(bench.folder / model, 128, model)
+        data_dir = other.pictures(*scale.small, (400, 300))
+        for strategy in ("freeze", "partial"):
+            other.ours(strategy, data_dir, 2)  # fills the caches
+            pairs = [
+                (
+                    other.ours(strategy, data_dir, 2).images_per_second,
+                    other.plain(strategy, data_dir, 2),
+                )
+                for _ in range(scale.alternations)
+            ]
+            ratios = [ours / theirs for ours, theirs in pairs]
+            ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+            row = {"ours": ours, "plain": theirs, "ratio": statistics.median(ratios)}
+            figures[f"{model} {strategy}"] = row | {"ratios": ratios}
+            print(f"  {model} {strategy}: {row}", flush=True)
+    return figures
+
+
 SECTIONS: dict[str, Callable[[Bench, Scale], dict[str, Any]]] = {
     "store": image_store,
     **{strategy: partial(compare_strategy, strategy) for strategy in EPOCHS},
     "commands": lambda bench, scale: commands(bench.folder / "commands", scale.alternations),
     "overhead": lambda bench, scale: sweep_overhead(bench.folder / "trials", scale.num_trials),
     "memory": memory_by_size,
+    "networks": networks,
     "sweep": measure_sweep,
 }
 IN_QUICK = ("store", *EPOCHS)

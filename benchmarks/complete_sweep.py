@@ -35,7 +35,9 @@ def complete_sweep(folder: Path, weights: Path, data_dir: Path, image_size: int)
     for strategy in STRATEGIES:
         for rate in LEARNING_RATES:
             name = f"{strategy}-lr{rate}"
-            run = plain.train(data_dir, weights, strategy, EPOCHS, image_size, learning_rate=rate)
+            run = plain.train(
+                "resnet18", data_dir, weights, strategy, EPOCHS, image_size, learning_rate=rate
+            )
             plain_seconds[name] = run.seconds
             plain_accuracies[name] = max(run.val_accuracies)
             print(f"  plain {name}: {run.seconds:.0f} s, {max(run.val_accuracies):.3f}", flush=True)

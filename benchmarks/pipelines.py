@@ -56,11 +56,11 @@ def _silent(call: Callable[[], Any]) -> Any:
 class Bench:
     """The pipelines on the same pictures, with one folder for all files."""
 
-    def __init__(self, folder: Path, image_size: int) -> None:
-        self.folder, self.image_size = folder, image_size
+    def __init__(self, folder: Path, image_size: int, model: str = "resnet18") -> None:
+        self.folder, self.image_size, self.model = folder, image_size, model
         folder.mkdir(exist_ok=True)
-        self.weights = folder / "weights.pth"
-        torch.save(build(1000, seed=1).state_dict(), self.weights)
+        self.weights = folder / f"{model}.pth"
+        torch.save(build(model, 1000, image_size, seed=1).network.state_dict(), self.weights)
 
     def pictures(self, num_train: int, num_val: int, size: tuple[int, int] = (800, 600)) -> Path:
         folder = self.folder / f"pictures-{num_train}-{num_val}-{size[0]}x{size[1]}"
@@ -72,6 +72,7 @@ class Bench:
         """One run of this project; returns its RunResult."""
         model = _silent(
             lambda: train_and_finetune(
+                model=self.model,
                 strategy=strategy,
                 epochs=epochs,
                 data_dir=data_dir,
@@ -88,19 +89,20 @@ class Bench:
     def plain(self, strategy: str, data_dir: Path, epochs: int) -> float:
         """Images per second of the plain pipeline."""
         run = _silent(
-            lambda: plain.train(data_dir, self.weights, strategy, epochs, self.image_size)
+            lambda: plain.train(
+                self.model, data_dir, self.weights, strategy, epochs, self.image_size
+            )
         )
         return run.images_per_second
 
     def raw(self, strategy: str, num_steps: int) -> float:
         """Images per second of a bare training loop on the complete network, in channels_last."""
-        model = build(NUM_CLASSES, seed=0)
-        opened = plain.OPENED.get(strategy, plain.GRADUAL)
-        for name in plain.PARTS:
-            getattr(model, name).requires_grad_(name in opened)
+        chain = build(self.model, NUM_CLASSES, self.image_size, seed=0)
+        model, backbone = chain.network, chain.backbone
+        plain.open_parts(model, backbone.parts, plain.NUM_OPEN[strategy])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, fused=True)
         images = torch.randint(0, 256, (32, self.image_size, self.image_size, 3)).byte()
-        x, y = normalise(images, None), torch.arange(32) % NUM_CLASSES
+        x, y = normalise(images, None, backbone.mean, backbone.std), torch.arange(32) % NUM_CLASSES
         started = 0.0
         for step in range(num_steps + 1):
             if step == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision import models
 from torchvision.datasets import ImageFolder
-from torchvision.models import resnet18
 from torchvision.transforms import v2
 
-PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
-OPENED = {"freeze": ["fc"], "partial": ["fc", "layer4", "layer3"], "scratch": list(PARTS)}
-GRADUAL = ("fc", "layer4", "layer3", "layer2")
+from finetune.config.backbones import BACKBONES
+
+NUM_OPEN = {"freeze": 1, "partial": 3, "gradual": 4, "scratch": 6}
+"""How many of a network's parts train, counted from the head; gradual opens one per epoch."""
 
 
 @dataclass
@@ -35,14 +37,15 @@ class Plain(pl.LightningModule):
     """Frozen parameters have requires_grad=False; the rest is Lightning's default."""
 
     def __init__(
-        self, strategy: str, weights: Path, num_classes: int, learning_rate: float
+        self, model: str, strategy: str, weights: Path, num_classes: int, learning_rate: float
     ) -> None:
         super().__init__()
         self.strategy, self.learning_rate = strategy, learning_rate
-        self.model = resnet18(num_classes=num_classes)
+        self.parts = BACKBONES[model].parts
+        self.model = getattr(models, model)(num_classes=num_classes)
         if strategy != "scratch":
-            state = torch.load(weights, weights_only=True)
-            state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+            (*_, head), state = self.parts.values(), torch.load(weights, weights_only=True)
+            state = {k: v for k, v in state.items() if not k.startswith(f"{head}.")}
             self.model.load_state_dict(state, strict=False)
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.epoch_seconds: list[float] = []
@@ -50,9 +53,10 @@ class Plain(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._started = time.perf_counter()
-        opened = OPENED.get(self.strategy, GRADUAL[: self.current_epoch + 1])
-        for name in PARTS:
-            getattr(self.model, name).requires_grad_(name in opened)
+        num_open = NUM_OPEN[self.strategy]
+        if self.strategy == "gradual":
+            num_open = min(num_open, self.current_epoch + 1)
+        open_parts(self.model, self.parts, num_open)
 
     def training_step(self, batch: Any, batch_index: int) -> torch.Tensor:
         images, labels = batch
@@ -77,7 +81,16 @@ class Plain(pl.LightningModule):
         return torch.optim.SGD(self.model.parameters(), lr=self.learning_rate, momentum=0.9)
 
 
+def open_parts(model: torch.nn.Module, parts: Mapping[str, str], num_open: int) -> None:
+    """Gradients for the last parts; in these networks modules are registered in their order."""
+    part, opened = "", list(parts)[-num_open:]
+    for name, parameter in model.named_parameters():
+        part = next((p for p, begin in parts.items() if name.startswith(f"{begin}.")), part)
+        parameter.requires_grad_(part in opened)
+
+
 def train(
+    model: str,
     data_dir: Path,
     weights: Path,
     strategy: str,
@@ -102,7 +115,7 @@ def train(
         "num_workers": 2,
         "persistent_workers": True,
     }
-    module = Plain(strategy, weights, len(train_set.classes), learning_rate)
+    module = Plain(model, strategy, weights, len(train_set.classes), learning_rate)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -64,7 +64,7 @@ def scheduling_ms(folder: Path, method: str, num_trials: int) -> float:
 def sweep_overhead(folder: Path, num_trials: int, num_scheduled: int = 1000) -> dict[str, float]:
     """Seconds per trial besides its epochs, and milliseconds to schedule one."""
     write_digits(folder / "digits", range(5, 10), 4, 3)
-    torch.save(build(5, 0).state_dict(), folder / "weights.pth")
+    torch.save(build("resnet18", 5, 64, 0).network.state_dict(), folder / "weights.pth")
     figures: dict[str, float] = {}
     for mode in ("offline", "disabled"):  # offline first: the fork server then has wandb imported
         overheads = trial_overhead_seconds(folder, mode, num_trials)
