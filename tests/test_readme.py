@@ -108,7 +108,8 @@ def shell(tmp_path: Path) -> Path:
     write_digits(tmp_path / "data" / "mine", range(5, 10), train_per_class=5, val_per_class=3)
     place = tmp_path / "torch" / "hub" / "checkpoints"
     place.mkdir(parents=True)
-    torch.save(build(1000, seed=7).state_dict(), place / "resnet18-f37072fd.pth")
+    network = build("resnet18", 1000, 64, seed=7).network
+    torch.save(network.state_dict(), place / "resnet18-f37072fd.pth")
     return tmp_path
 
 

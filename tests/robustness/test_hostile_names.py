@@ -83,7 +83,8 @@ def run(place: Path, weights: Path) -> RunDir:
         place,
         ROOT / "agent.py",
         *("--data_dir", "data", "--strategy", "freeze", "--epochs", 1, "--image_size", 32),
-        *("--weights", weights, "--skip_unreadable", "--val_fraction", 0.4, "--batch_size", 4),
+        *("--model", weights.stem, "--weights", weights, "--skip_unreadable"),
+        *("--val_fraction", 0.4, "--batch_size", 4),
         *("--name", "[/bold]<b>$(touch owned)\n%{x}", "--accelerator", "cpu"),
         WANDB_MODE="offline",
     )

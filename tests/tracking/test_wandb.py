@@ -72,7 +72,7 @@ def test_two_agents_run_each_cell_of_a_sweep_once(place: Place, fields: dict[str
         assert result["config"]["data_aug"] == {True: "y", "n": "n"}[run.args["data_aug"]]
         assert_history_is_complete(run, place.run_dir(run))
         assert (run.group, run.tags) == ("strategies", [run.args["strategy"]])
-        assert run.display_name.startswith(f"{run.args['strategy']}-lr0.01-bs5")
+        assert run.display_name.startswith(f"tiny-{run.args['strategy']}-lr0.01-bs5")
     assert len({(r.args["strategy"], r.args["data_aug"]) for r in runs}) == 4
     assert "locked by" not in place.output()
     assert_reports_agree(place, sweep)
