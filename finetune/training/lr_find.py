@@ -24,7 +24,7 @@ from finetune.training.train import log, make_trainer
 
 LOWEST_RATE, HIGHEST_RATE, NUM_STEPS = 1e-6, 10.0, 100
 _SMOOTHING, _DIVERGED = 0.9, 4.0
-_NUM_SKIPPED, _NUM_LOW = 10, 15
+_NUM_SKIPPED, _NUM_LOW, _NUM_AROUND = 10, 15, 5
 _NUM_ROWS, _BAR_WIDTH = 20, 40
 
 
@@ -44,21 +44,23 @@ class RangeTest(NamedTuple):
         """The rate at which the loss falls most steeply over the logarithm of the rate.
 
         That is the rule `steep` of fastai's `lr_find` (https://docs.fast.ai/callback.schedule.html;
-        Lightning takes the slope over the rate itself), here up to the least loss only: a fall from
-        a peak at high rates doesn't count. The first steps, whose smoothed loss is of few batches,
-        are left out.
+        Lightning takes the slope over the rate itself), with two differences. The slope is taken
+        over ten steps, because that from one step to the next is mostly noise. And a fall after the
+        least loss, from a peak at high rates, doesn't count. The first steps, whose smoothed loss
+        is of few batches, are left out.
 
         None if the curve is too short, or if the loss falls by less than twice what it varies at
         the lowest rates.
         """
         if self.is_too_short:
             return None
-        losses = self.losses[_NUM_SKIPPED:]
-        low, end = losses[:_NUM_LOW], int(np.argmin(losses)) + 1
-        if min(low) - min(losses) < 2 * (max(low) - min(low)):
+        losses, around = np.array(self.losses[_NUM_SKIPPED:]), _NUM_AROUND
+        low = losses[:_NUM_LOW]
+        if low.min() - losses.min() < 2 * (low.max() - low.min()):
             return None
-        steepest = int(np.gradient(losses)[:end].argmin())
-        return self.rates[_NUM_SKIPPED + steepest]
+        falls = losses[: -2 * around] - losses[2 * around :]  # [i]: around step i + 5
+        until_least = falls[: max(1, int(losses.argmin()) + 1 - around)]
+        return self.rates[_NUM_SKIPPED + around + int(until_least.argmax())]
 
 
 def lr_find(fields: Mapping[str, Any]) -> int:
