@@ -35,7 +35,11 @@ def positive_integer(text: str) -> int:
 
 
 _RUN_FIELDS: Argument = ("fields", {})
-"""Of a command that takes the fields of a run as agent.py does, in the argument `fields`."""
+"""Of a command that takes the fields of a run as agent.py does, in the argument `fields`.
+
+The command's own positional arguments come before them, and its own options take precedence.
+"""
+_FIELDS_HELP = "--FIELD VALUE for any field of a run, and --config FILE: see agent.py --help."
 
 _path = partial(argument, type=Path)
 _count = partial(argument, type=positive_integer)
@@ -100,7 +104,7 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "lr_find": (
-        "learning-rate range test: a curve and a suggestion; takes the flags of agent.py",
+        "learning-rate range test of a run's config: prints a curve and a suggestion",
         "finetune.training.lr_find:lr_find",
         _RUN_FIELDS,
     ),
@@ -162,8 +166,14 @@ def command_line() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m finetune", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, (summary, function, *arguments) in COMMANDS.items():
-        subparser = commands.add_parser(command, help=summary, description=summary)
         takes_fields = _RUN_FIELDS in arguments
+        subparser = commands.add_parser(
+            command,
+            help=summary,
+            description=summary,
+            epilog=_FIELDS_HELP if takes_fields else None,
+            allow_abbrev=not takes_fields,
+        )
         for name, options in arguments:
             if (name, options) != _RUN_FIELDS:
                 subparser.add_argument(name, **options)
@@ -177,7 +187,7 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     known, rest = parser.parse_known_args(arguments)
     given = vars(known)
     if given.pop("takes_fields"):
-        return given | {"fields": given_fields(rest, parser.prog)}
+        return given | {"fields": given_fields(rest)}
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return given

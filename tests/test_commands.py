@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 
 import finetune
-from finetune.__main__ import COMMANDS, main, parse
+from finetune.__main__ import _RUN_FIELDS, COMMANDS, argument, main, parse
 from finetune.system.errors import ConfigError, RunDirError
 from tests.conftest import Train
 
@@ -58,3 +58,27 @@ def test_a_checkpoint_stands_for_its_run_from_prediction_to_resume(
 def test_a_count_must_be_a_positive_integer(count: str) -> None:
     with pytest.raises(ConfigError, match=r"--seeds: got .*; must be an integer >= 1"):
         main(["confirm", "runs", f"--seeds={count}"])
+
+
+def test_a_command_with_run_fields_keeps_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = (argument("file", "positional"), argument("--out", "its own"), argument("--max_runs", ""))
+    monkeypatch.setitem(COMMANDS, "fields", ("summary", "module:function", *own, _RUN_FIELDS))
+    given = parse(["fields", "a.yaml", "--epochs", "3", "--out", "b", "--skip_unreadable"])
+    assert given == {
+        "function": "module:function",
+        "file": "a.yaml",
+        "out": "b",
+        "max_runs": None,
+        "fields": {"epochs": "3", "skip_unreadable": "true"},
+    }
+    with pytest.raises(ConfigError, match="unknown field 'max'"):
+        parse(["fields", "a.yaml", "--max", "3"])
+
+
+def test_the_help_of_a_command_with_run_fields_names_agent_py(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["lr_find", "--help"])
+    assert ended.value.code == 0
+    assert "agent.py --help" in capsys.readouterr().out

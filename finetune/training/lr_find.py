@@ -22,9 +22,9 @@ from finetune.system.shutdown import stoppable
 from finetune.training.module import FineTuning
 from finetune.training.train import log, make_trainer
 
-LOWEST_RATE, HIGHEST_RATE, NUM_STEPS = 1e-5, 10.0, 100
+LOWEST_RATE, HIGHEST_RATE, NUM_STEPS = 1e-6, 10.0, 100
 _SMOOTHING, _DIVERGED = 0.9, 4.0
-_SKIPPED_FIRST, _SKIPPED_LAST = 10, 3
+_NUM_SKIPPED, _NUM_LOW, _NUM_AROUND = 10, 15, 5
 _NUM_ROWS, _BAR_WIDTH = 20, 40
 
 
@@ -35,17 +35,32 @@ class RangeTest(NamedTuple):
     losses: list[float]
 
     @property
+    def is_too_short(self) -> bool:
+        """Whether training diverged before the loss at low rates was known."""
+        return len(self.losses) <= _NUM_SKIPPED + _NUM_LOW
+
+    @property
     def suggestion(self) -> float | None:
         """The rate at which the loss falls most steeply over the logarithm of the rate.
 
-        That is the rule of fastai and Lightning. None if the loss doesn't fall. The first steps,
-        whose smoothed loss is of few batches, and the last ones don't count.
+        That is the rule `steep` of fastai's `lr_find` (https://docs.fast.ai/callback.schedule.html;
+        Lightning takes the slope over the rate itself), with two differences. The slope is taken
+        over ten steps, because that from one step to the next is mostly noise. And a fall after the
+        least loss, from a peak at high rates, doesn't count. The first steps, whose smoothed loss
+        is of few batches, are left out.
+
+        None if the curve is too short, or if the loss falls by less than twice what it varies at
+        the lowest rates.
         """
-        slopes = np.gradient(self.losses) if len(self.losses) > 1 else np.zeros(1)
-        counted = slopes[_SKIPPED_FIRST:-_SKIPPED_LAST]
-        if len(counted) == 0 or counted.min() >= 0:
+        if self.is_too_short:
             return None
-        return self.rates[_SKIPPED_FIRST + int(counted.argmin())]
+        losses, around = np.array(self.losses[_NUM_SKIPPED:]), _NUM_AROUND
+        low = losses[:_NUM_LOW]
+        if low.min() - losses.min() < 2 * (low.max() - low.min()):
+            return None
+        falls = losses[: -2 * around] - losses[2 * around :]  # [i]: around step i + 5
+        until_least = falls[: max(1, int(losses.argmin()) + 1 - around)]
+        return self.rates[_NUM_SKIPPED + around + int(until_least.argmax())]
 
 
 def lr_find(fields: Mapping[str, Any]) -> int:
@@ -69,9 +84,7 @@ def range_test(config: RunConfig) -> RangeTest:
     config = config.model_copy(update=at_once)
     chain, _ = build_from(config, len(splits.class_names), log)
     loader = EpochLoader(config, splits, cache, log)
-    num_epochs = math.ceil(NUM_STEPS / len(loader.train_epoch(0)))
-    loader_config = config.model_copy(update={"epochs": num_epochs})
-    module, rising = FineTuning(chain, loader_config, loader), _RisingRate(config.learning_rate)
+    module, rising = FineTuning(chain, config, loader), _RisingRate(config.learning_rate)
     trainer = make_trainer(config, Path.cwd(), rising, max_steps=NUM_STEPS, limit_val_batches=0)
     trainer.fit(module)
     return RangeTest(rising.rates, rising.losses)
@@ -131,6 +144,11 @@ def describe(found: RangeTest) -> Sequence[str]:
         lines.append(f"{rates[i]:10.2g} {losses[i]:8.3f} {bar_text}".rstrip())
     if len(losses) < NUM_STEPS:
         lines.append(f"stopped after {rates[-1]:.2g}: then {_DIVERGED:g} times the least loss")
-    if (rate := found.suggestion) is None:
-        return [*lines, "the loss does not fall: no rate is suggested"]
-    return [*lines, f"steepest descent: --learning_rate {rate:.2g}"]
+    if (rate := found.suggestion) is not None:
+        return [*lines, f"steepest descent: --learning_rate {rate:.2g}"]
+    if found.is_too_short:
+        return [*lines, f"the curve has only {len(losses)} steps: no rate is suggested"]
+    return [
+        *lines,
+        "the loss does not fall more than it varies from batch to batch: no rate is suggested",
+    ]
