@@ -34,7 +34,7 @@ class PlainRun:
 
 
 class Plain(pl.LightningModule):
-    """Frozen parts have requires_grad=False and are in eval mode; the rest is Lightning's default."""
+    """Frozen parts have no gradients and are in eval mode; the rest is Lightning's default."""
 
     def __init__(
         self, model: str, strategy: str, weights: Path, num_classes: int, learning_rate: float
