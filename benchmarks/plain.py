@@ -34,7 +34,7 @@ class PlainRun:
 
 
 class Plain(pl.LightningModule):
-    """Frozen parameters have requires_grad=False; the rest is Lightning's default."""
+    """Frozen parts have no gradients and are in eval mode; the rest is Lightning's default."""
 
     def __init__(
         self, model: str, strategy: str, weights: Path, num_classes: int, learning_rate: float
@@ -82,11 +82,16 @@ class Plain(pl.LightningModule):
 
 
 def open_parts(model: torch.nn.Module, parts: Mapping[str, str], num_open: int) -> None:
-    """Gradients for the last parts; in these networks modules are registered in their order."""
-    part, opened = "", list(parts)[-num_open:]
-    for name, parameter in model.named_parameters():
-        part = next((p for p, begin in parts.items() if name.startswith(f"{begin}.")), part)
-        parameter.requires_grad_(part in opened)
+    """Train the last parts; the others have no gradients and are in eval mode.
+
+    Needs modules that are registered in the order in which they run, as in torchvision's networks.
+    """
+    part, opened = next(iter(parts)), list(parts)[-num_open:]
+    for name, module in model.named_modules():
+        part = next((p for p, begin in parts.items() if name == begin), part)
+        module.train(part in opened)
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(part in opened)
 
 
 def train(
