@@ -30,18 +30,20 @@ from tests.support import plain_loop
 COMPARED = ("train_loss", "val_loss", "val_acc")
 SIZE = 64
 
-LONG = [pytest.param(m, s, marks=pytest.mark.long) for m in BACKBONES for s in STRATEGIES]
-QUICK = [
-    *((m, "partial") for m in BACKBONES if m not in ("resnet18", "resnet34", "vit_b_16")),
-    *(("mobilenet_v3_large", s) for s in STRATEGIES if s != "partial"),
+OTHERS = [
+    *((model, "partial") for model in ("resnet50", "convnext_tiny", "efficientnet_b0")),
     ("vit_b_16", "freeze"),
 ]
-every_network = pytest.mark.parametrize(
-    ("model", "strategy"),
-    [*(pytest.param(m, s, marks=pytest.mark.slow) for m, s in QUICK)]
-    + [p for p in LONG if p.values not in QUICK],
-)
-"""All pairs; those that are not long have every network and every strategy."""
+
+
+def pairs(*quick: tuple[str, str]) -> pytest.MarkDecorator:
+    """All networks with all strategies; those that are not `quick` only in the long tests."""
+    everything = [(model, strategy) for model in BACKBONES for strategy in STRATEGIES]
+    marked = [
+        pytest.param(*pair, marks=pytest.mark.slow if pair in quick else pytest.mark.long)
+        for pair in everything
+    ]
+    return pytest.mark.parametrize(("model", "strategy"), marked)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def first_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state
 
 
-@every_network
+@pairs(*OTHERS, *(("mobilenet_v3_large", strategy) for strategy in STRATEGIES))
 def test_a_run_equals_a_plain_loop_and_its_frozen_parts_keep_their_bits(
     model: str, strategy: str, settings: dict[str, Any]
 ) -> None:
@@ -161,7 +163,7 @@ def unbalanced(data_dir: Path, copy: Path) -> Path:
     return copy
 
 
-@every_network
+@pairs(*OTHERS[1:], ("mobilenet_v3_large", "gradual"))
 def test_a_run_gives_the_same_without_a_cache_and_the_same_bits_when_resumed(
     model: str, strategy: str, settings: dict[str, Any]
 ) -> None:
@@ -177,7 +179,7 @@ def test_a_run_gives_the_same_without_a_cache_and_the_same_bits_when_resumed(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@every_network
+@pairs(*OTHERS[1:], ("mobilenet_v3_large", "lp-ft"))
 def test_the_best_model_predicts_its_accuracy_and_is_exported(
     model: str, strategy: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
