@@ -20,6 +20,7 @@ from finetune.data.decode import Preprocessing, decode
 from finetune.data.pictures import Pictures
 from finetune.data.seeding import epoch_flips, epoch_order, step_generator
 from finetune.data.splits import find_splits
+from finetune.model.network import build
 
 _RESNET = {
     "fc": ["fc"],
@@ -71,6 +72,17 @@ def create(name: str, num_classes: int, image_size: int) -> nn.Module:
     options = {"image_size": image_size} if name.startswith("vit") else {}
     network: nn.Module = getattr(torchvision.models, name)(num_classes=num_classes, **options)
     return network
+
+
+def first_weights(config: RunConfig) -> dict[str, Tensor]:
+    """What a run starts from: its own head, and the source's other weights."""
+    chain = build(config.model, 5, config.image_size, config.seed)
+    state = dict(chain.network.state_dict())
+    if config.weights:
+        source = torch.load(config.weights, weights_only=True)
+        (head, *_) = PARTS[config.model]
+        state |= {k: v for k, v in source.items() if part_of(config.model, k) != head}
+    return state
 
 
 def start_epochs(config: RunConfig) -> dict[str, float]:

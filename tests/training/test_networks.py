@@ -21,7 +21,6 @@ from finetune.config.backbones import BACKBONES
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import STRATEGIES
 from finetune.data.decode import Preprocessing, decode
-from finetune.model.network import build
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir, read_metrics
 from tests.conftest import carry_out
@@ -98,25 +97,13 @@ def losses(run: RunDir) -> list[list[float]]:
     return [[row[name] for name in COMPARED] for row in read_metrics(run.metrics_path)]
 
 
-def first_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What a run of these settings starts from: its own head, and the source's other weights."""
-    config = RunConfig.from_fields(settings)
-    chain = build(config.model, 5, config.image_size, config.seed)
-    state = dict(chain.network.state_dict())
-    if config.weights:
-        source = torch.load(config.weights, weights_only=True)
-        (head, *_) = plain_loop.PARTS[config.model]
-        state |= {k: v for k, v in source.items() if plain_loop.part_of(config.model, k) != head}
-    return state
-
-
 @pairs(*OTHERS, *(("mobilenet_v3_large", strategy) for strategy in STRATEGIES))
 def test_a_run_equals_a_plain_loop_and_its_frozen_parts_keep_their_bits(
     model: str, strategy: str, settings: dict[str, Any]
 ) -> None:
     run = carry_out(**settings)
     config = RunConfig.from_fields(settings)
-    network, before = plain_loop.create(model, 5, SIZE), first_weights(settings)
+    network, before = plain_loop.create(model, 5, SIZE), plain_loop.first_weights(config)
     network.load_state_dict(before)
     expected = [[row[name] for name in COMPARED] for row in plain_loop.run(config, network)]
     np.testing.assert_allclose(losses(run), expected, rtol=1e-5, atol=1e-5)
@@ -146,7 +133,7 @@ def test_a_run_with_other_options_equals_a_plain_loop_and_resumes_to_the_same_bi
     settings |= options | {"data_dir": unbalanced(settings["data_dir"], tmp_path / "data")}
     run = carry_out(**settings)
     network = plain_loop.create(model, 5, SIZE)
-    network.load_state_dict(first_weights(settings))
+    network.load_state_dict(plain_loop.first_weights(RunConfig.from_fields(settings)))
     rows = plain_loop.run(RunConfig.from_fields(settings), network)
     expected = [[row[name] for name in COMPARED] for row in rows]
     np.testing.assert_allclose(losses(run), expected, rtol=1e-5, atol=1e-5)
