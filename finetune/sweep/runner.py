@@ -183,7 +183,7 @@ class _Runner:
         claim, config = self._claims[worker], worker.job.config
         self.live_table.epoch_ended(claim.run_id, config, event)
         iteration, value = self._logged_value(event)
-        judge = config.plan.all_open_epoch < iteration < config.epochs
+        judge = config.plan.all_open_epoch < iteration < config.num_epochs
         reason = self.queue.report(claim, iteration, value, judge)
         if worker.job.is_judged:
             worker.answer(reason)
