@@ -28,14 +28,15 @@ def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def num_at_once(image_size: int, accelerator: str) -> int:
-    """Batch size of inference: on a CPU the activations of a batch should fit into its caches.
+    """Batch size of inference: on a CPU the activations of a batch should fit into its caches, on
+    CUDA a batch should be much work for each kernel.
 
-    The outputs don't depend on it.
+    The outputs don't depend on it, except for rounding on a GPU.
 
     >>> num_at_once(256, "cpu"), num_at_once(64, "cpu"), num_at_once(256, "cuda")
-    (8, 128, 32)
+    (8, 128, 128)
     """
-    num_pixels = 2**19 if accelerator == "cpu" else 2**21
+    num_pixels = {"cpu": 2**19, "cuda": 2**23}.get(accelerator, 2**21)
     return max(2, num_pixels // image_size**2)
 
 
