@@ -159,8 +159,11 @@ class RunConfig(BaseModel):
     )
     cache_format: Literal["float32", "float16"] = environment(
         "float32",
-        "data type of the frozen layers' outputs in the cache; float32 is exact; float16 needs "
-        "half the space, rounds to 11 bits, and may change an accuracy by one or two pictures",
+        "data type of the frozen layers' outputs in the cache; float32: as computed, exact; "
+        "float16: half the space, 11 bits; an accuracy may change by one or two pictures",
+    )
+    gpu_cache_fraction: types.Share = environment(
+        0.5, "share of a GPU's free memory that pictures and activations may fill; 0: none"
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = environment(
         "auto", "Lightning's accelerator; a run uses one device"
@@ -169,9 +172,7 @@ class RunConfig(BaseModel):
         "auto", "auto: bf16-mixed on CUDA from capability 8.0, 16-mixed on older GPUs, else 32-true"
     )
     out: types.Directory = environment(Path("runs"), "parent of the run directories")
-    keep_last: bool = environment(
-        False, "keep last.ckpt of a finished run, so that it can go on with more epochs"
-    )
+    keep_last: bool = environment(False, "keep last.ckpt of a finished run, to train it further")
     project: str | None = label(None, "W&B's project; default: WANDB_PROJECT, else finetune")
     entity: str | None = label(None, "W&B's entity; default: WANDB_ENTITY")
     group: str | None = label(None, "W&B's group; default: WANDB_RUN_GROUP")

@@ -4,6 +4,7 @@ Legend: B batch, H height, W width.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -46,7 +47,7 @@ class Batch(NamedTuple):
     inputs: Tensor
     """uint8 pictures, (B, H, W, 3), if `part` is the network's first part; else activations."""
     flips: Tensor | None
-    """Positions in the batch of the pictures that are still to be flipped, int64."""
+    """Which pictures are still to be flipped, bool, (B,)."""
     labels: Tensor
     """int64, (B,)."""
     part: str
@@ -85,3 +86,32 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class PrefetchedBatches:
+    """The batches of one epoch, each prepared in a thread while the one before is used.
+
+    In pinned memory, which a GPU reads on its own while the host goes on.
+    """
+
+    batches: EpochBatches
+    is_pinned: bool
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as thread:
+            following = [thread.submit(self._prepare, 0)]
+            for i in range(len(self)):
+                batch = following.pop().result()
+                if i + 1 < len(self):
+                    following.append(thread.submit(self._prepare, i + 1))
+                yield batch
+
+    def _prepare(self, index: int) -> Batch:
+        batch = self.batches[index]
+        if not self.is_pinned:
+            return batch
+        return batch._replace(inputs=batch.inputs.pin_memory(), labels=batch.labels.pin_memory())

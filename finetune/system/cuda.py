@@ -41,6 +41,22 @@ def explain_cuda_error(text: str) -> str:
     return " ".join(text.split())[:200]
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_bytes() -> float:
+    """The memory of the current GPU that this process may still fill."""
+    free, total = torch.cuda.mem_get_info()
+    kept = torch.cuda.memory_reserved()
+    share = torch.cuda.get_per_process_memory_fraction()
+    return min(free, share * total - kept) + kept - torch.cuda.memory_allocated()
+
+
 def check_architecture() -> None:
     """Raises `DeviceError` if torch has no kernels for the current card."""
     major, minor = torch.cuda.get_device_capability()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps
 
 from finetune.data import formats
 from finetune.data.bit_depth import find_range
@@ -18,7 +18,8 @@ from finetune.data.decode import Preprocessing, decode
 from finetune.data.formats import has_picture_content, shown
 from finetune.system.errors import DataError
 
-needs_avif = pytest.mark.skipif(not features.check("avif"), reason="Pillow before 11.3")
+Image.init()
+needs_avif = pytest.mark.skipif("AVIF" not in Image.SAVE, reason="Pillow before 11.3")
 
 SIZE = 32
 ARROW = np.full((48, 64, 3), 255, dtype=np.uint8)
