@@ -367,6 +367,28 @@ class WandbServer:
     def _on_ArtifactType(self, variables: dict[str, Any]) -> Any:
         return {"project": {"artifactType": None, "artifact": None}}
 
+    def _on_ArtifactByIDShort(self, variables: dict[str, Any]) -> Any:  # up to 0.21
+        artifact = self.artifacts[variables["id"]]
+        project = {"entityName": ENTITY, "name": "finetune"}
+        described = {
+            "id": artifact.id,
+            "artifactSequence": {"project": project, "name": artifact.name},
+            "versionIndex": 0,
+            "artifactType": {"name": artifact.kind},
+            "description": None,
+            "metadata": json.dumps(artifact.metadata),
+            "aliases": [],
+            "tags": [],
+            "historyStep": None,
+            "state": artifact.state,
+            "currentManifest": None,
+            "commitHash": None,
+            "fileCount": len(artifact.files),
+            "createdAt": "2026-01-01T00:00:00",
+            "updatedAt": None,
+        }
+        return {"artifact": described}
+
     def _on_ClientIDMapping(self, variables: dict[str, Any]) -> Any:
         return {"clientIDMapping": None}
 
@@ -452,8 +474,12 @@ class WandbServer:
             "state": sweep.state,
             "config": yaml.safe_dump(sweep.config),
             "runCount": len(self.sweep_runs(sweep.name)),
+            "runCountExpected": None,
+            "bestLoss": None,
         }
         return {"project": {"sweep": described}}
+
+    _on_Sweep = _on_GetSweep  # up to 0.21
 
     def _on_Runs(self, variables: dict[str, Any]) -> Any:
         (condition,) = json.loads(variables["filters"])["$and"]
