@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import suppress
 
 import torch
 
@@ -47,6 +48,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def use_share_of_memory(num_sharing: int) -> None:
+    """Leave the others of so many processes their share of the GPU's memory."""
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):  # a GPU that can't be used is reported where it is needed
+            torch.cuda.set_per_process_memory_fraction(1 / num_sharing)
 
 
 def free_bytes() -> float:
