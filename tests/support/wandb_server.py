@@ -329,11 +329,14 @@ class WandbServer:
         }
         return {"createArtifact": {"artifact": described}}
 
+    def _manifest_url(self, artifact: str) -> str:
+        return f"{self.url}/upload/manifest/{artifact}/wandb_manifest.json"
+
     def _on_CreateArtifactManifest(self, variables: dict[str, Any]) -> Any:
         artifact = variables["artifactID"]
         file = {
             "id": f"manifest-{artifact}",
-            "uploadUrl": f"{self.url}/upload/manifest/{artifact}/wandb_manifest.json",
+            "uploadUrl": self._manifest_url(artifact),
             "uploadHeaders": [],
         }
         return {"createArtifactManifest": {"artifactManifest": {"id": artifact, "file": file}}}
@@ -381,7 +384,7 @@ class WandbServer:
             "tags": [],
             "historyStep": None,
             "state": artifact.state,
-            "currentManifest": None,
+            "currentManifest": {"file": {"directUrl": self._manifest_url(artifact.id)}},
             "commitHash": None,
             "fileCount": len(artifact.files),
             "createdAt": "2026-01-01T00:00:00",
@@ -622,7 +625,13 @@ class _Handler(Handler):
             self._answer(200, state.file_stream(found[1], json.loads(body)))
         elif found := re.fullmatch(r"/upload/(\w+)/([^/]+)/(.*)", path):
             if self.command == "GET":
-                self._send(200, "application/octet-stream", state.runs[found[2]].files[found[3]])
+                is_manifest = found[1] == "manifest"
+                content = (
+                    state.artifacts[found[2]].manifest
+                    if is_manifest
+                    else state.runs[found[2]].files[found[3]]
+                )
+                self._send(200, "application/octet-stream", content)
             else:
                 state.upload(found[1], found[2], found[3], body)
                 self._answer(200, {})
