@@ -33,6 +33,11 @@ ENTITY = "tester"
 KEY = "k" * 20 + "0123456789" * 2
 
 
+def _encoded(name: str) -> str:
+    """An id as the server makes them."""
+    return base64.b64encode(name.encode()).decode()
+
+
 @dataclass
 class Run:
     """What the server knows of a run."""
@@ -60,7 +65,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        return base64.b64encode(f"Run:v1:{self.name}".encode()).decode()
+        return _encoded(f"Run:v1:{self.name}")
 
     def values(self, key: str) -> list[Any]:
         """A metric's logged values."""
@@ -95,7 +100,7 @@ class Sweep:
 
     @property
     def id(self) -> str:
-        return base64.b64encode(f"Sweep:v1:{self.name}".encode()).decode()
+        return _encoded(f"Sweep:v1:{self.name}")
 
 
 @dataclass
@@ -317,7 +322,7 @@ class WandbServer:
         name = (collections or [given.get("artifactCollectionName")])[0]
         aliases = [a["alias"] for a in given.get("aliases") or []]
         artifact = Artifact(
-            f"artifact{number}", str(name), given["artifactTypeName"],
+            _encoded(f"Artifact:{number}"), str(name), given["artifactTypeName"],
             json.loads(given.get("metadata") or "{}"), aliases, given["digest"],
         )  # fmt: skip
         self.artifacts[artifact.id] = artifact
