@@ -51,7 +51,10 @@ _DATA_DIR = Path("data/inaturalist_12K")
 _RUN_DIR = argument(
     "run_dir", "the directory of a finished run", metavar="RUN_DIR", type=run_directory
 )
-_WORKERS = _count("--workers", "runs at the same time (default: one per visible GPU, else 1)")
+_WORKERS = _count(
+    "--workers",
+    "runs at the same time (default: one per visible GPU, two per GPU of 40 GB or more, else 1)",
+)
 
 COMMANDS: dict[str, Command] = {
     "demo": (

@@ -17,7 +17,7 @@ import annotated_types as at
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finetune.config import field_types as types
-from finetune.config.aliases import hint
+from finetune.config.aliases import unknown_field
 from finetune.config.augmentations import AUGMENTATIONS, Augmentation
 from finetune.config.backbones import (
     BACKBONES,
@@ -30,7 +30,6 @@ from finetune.config.field_types import environment, field, label, one_of, searc
 from finetune.config.optimizers import OPTIMIZERS, ignored_fields
 from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
-from finetune.system.text import nearest
 
 NAMED_FIELDS = ("model", "strategy", "learning_rate", "batch_size", "data_aug")
 """The fields whose values a run's default name has, besides `unfreeze_from` where it is given."""
@@ -158,8 +157,11 @@ class RunConfig(BaseModel):
     )
     cache_format: Literal["float32", "float16"] = environment(
         "float32",
-        "data type of the frozen layers' outputs in the cache; float32 is exact; float16 needs "
-        "half the space, rounds to 11 bits, and may change an accuracy by one or two pictures",
+        "data type of the frozen layers' outputs in the cache; float32: as computed, exact; "
+        "float16: half the space, 11 bits; an accuracy may change by one or two pictures",
+    )
+    gpu_cache_fraction: types.Share = environment(
+        0.5, "share of a GPU's free memory that pictures and activations may fill; 0: none"
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = environment(
         "auto", "Lightning's accelerator; a run uses one device"
@@ -168,9 +170,7 @@ class RunConfig(BaseModel):
         "auto", "auto: bf16-mixed on CUDA from capability 8.0, 16-mixed on older GPUs, else 32-true"
     )
     out: types.Directory = environment(Path("runs"), "parent of the run directories")
-    keep_last: bool = environment(
-        False, "keep last.ckpt of a finished run, so that it can go on with more epochs"
-    )
+    keep_last: bool = environment(False, "keep last.ckpt of a finished run, to train it further")
     project: str | None = label(None, "W&B's project; default: WANDB_PROJECT, else finetune")
     entity: str | None = label(None, "W&B's entity; default: WANDB_ENTITY")
     group: str | None = label(None, "W&B's group; default: WANDB_RUN_GROUP")
@@ -235,7 +235,7 @@ class RunConfig(BaseModel):
     def from_fields(cls, given: Mapping[str, Any]) -> Self:
         """The config of these values, in any spelling. Raises `ConfigError` with all errors."""
         if unknown := [name for name in given if name not in cls.model_fields]:
-            raise ConfigError("; ".join(unknown_field(name) for name in unknown))
+            raise ConfigError("; ".join(unknown_field(name, cls.model_fields) for name in unknown))
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
@@ -289,12 +289,3 @@ class RunConfig(BaseModel):
         backbone = known_backbone(self.model)
         parts = backbone.part_names if backbone else ()
         return bool(parts) and self.unfreeze_from == STRATEGIES[self.strategy].deepest(parts)
-
-
-def unknown_field(name: str) -> str:
-    """The message for a name that is not a field, with the field that it may mean."""
-    names = [*RunConfig.model_fields, *(flags := ("config", "resume"))]
-    known = "it is a flag of agent.py" if name in flags else hint(name, names)
-    if known:
-        return f"unknown field {name!r}: {known}"
-    return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"

@@ -129,6 +129,12 @@ def resolve(
     return config.model_copy(update=resolved), splits, cache
 
 
+def default_device() -> tuple[str, str]:
+    """The accelerator and the precision that `auto` means on this machine."""
+    accelerator = _accelerator("auto")
+    return accelerator, _precision(accelerator)
+
+
 def _unfreeze_from(config: RunConfig) -> str | None:
     """The part's name, which for `timm:NAME` only timm can tell. Raises `ConfigError`."""
     entry, parts = STRATEGIES[config.strategy], config.backbone.part_names

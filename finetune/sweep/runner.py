@@ -23,7 +23,7 @@ from finetune.sweep.trial_queue import MAX_CRASHES, Claim, TrialQueue
 from finetune.sweep.trials import RECORD_FIELDS, TrialResult
 from finetune.sweep.worker import Event, Job, TrialEnded
 from finetune.sweep.worker_pool import Worker, WorkerPool
-from finetune.system.devices import visible_devices
+from finetune.system.devices import worker_devices
 from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage
 from finetune.system.shutdown import stoppable
 
@@ -52,8 +52,8 @@ def run_sweep(
     `sweep` is a sweep.yaml, a mapping with the same content, or a `Sweep`. Run directories go to
     `out` (default: the sweep's own `out`, else runs/), and so does the database NAME.db unless
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
-    The default of `workers` is the number of visible GPUs, or 1. With `keep_best` only so many of
-    the best trials, and each strategy's best, keep their checkpoints.
+    The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
+    `keep_best` only so many of the best trials, and each strategy's best, keep their checkpoints.
 
     Raises `ConfigError` for an invalid sweep, `FinetuneError` if the first trials all fail, and
     `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
@@ -68,7 +68,7 @@ def run_sweep(
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
         live_table = LiveTable(num_trials, spec.metric.name, console)
-        worker_pool = WorkerPool(workers or max(1, len(visible_devices())))
+        worker_pool = WorkerPool(workers or max(1, len(worker_devices())))
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):
                 live_table.log(f"trials to run again: {num_requeued}")

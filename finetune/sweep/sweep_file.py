@@ -10,10 +10,10 @@ import annotated_types as at
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from finetune.config.aliases import field_of
+from finetune.config.aliases import field_of, unknown_field
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.field_types import Count, one_of
-from finetune.config.fields import RunConfig, unknown_field
+from finetune.config.fields import RunConfig
 from finetune.config.given_values import read_mapping
 from finetune.sweep.command import PROGRAM, Values, fields_of_command
 from finetune.sweep.distributions import Constant, Dimension, Value, read_parameter
@@ -236,7 +236,7 @@ def _read_field(name: str, entry: object) -> Dimension | Constant:
     if isinstance(entry, dict) and "parameters" in entry:
         raise ConfigError(f"{name}: {_nested(entry)}")
     if name not in RunConfig.model_fields and name != "config":
-        raise ConfigError(unknown_field(name))
+        raise ConfigError(unknown_field(name, RunConfig.model_fields))
     read = read_parameter(name, entry, name in NUMERIC_FIELDS)
     if isinstance(read, Dimension) and name in ("config", "out", "group"):
         raise ConfigError(f"{name}: must have the same value in all trials")
@@ -252,7 +252,7 @@ def _nested(entry: Mapping[str, Any]) -> str:
             text = yaml.dump(inner, default_flow_style=True, width=200, sort_keys=False)
             lines.append(f"    {field}: {text.strip()}")
         else:
-            message += f"; {unknown_field(name)}"
+            message += f"; {unknown_field(name, RunConfig.model_fields)}"
     if not lines:
         return message
     return "\n    ".join([f"{message}; write instead:", "parameters:", *lines])

@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune.config.fields import RunConfig
 from finetune.config.optimizers import OPTIMIZERS
 from finetune.config.strategies import SCHEDULES
-from finetune.data.batches import Batch, EpochBatches
+from finetune.data.batches import Batch, EpochBatches, PrefetchedBatches
 from finetune.data.seeding import step_generator
 from finetune.features.loader import EpochLoader
-from finetune.features.prefix_cache import network_input
+from finetune.features.split_inputs import network_input
 from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
@@ -45,7 +45,7 @@ class Mix(NamedTuple):
         return self.share * x + (1 - self.share) * self.permuted(x)
 
     def permuted(self, x: Tensor) -> Tensor:
-        return x[self.order.to(x.device)]
+        return x[self.order.to(x.device, non_blocking=True)]
 
 
 class FineTuning(pl.LightningModule):
@@ -63,7 +63,8 @@ class FineTuning(pl.LightningModule):
         self.first_epoch = first_epoch  # Lightning restores its own after `on_fit_start`
         self.strict_loading = False  # last.ckpt leaves out the parts that never train
         self._open = chain.parts
-        self._class_weights = _class_weights(config, loader)
+        self._class_weights: Tensor | None
+        self.register_buffer("_class_weights", _class_weights(config, loader), persistent=False)
         self._totals: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": []}
         """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
@@ -116,22 +117,26 @@ class FineTuning(pl.LightningModule):
             )
             self.loader.log(line)
 
-    def train_dataloader(self) -> EpochBatches:
+    def train_dataloader(self) -> EpochBatches | PrefetchedBatches:
         return self.loader.train_epoch(self.current_epoch)
 
-    def val_dataloader(self) -> EpochBatches:
+    def val_dataloader(self) -> EpochBatches | PrefetchedBatches:
         return self.loader.val_epoch(self.current_epoch)
 
     def forward(self, batch: Batch, mix: Mix | None = None) -> Tensor:
-        """Logits, (B, K), in the dtype of the run's precision."""
-        boundary = self._open[0]
+        """Logits, float32, (B, K)."""
+        boundary, head = self._open[0], self.chain.parts[-1]
         with torch.no_grad():
             changed = batch.augmentation
             pixels = batch.inputs if changed is None else changed.apply(batch.inputs)
             x = network_input(pixels, batch.flips, self.chain.backbone)
             x = x if mix is None else mix.of(x)
             x = self.chain.forward(x, batch.part, boundary)
-        return self.chain.forward(x, boundary, None)
+        x = self.chain.forward(x, boundary, head)
+        if self.config.precision == "32-true":
+            return self.chain.forward(x, head, None)
+        with torch.autocast(self.device.type, enabled=False):  # small, and the loss depends on it
+            return self.chain.forward(x.float(), head, None)
 
     def on_train_epoch_start(self) -> None:
         self.open_parts(self.current_epoch)
@@ -169,11 +174,10 @@ class FineTuning(pl.LightningModule):
         return loss
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        weights = self._class_weights
         return cross_entropy(
             logits,
             labels,
-            weight=None if weights is None else weights.to(logits),
+            weight=self._class_weights,
             label_smoothing=self.config.label_smoothing or 0.0,
         )
 
@@ -182,7 +186,7 @@ class FineTuning(pl.LightningModule):
 
     @torch.inference_mode()
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        logits = self(batch).float()
+        logits = self(batch)
         loss_sum = cross_entropy(logits, batch.labels, reduction="sum")
         self._totals["val"].append((loss_sum, (logits.argmax(dim=1) == batch.labels).sum()))
         self._val_logits.append(logits)
@@ -217,7 +221,7 @@ def _class_weights(config: RunConfig, loader: EpochLoader) -> Tensor | None:
         return None
     pictures = loader.train.pictures
     counts = np.bincount(pictures.labels, minlength=len(pictures.class_names))
-    return torch.from_numpy(len(pictures) / (len(counts) * counts.clip(min=1)))
+    return torch.from_numpy(len(pictures) / (len(counts) * counts.clip(min=1))).float()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from finetune.data.batches import batch_bounds
 from finetune.features.loader import EpochLoader
-from finetune.features.prefix_cache import SplitInputs, network_input
+from finetune.features.split_inputs import SplitInputs, network_input
 from finetune.model.chain import Chain
 from finetune.system.errors import ConfigError
 
@@ -161,11 +161,12 @@ def _features(
     part = split.last_stored_part(head)
     try:
         for indices, flips in _batches(split, num_at_once):
-            batch, positions = split.batch(part, indices, flips)
+            batch, still_to_flip = split.batch(part, indices, flips)
             device = linear.weight.device
-            positions = None if positions is None else positions.to(device)
+            if still_to_flip is not None:
+                still_to_flip = still_to_flip.to(device)
             with precision():
-                x = network_input(batch.to(device), positions, chain.backbone)
+                x = network_input(batch.to(device), still_to_flip, chain.backbone)
                 chain.forward(x, part, None)
     finally:
         hook.remove()

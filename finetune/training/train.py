@@ -157,6 +157,7 @@ def make_trainer(
         accelerator=config.accelerator,
         devices=1,
         precision=precision,
+        benchmark=True if config.accelerator == "cuda" else None,
         logger=False,  # Lightning's log on rank 0 only, and Slurm's tasks have ranks
         callbacks=[callback],
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
@@ -209,9 +210,10 @@ def _with_advice(error: BaseException, config: RunConfig, run_dir: RunDir) -> Ba
     if not isinstance(error, Exception):
         return error
     if is_out_of_memory(error):
+        gpu = " or --gpu_cache_fraction" if config.accelerator == "cuda" else ""
         return FinetuneError(
             f"out of memory at batch_size {config.batch_size} and image_size "
-            f"{config.image_size}; pass a smaller --batch_size"
+            f"{config.image_size}; pass a smaller --batch_size{gpu}"
         )
     if short := shortage(error):
         return short
