@@ -142,8 +142,14 @@ class RunConfig(BaseModel):
         "stop after this many epochs without a better val_loss, counted from the epoch at which "
         "every part that will train is training; 0: never; default: 3, with a schedule 0",
     )
+    fold: types.Fold | None = field(
+        "repeat",
+        None,
+        "K/N, such as 2/5: of N stratified folds of train/, the K-th validates; instead of "
+        "val_fraction",
+    )
     seed: Annotated[types.Integer, at.Ge(0), at.Lt(2**32)] = field(
-        "seed", 42, "seed of the new layers, the order of the pictures and their augmentation"
+        "repeat", 42, "seed of the new layers, the order of the pictures and their augmentation"
     )
     cache: types.AutoOrOff = environment(
         "auto",
@@ -282,6 +288,7 @@ class RunConfig(BaseModel):
         words += [f"lr{self.learning_rate:g}"] if self.learning_rate is not None else []
         words += [f"bs{self.batch_size}"] if self.batch_size is not None else []
         words.append(self.augmentation.label)
+        words += [f"fold{self.fold.replace('/', 'of')}"] if self.fold else []
         return "-".join(filter(None, words))
 
     @property
