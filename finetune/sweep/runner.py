@@ -13,6 +13,7 @@ from rich.console import Console
 
 from finetune.runs.result import Row, RunResult, best_epoch, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
+from finetune.sweep.checks import check_places
 from finetune.sweep.retention import Retention
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import sqlite_url, storage_errors_as_messages
@@ -54,7 +55,8 @@ def run_sweep(
     The default of `workers` is the number of visible GPUs, or 1. With `keep_best` only so many of
     the best trials, and each strategy's best, keep their checkpoints.
 
-    Raises `ConfigError` for an invalid sweep, `FinetuneError` if the first trials all fail, and
+    Raises `ConfigError` for an invalid sweep, `DataError` or `WeightsError` if the data or weights
+    of all trials are missing, `FinetuneError` if the first trials all fail, and
     `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
     """
     if not isinstance(sweep, Sweep):
@@ -63,6 +65,7 @@ def run_sweep(
     num_trials = spec.num_trials(max_runs)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: got {workers}; must be an integer >= 1")
+    check_places(spec)
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
@@ -80,9 +83,12 @@ def run_sweep(
             return results
 
 
-def sweep_command(sweep: Path, **options: Any) -> int:
-    """`python -m finetune sweep`: run the sweep and print its results; returns the exit code."""
-    console, spec = open_console(), read_sweep(sweep)
+def sweep_command(sweep: Path, fields: Mapping[str, Any] | None = None, **options: Any) -> int:
+    """`python -m finetune sweep`: run the sweep and print its results; returns the exit code.
+
+    `fields` hold for all trials.
+    """
+    console, spec = open_console(), read_sweep(sweep, fields)
     for note in spec.notes:
         console.print(note, soft_wrap=True)
     return conclude(run_sweep(spec, console=console, **options), spec.metric.name, console)

@@ -23,6 +23,8 @@ from finetune.system.files import absolute
 from finetune.system.text import nearest
 
 DEFAULT_SEED = 42
+_GOALS = {"acc": "maximize", "f1": "maximize", "loss": "minimize"}
+"""The goal for metrics whose names end so."""
 
 
 def _logged(name: str) -> str:
@@ -41,6 +43,13 @@ class Metric(BaseModel, frozen=True, extra="forbid"):
         description="maximize or minimize (W&B would minimize)"
     )
     target: Number | None = None
+
+    @model_validator(mode="after")
+    def _not_against_itself(self) -> Self:
+        good = _GOALS.get(self.name.rpartition("_")[2], self.goal)
+        if self.goal != good:
+            raise ValueError(f"goal must be {good} for {self.name}")
+        return self
 
     def reached(self, value: float | None) -> bool:
         if self.target is None or value is None:
