@@ -40,7 +40,9 @@ def difference_intervals(differences: Sequence[Difference], long_names: bool = F
     traces = []
     for name, colour in (("significant", "#35ad86"), ("not significant", GREY)):
         shown = {k: d for k, d in pairs.items() if d.significant == (name == "significant")}
-        lengths = [100 * (d.high - d.estimate) for d in shown.values()]
+        above = [100 * (d.high - d.estimate) for d in shown.values()]
+        below = [100 * (d.estimate - d.low) for d in shown.values()]
+        ends = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
         trace = scatter(
             "markers",
             name,
@@ -48,7 +50,7 @@ def difference_intervals(differences: Sequence[Difference], long_names: bool = F
             list(shown),
             hover="%{y}: %{x:.1f} points",
             marker={"color": colour, "size": 10},
-            error_x={"type": "data", "array": lengths, "color": colour, "thickness": 2, "width": 5},
+            error_x=ends | {"color": colour, "thickness": 2, "width": 5},
         )
         traces += [trace] if shown else []
     return figure(

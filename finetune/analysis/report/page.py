@@ -156,8 +156,8 @@ def _tiles(
 
 def _differences(comparison: Comparison) -> str:
     corrected = (
-        "p-values are corrected for the number of pairs (Holm, with Shaffer's counts); below 0.05 "
-        "a difference is significant."
+        "Intervals and p-values are corrected for the number of pairs (Holm, with Shaffer's "
+        "counts): with a p below 0.05 the interval excludes 0, and the difference is significant."
     )
     columns = [
         Column("pair", lambda d: f"{d.first} − {d.second}"),

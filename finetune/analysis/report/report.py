@@ -123,7 +123,9 @@ def _difference_lines(comparison: Comparison) -> list[str]:
         )
         for d in shown
     ]
-    head = f"differences between {what}, in percentage points (95 % interval){more}"
+    head = (
+        f"differences between {what}, in percentage points (95 % interval, corrected like p){more}"
+    )
     return [head, *_aligned(rows)]
 
 
