@@ -57,6 +57,7 @@ def parser(program: str) -> argparse.ArgumentParser:
             nargs="?" if takes_boolean(field) else None,
             const="true" if takes_boolean(field) else None,
         )
+    made.add_argument("--verbose", action="store_true", help="print what the cache does too")
     made.add_argument("--config", metavar="FILE", help="a YAML file of fields; flags override it")
     made.add_argument(
         "--resume",
@@ -92,6 +93,7 @@ def given_fields(
     if unknown := [name for name in given if name not in vars(flags)]:
         raise ConfigError("; ".join(map(unknown_field, unknown)))
     given |= {name: value for name, value in vars(flags).items() if value is not None}
+    del given["verbose"]  # it is no field
     return {name: value for name, value in given.items() if value not in (None, "None")}
 
 

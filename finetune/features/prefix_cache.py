@@ -3,6 +3,7 @@
 Legend: B batch, H height, W width, C channels, D features.
 """
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from finetune.model.weights import fingerprint
 from finetune.system.array_store import Array, Cache, StoredArray, digest
 from finetune.system.errors import ConfigError
 from finetune.system.progress import bar
+
+_LOG = logging.getLogger(__name__)
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -117,7 +120,7 @@ class PrefixCache:
         recompute_ms = num_read * compute_ms
         store_ms = num_missing * (compute_ms + read_ms) + num_read * read_ms
         what = "stored" if store_ms < recompute_ms else "recomputed"
-        self.log(
+        _LOG.info(
             f"frozen layers up to {self.boundary}: {compute_ms:.1f} ms per picture to recompute, "
             f"{read_ms:.1f} ms to read; {what} for {num_epochs} epochs "
             f"({store_ms / 1e3:.0f} s if stored, {recompute_ms / 1e3:.0f} s if recomputed)"

@@ -24,8 +24,9 @@ from finetune.sweep.trials import RECORD_FIELDS, TrialResult
 from finetune.sweep.worker import Event, Job, TrialEnded
 from finetune.sweep.worker_pool import Worker, WorkerPool
 from finetune.system.devices import visible_devices
-from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage
+from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage, Stopped
 from finetune.system.shutdown import stoppable
+from finetune.system.text import command_line, this_command
 
 MAX_FIRST_FAILURES = 3
 """If this many trials are the first to end and all have failed, the sweep is stopped."""
@@ -89,9 +90,18 @@ def sweep_command(sweep: Path, fields: Mapping[str, Any] | None = None, **option
     `fields` hold for all trials.
     """
     console, spec = open_console(), read_sweep(sweep, fields)
-    for note in spec.notes:
-        console.print(note, soft_wrap=True)
-    return conclude(run_sweep(spec, console=console, **options), spec.metric.name, console)
+    for line in (spec.summary(), *spec.notes):
+        console.print(line, soft_wrap=True)
+    try:
+        results = run_sweep(spec, console=console, **options)
+    except Stopped:
+        console.print(f"resume: {this_command()}", soft_wrap=True)
+        raise
+    code = conclude(results, spec.metric.name, console)
+    for command in ("report", "confirm"):
+        words = ("-m", "finetune", command, results[0].run_dir.parent)
+        console.print(f"next: {command_line(*words)}", soft_wrap=True)
+    return code
 
 
 def conclude(results: list[TrialResult], metric: str, console: Console) -> int:

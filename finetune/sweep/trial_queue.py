@@ -24,6 +24,7 @@ from finetune.sweep.distributions import Value
 from finetune.sweep.spec import Sweep
 from finetune.sweep.study import join_study
 from finetune.sweep.trials import TrialGroup, TrialResult, enqueue_copy, group_trials
+from finetune.system.text import num
 
 MAX_CRASHES = 3
 """A trial whose worker has crashed this often has failed."""
@@ -204,7 +205,8 @@ class TrialQueue:
             return None
         if not self._study.pruner.prune(self._study, self._storage.get_trial(claim.trial_id)):
             return None
-        return f"{name} {value:.4f} after {iteration} epochs is not among the best 1 in {rule.eta}"
+        after = num(iteration, "epoch")
+        return f"{name} {value:.4f} after {after} is not among the best 1 in {rule.eta}"
 
     def finish(self, claim: Claim, state: str, value: float | None, record: dict[str, Any]) -> bool:
         """Record that a claimed trial is `finished`, `pruned` or `failed`.

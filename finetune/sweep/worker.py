@@ -16,6 +16,7 @@ from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import DeviceError, FinetuneError, Pruned, Stopped
+from finetune.system.progress import show_details
 from finetune.system.resources import shortage
 from finetune.system.shutdown import stoppable
 from finetune.system.text import message
@@ -82,6 +83,7 @@ def _run(connection: Connection, job: Job, num_workers: int) -> None:
 
     from finetune.training.train import run
 
+    show_details()
     if num_workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
     run(job.config, RunDir(job.run_dir, wait_seconds=_LOCK_SECONDS), on_epoch)

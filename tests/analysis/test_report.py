@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from finetune.__main__ import main
 from finetune.analysis.by_strategy import varied_fields
 from finetune.analysis.comparison import compare
 from finetune.analysis.importances import field_importances
-from finetune.analysis.read_runs import read_runs
+from finetune.analysis.read_runs import RunRecord, read_runs
 from finetune.analysis.report import figures, run_tables, search_figures
 from finetune.system.errors import RunDirError
 from tests.support.chromium import Browser
@@ -23,6 +25,7 @@ from tests.support.synthetic import (
     write_confirmed,
     write_failure,
     write_predictions,
+    write_pruned,
     write_run,
     write_sweep,
 )
@@ -221,7 +224,7 @@ def test_the_ticks_of_a_continuous_field_do_not_overlap(tmp_path: Path) -> None:
         write_run(tmp_path, f"r{i}", learning_rate=0.0001 * 1.25**i)
     runs = read_runs(tmp_path)
     figure = search_figures.parallel_coordinates(runs, varied_fields(runs))
-    heights = sorted(note["y"] for note in figure["layout"]["annotations"] if note["x"] == 1)
+    heights = sorted(note["y"] for note in figure["layout"]["annotations"] if note["x"] == 0)
     assert len(heights) == 5
     assert min(b - a for a, b in pairwise(heights)) > 0.1
 
@@ -288,3 +291,41 @@ def test_importances_are_shown_only_if_the_search_was_not_a_grid(tmp_path: Path)
     shares = field_importances(read_runs(tmp_path / "random"))
     assert next(iter(shares)) == "learning_rate"
     assert sum(shares.values()) == pytest.approx(1)
+    write_failure(tmp_path / "random", "f", "failed", "no memory", learning_rate=1e4, mixup=5)
+    assert field_importances(read_runs(tmp_path / "random")) == shares
+
+
+def test_an_ablation_of_one_strategy_shows_what_varied(tmp_path: Path) -> None:
+    for rate, size, aug in product((0.01, 0.1), (32, 64), "yn"):
+        fields = {"learning_rate": rate, "batch_size": size, "data_aug": aug}
+        write_run(tmp_path, f"r{rate}{size}{aug}", 0.8 - rate, strategy="partial", **fields)
+    assert not main(["report", str(tmp_path)])
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    for rate, size, aug in product(("0.01", "0.1"), (32, 64), ("flip", "none")):
+        setting = f"batch size {size} / augmentation {aug} / learning rate {rate}"
+        assert page.count(setting) >= 2, "in a table and in a plot"
+    for name in ("learning_rate", "batch_size", "data_aug"):
+        assert f'id="marginal-{name}"' in page
+    figure = search_figures.parallel_coordinates(*_search_of(tmp_path))
+    titles = ["batch<br>size", "augmentation", "learning<br>rate", "accuracy"]
+    assert figure["layout"]["xaxis"]["ticktext"] == titles  # without the strategy
+
+
+def _search_of(runs_dir: Path) -> tuple[list[RunRecord], dict[str, list[Any]]]:
+    runs = read_runs(runs_dir)
+    return runs, varied_fields(runs)
+
+
+def test_pruned_runs_are_drawn_as_pruned_and_listed_with_their_accuracy(tmp_path: Path) -> None:
+    for i, rate in enumerate((0.1, 0.01, 0.001)):
+        write_run(tmp_path, f"r{i}", 0.8, learning_rate=rate)
+    write_pruned(tmp_path, "p", 0.6, learning_rate=0.0001)
+    comparison = compare(read_runs(tmp_path))
+    assert [run.run_id for run in comparison.pruned] == ["p"]
+    *_, points = figures.accuracy_against_time(comparison.compared, comparison.pruned)["data"]
+    assert points["marker"]["symbol"] == "circle-open"
+    assert points["y"] == [pytest.approx(60)]
+    assert "pruned" in points["text"][0]
+    arguments = comparison.compared, comparison.varied, comparison.pruned
+    *_, line = search_figures.parallel_coordinates(*arguments)["data"]
+    assert line["line"]["dash"] == "dot"

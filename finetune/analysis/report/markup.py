@@ -30,7 +30,7 @@ def marked(name: str, character: str = "●", colour: str = GREY) -> str:
 
 def group_label(group: Group) -> str:
     """A group with its colour and symbol in the figures."""
-    return marked(str(group), mark_of(group).character, colour_of(group.strategy))
+    return marked(str(group), mark_of(group).character, colour_of(group))
 
 
 def code(text: object) -> str:

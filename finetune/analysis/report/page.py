@@ -6,7 +6,8 @@ from datetime import datetime
 from importlib import resources
 
 from finetune.analysis.by_strategy import StrategySummary, by_group
-from finetune.analysis.comparison import CONFIRM, Comparison, num_runs, p_value, percent, points
+from finetune.analysis.comparison import Comparison
+from finetune.analysis.conclusion import CONFIRM, num_runs, p_value, percent, points
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report import figures, run_tables, search_figures
 from finetune.analysis.report.markup import (
@@ -39,9 +40,12 @@ def page(
             section(
                 "Accuracy and training time",
                 "One point per run, at its best epoch. No run is both quicker and more accurate "
-                "than those on the dotted frontier.",
+                f"than those on the dotted frontier.{_on_pruned(comparison, 'an open symbol')}",
                 _legend(comparison, "symbol is"),
-                place("frontier", figures.accuracy_against_time(comparison.compared)),
+                place(
+                    "frontier",
+                    figures.accuracy_against_time(comparison.compared, comparison.pruned),
+                ),
             ),
             section(
                 "Learning curves",
@@ -128,7 +132,7 @@ def _legend(comparison: Comparison, what: str) -> str:
     if not comparison.about_networks:
         return ""
     groups = by_group(comparison.compared)
-    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g.strategy)) for g in groups}
+    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g)) for g in groups}
     networks = {g.model: marked(g.model, mark_of(g).character) for g in groups}
     return (
         f'<p class="soft">The colour is the strategy: {", ".join(strategies.values())}. '
@@ -185,6 +189,11 @@ def _differences(comparison: Comparison) -> str:
     return table_section(title, about, columns, rows, above=drawing, tall=is_part)
 
 
+def _on_pruned(comparison: Comparison, drawn: str) -> str:
+    """How the runs are drawn that early termination ended, if there are any."""
+    return f" A run that was pruned has {drawn}." if comparison.pruned else ""
+
+
 def _unfreezings(summaries: Sequence[StrategySummary]) -> str:
     """When more parts of each group's network start to train, as a sentence."""
     groups: dict[str, list[str]] = defaultdict(list)
@@ -207,7 +216,11 @@ def _search(comparison: Comparison, importances: Mapping[str, float]) -> str:
         for name, values in varied.items()
     ]
     parts = [
-        place("parallel", search_figures.parallel_coordinates(finished, varied), wide=True),
+        place(
+            "parallel",
+            search_figures.parallel_coordinates(finished, varied, comparison.pruned),
+            wide=True,
+        ),
         "<h3>Marginal means</h3>",
         '<p class="soft">Mean accuracy at each value, over all values of the other fields.</p>',
         _legend(comparison, "symbol and the dashes are"),
@@ -223,4 +236,5 @@ def _search(comparison: Comparison, importances: Mapping[str, float]) -> str:
         ]
     what = "network, its strategy" if comparison.about_networks else "strategy"
     about = f"One line per run: its {what}, its settings, and its accuracy on the right."
+    about += _on_pruned(comparison, "a dotted line")
     return section("The search", about, *parts)

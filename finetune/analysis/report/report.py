@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.analysis.comparison import Comparison, compare, num_runs, p_value, percent, points
+from finetune.analysis.comparison import Comparison, compare
+from finetune.analysis.conclusion import num_runs, p_value, percent, points
 from finetune.analysis.read_runs import RunRecord, read_runs
 from finetune.system.errors import RunDirError
 from finetune.system.files import write_atomically
@@ -24,8 +25,19 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
     """Write OUT/report.html and OUT/runs.csv (default: in `runs_dir`) and print a summary.
 
     The runs of a W&B sweep, `wandb` as ENTITY/PROJECT/SWEEP, are first downloaded to `runs_dir`;
-    then the report is about them only. Raises `RunDirError` if there are no runs, or OUT can't be
-    written.
+    then the report is about them only.
+    """
+    out = out or runs_dir
+    print(terminal_summary(write_report(runs_dir, out, wandb)))
+    for path in (out / PAGE, out / TABLE):
+        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def write_report(runs_dir: Path, out: Path, wandb: str | None = None) -> Comparison:
+    """Write the page and the table; the comparison that they show.
+
+    Raises `RunDirError` if there are no runs, or `out` can't be written.
     """
     from finetune.analysis.importances import field_importances
     from finetune.analysis.report.page import page
@@ -37,10 +49,8 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
 
         source, runs = wandb, read_runs(fetch_sweep(wandb, runs_dir))
     comparison = compare(runs)
-    print(terminal_summary(comparison))
-    out = out or runs_dir
     unfinished = [run for run in comparison.excluded if run.result is None]
-    importances = field_importances([*comparison.compared, *unfinished])
+    importances = field_importances([*comparison.compared, *comparison.pruned, *unfinished])
     content = page(runs, comparison, source, importances)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -49,8 +59,7 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
             write_atomically(out / name, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise RunDirError(f"{out} can't be written: {error.strerror or error}") from None
-    print(f"\n{out / PAGE} ({len(content) / 1e6:.1f} MB)\n{out / TABLE}")
-    return 0
+    return comparison
 
 
 def runs_csv(runs: Sequence[RunRecord]) -> str:
@@ -89,9 +98,11 @@ def terminal_summary(comparison: Comparison) -> str:
     if comparison.differences:
         lines += ["", *_difference_lines(comparison)]
     lines += ["", *(f"warning: {line}" for line in comparison.warnings)]
+    if count := len(comparison.pruned):
+        lines.append(f"{num_runs(count)} pruned by early termination, counted in the correction")
     unfinished = [run for run in comparison.excluded if run.result is None]
     if unfinished:
-        first = f"{unfinished[0].run_id}: {unfinished[0].reason}"
+        first = f"{unfinished[0].run_id}: {' '.join(unfinished[0].reason.split())}"
         lines.append(f"{num_runs(len(unfinished))} did not finish; the first is {first}")
     return "\n".join(map(one_line, lines)).rstrip()
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetune.analysis.by_strategy import StrategySummary, value_of, varied_fields
-from finetune.analysis.comparison import Comparison, num_runs, percent
+from finetune.analysis.comparison import Comparison
+from finetune.analysis.conclusion import num_runs, percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report.markup import Column, code, esc, group_label, table_section
 from finetune.config.field_tables import shown, title

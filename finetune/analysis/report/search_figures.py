@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.analysis.by_strategy import by_group, by_setting, mean_accuracy, value_of
-from finetune.analysis.comparison import percent
+from finetune.analysis.conclusion import percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report.traces import (
     PLAIN_MARGIN,
@@ -84,35 +84,41 @@ def _accuracy_axis(finished: Sequence[RunRecord]) -> _Axis:
 
 def _axes(finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]) -> list[_Axis]:
     strategies = in_order("strategy", {run.strategy for run in finished})
-    models = {name: values for name, values in varied.items() if name == "model"}
-    fields = {**models, "strategy": strategies, **varied}
+    fields = {name: values for name, values in varied.items() if name == "model"}
+    fields |= {"strategy": strategies} if len(strategies) > 1 else {}
+    fields |= varied
     axes = [_field_axis(name, values, finished) for name, values in fields.items()]
     return [*axes, _accuracy_axis(finished)]
 
 
 def parallel_coordinates(
-    finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]
+    finished: Sequence[RunRecord],
+    varied: Mapping[str, Sequence[Any]],
+    pruned: Sequence[RunRecord] = (),
 ) -> Figure:
     """One line per run over its network and strategy, every varied field, and its accuracy.
 
+    The lines of pruned runs are dotted.
+
     The lines are SVG: plotly's own parallel coordinates need WebGL, which not every browser has.
     """
-    axes = _axes(finished, varied)
+    axes = _axes([*finished, *pruned], varied)
     rng = np.random.default_rng(0)
     traces = []
     explained: set[str] = set()
-    for group, runs in by_group(finished).items():
-        strategy = group.strategy
+    for group, runs in [*by_group(finished).items(), *by_group(pruned).items()]:
+        label = group.label
         ys: list[float | None] = []
         for run in runs:
             offset = rng.uniform(-1, 1)  # so that runs of one setting don't hide each other
             ys += [*(round(a.height(run) + a.spread * offset, 4) for a in axes), None]
-        line = {"color": colour_of(strategy), "width": 1.3}
+        dash = "dot" if runs[0].result is None else "solid"
+        line = {"color": colour_of(group), "width": 1.3, "dash": dash}
         opacity = 0.7 if len(finished) <= 200 else 0.3
         xs = [*range(len(axes)), None] * len(runs)
-        shared = {"legendgroup": strategy, "showlegend": strategy not in explained}
-        traces.append(scatter("lines", strategy, xs, ys, line=line, opacity=opacity, **shared))
-        explained.add(strategy)
+        shared = {"legendgroup": label, "showlegend": label not in explained}
+        traces.append(scatter("lines", label, xs, ys, line=line, opacity=opacity, **shared))
+        explained.add(label)
     return figure(
         traces,
         400,
@@ -141,8 +147,8 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
     traces = []
     lines: dict[Group, list[RunRecord]] = defaultdict(list)
     for group, runs in by_group(finished).items():
-        is_axis = name == "model"
-        lines[replace(group, model="", model_number=0) if is_axis else group] += runs
+        line = replace(group, setting="", setting_number=0)
+        lines[replace(line, model="", model_number=0) if name == "model" else line] += runs
     for group, runs in lines.items():
         settings: dict[Any, list[Sequence[RunRecord]]] = defaultdict(list)
         for repeats in by_setting(runs).values():
@@ -155,7 +161,7 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
             [100 * float(np.mean([*map(mean_accuracy, settings[v])])) for v in found],
             hover="%{x}: %{y:.1f} %, mean of %{text}",
             text=[f"{len(settings[value])} settings" for value in found],
-            line={"color": colour_of(group.strategy), "width": 2, "dash": mark_of(group).dash},
+            line={"color": colour_of(group), "width": 2, "dash": mark_of(group).dash},
             marker={"size": 8, "symbol": mark_of(group).symbol},
         )
         traces += [trace] if found else []

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.analysis.comparison import percent
+from finetune.analysis.conclusion import percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report import figures
 from finetune.analysis.report.markup import Column, code, esc, place, table, warning
