@@ -174,9 +174,9 @@ class StrategySummary:
         return float(np.mean([run.macro_f1 for run in self.chosen]))
 
     @property
-    def train_minutes(self) -> float:
+    def train_seconds(self) -> float:
         """Mean training time of the chosen runs."""
-        return float(np.mean([run.finished_result.train_seconds for run in self.chosen])) / 60
+        return float(np.mean([run.finished_result.train_seconds for run in self.chosen]))
 
     @property
     def trainable_parameters(self) -> int:

@@ -95,6 +95,11 @@ class Comparison:
         return conclusion.advice(self)
 
     @property
+    def title(self) -> str:
+        """The headline in one short sentence."""
+        return conclusion.title(self)
+
+    @property
     def headline(self) -> str:
         """The conclusion in one or two sentences."""
         return conclusion.headline(self)

@@ -78,6 +78,27 @@ def headline(comparison: "Comparison") -> str:
     return f"{text}."
 
 
+def title(comparison: "Comparison") -> str:
+    """The headline, shortened to one sentence on the leader and on what is clearly worse."""
+    if len(comparison.summaries) < 2:
+        return headline(comparison)
+    leader, *rivals = comparison.summaries
+    reached = percent(leader.accuracy)
+    ahead = [leader, *(rival for rival in rivals if percent(rival.accuracy) == reached)]
+    opening = f"{_names(ahead)} {'leads' if len(ahead) == 1 else 'lead'} with {reached}"
+    significant = {
+        d.second: d.significant for d in comparison.differences if d.first == str(leader.group)
+    }
+    compared = [rival for rival in rivals if str(rival.group) in significant]
+    worse = [rival for rival in compared if significant[str(rival.group)]]
+    if not worse:
+        return f"{opening}, but no difference is significant"
+    if len(worse) == len(compared):
+        rest = "all others are" if len(worse) > 1 else f"{_names(worse)} is"
+        return f"{opening}; {rest} clearly worse"
+    return f"{opening}; only {_names(worse)} {'is' if len(worse) == 1 else 'are'} clearly worse"
+
+
 def _alone(comparison: "Comparison", leader: StrategySummary) -> str:
     """About the settings of a single group."""
     num_settings, group = len({run.setting for run in comparison.compared}), leader.group.in_words

@@ -86,7 +86,7 @@ def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
     num_runs = np.array([len(right_RN) for right_RN in rights])
     assert min(num_runs) >= MIN_SEEDS
     per_picture = [right_RN.mean(axis=0) for right_RN in rights]
-    residuals = np.array([_residual_variance(right_RN) for right_RN in rights])
+    residuals = np.array([residual_variance(right_RN) for right_RN in rights])
     seeds = moderated(
         [float(right_RN.mean(axis=1).var(ddof=1)) for right_RN in rights],
         num_runs - 1,
@@ -108,7 +108,7 @@ def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
     return _with_holm(pairs, len(groups))
 
 
-def _residual_variance(right_RN: Floats) -> float:
+def residual_variance(right_RN: Floats) -> float:
     """The part of the variance between runs that is random per picture; the variance between
     pictures contains it too."""
     num_runs, num_pictures = right_RN.shape

@@ -19,6 +19,7 @@ from finetune.analysis.comparison import compare
 from finetune.analysis.importances import field_importances
 from finetune.analysis.read_runs import RunRecord, read_runs
 from finetune.analysis.report import figures, run_tables, search_figures
+from finetune.runs.run_dir import RunDir
 from finetune.system.errors import RunDirError
 from tests.support.chromium import Browser
 from tests.support.synthetic import (
@@ -75,7 +76,7 @@ WIDE_TABLES = """[...document.querySelectorAll('.scroll')]
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize(("which", "num_figures"), [("sweep", 9), ("confirmed", 5)])
+@pytest.mark.parametrize(("which", "num_figures"), [("sweep", 10), ("confirmed", 6)])
 def test_every_figure_is_drawn_without_an_error_or_a_request(
     request: pytest.FixtureRequest,
     browser: Browser,
@@ -119,6 +120,44 @@ def test_a_click_on_a_heading_sorts_the_table(browser: Browser, sweep_page: Path
     assert browser.run(values) == falling[::-1] != falling
 
 
+def test_the_page_begins_with_a_sentence_the_accuracies_and_the_next_command(
+    browser: Browser, confirmed_page: Path
+) -> None:
+    browser.open(confirmed_page, 1280, 900)
+    begin = "[...document.querySelectorAll('main > *')].slice(0, 5).map(part => part.innerText)"
+    title, headline, _, first, tiles = browser.run(begin)
+    assert re.fullmatch(r"partial leads with 8\d\.\d %; only freeze is clearly worse", title)
+    assert headline.startswith("No significant difference between partial")
+    assert first.startswith("Accuracy by strategy")
+    runs_dir = confirmed_page.parent
+    assert f"python -m finetune evaluate {runs_dir}" in tiles.replace("\n", "")
+    points = "JSON.parse(document.querySelector('#accuracies').dataset.figure).data"
+    assert browser.run(f"{points}.map(trace => trace.x.length)") == [1, 5] * 3
+
+
+def test_the_test_accuracy_of_the_winner_is_in_a_tile(tmp_path: Path) -> None:
+    write_run(tmp_path, "a b", 0.8)
+    record = {"folder": "/data/val", "accuracy": 0.765, "num_pictures": 200}
+    RunDir(tmp_path / "a b").write_evaluations([record])
+    assert not main(["report", str(tmp_path)])
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "<b>76.5 %</b><span>test accuracy of the winner, on 200 pictures of val/" in page
+    assert f"<code>python -m finetune predict '{tmp_path / 'a b'}' PICTURES</code>" in page
+
+
+def test_all_runs_can_be_filtered_and_link_to_their_directories(
+    browser: Browser, sweep_page: Path
+) -> None:
+    browser.open(sweep_page, 1280, 900)
+    rows = "[...document.querySelectorAll('.filter ~ .scroll tbody')].filter(b => !b.hidden)"
+    assert browser.run(f"{rows}.length") == 4 * 3 * 2 * 2 + 2
+    typed = "const field = document.querySelector('.filter'); field.value = 'gradual STOPPED'; "
+    browser.run(f"{typed} field.dispatchEvent(new Event('input'))")
+    assert browser.run(f"{rows}.map(b => b.rows[0].cells[0].innerText)") == ["stopped1"]
+    links = [*re.findall(r'<a href="([^"]+)"><code>', sweep_page.read_text(encoding="utf-8"))]
+    assert all((sweep_page.parent / link / "config.yaml").exists() for link in links)
+
+
 def test_failed_pruned_and_stopped_runs_are_listed_with_their_reasons(sweep_page: Path) -> None:
     text = sweep_page.read_text(encoding="utf-8")
     for reason in ("diverged in epoch 1", "below the median", "stopped by SIGTERM"):
@@ -149,7 +188,7 @@ def test_the_terminal_summary_starts_with_the_conclusion(
     assert re.search(rf"^partial +8\S+ % +{summary} ", shown, re.MULTILINE)
     page = (tmp_path / "there" / "report.html").read_text(encoding="utf-8")
     tables = re.findall(r"<h2>([^<]*)</h2>(?:(?!</section>).)*<button>macro F1</button>", page)
-    assert tables == ["Strategies", "Finished runs"]
+    assert tables == ["Strategies", "All runs"]
     assert summary in page
     assert (tmp_path / "there" / "report.html").exists()
 

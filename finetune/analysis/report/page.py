@@ -1,24 +1,22 @@
 """The report as one HTML page that needs no other file and no network."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from importlib import resources
 
 from finetune.analysis.by_strategy import StrategySummary, by_group
 from finetune.analysis.comparison import Comparison
-from finetune.analysis.conclusion import CONFIRM, num_runs, p_value, percent, points
+from finetune.analysis.conclusion import p_value, points
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report import figures, run_tables, search_figures
+from finetune.analysis.report import figures, overview, run_tables, search_figures
 from finetune.analysis.report.markup import (
     Column,
-    esc,
     marked,
     place,
     section,
     table_section,
-    warning,
 )
+from finetune.analysis.report.run_tables import Places
 from finetune.analysis.report.traces import colour_of, mark_of
 from finetune.analysis.report.winner import winner_section
 from finetune.system.errors import MissingPackage
@@ -28,13 +26,19 @@ _SIGNIFICANT = '<span class="yes">significant</span>'
 
 
 def page(
-    runs: Sequence[RunRecord], comparison: Comparison, source: str, importances: Mapping[str, float]
+    runs: Sequence[RunRecord],
+    comparison: Comparison,
+    source: str,
+    importances: Mapping[str, float],
+    places: Places,
 ) -> str:
     """The page's HTML; `source` says where the runs are from. Raises `MissingPackage` without
     plotly."""
-    sections = [_overview(runs, comparison, source)]
+    sections = [overview.overview(runs, comparison, source)]
     if comparison.winner:
         sections += [
+            overview.accuracies(comparison),
+            overview.tiles(comparison, comparison.winner, places.runs_dir),
             run_tables.strategies(comparison),
             _differences(comparison),
             section(
@@ -54,13 +58,9 @@ def page(
                 place("curves", figures.learning_curves(comparison.summaries)),
             ),
             _search(comparison, importances),
-            winner_section(comparison.winner),
+            winner_section(comparison.winner, [*comparison.varied]),
         ]
-    sections += [
-        run_tables.finished_runs(comparison),
-        run_tables.excluded_runs(comparison),
-        run_tables.data_and_software(runs),
-    ]
+    sections += [run_tables.all_runs(comparison, places), run_tables.data_and_software(runs)]
     return _document("".join(sections))
 
 
@@ -98,31 +98,6 @@ def _plotly() -> str:
     return source.replace("</script", "<\\/script")
 
 
-def _overview(runs: Sequence[RunRecord], comparison: Comparison, source: str) -> str:
-    advice = esc(comparison.advice).replace(CONFIRM, f"<code>{CONFIRM}</code>")
-    parts = [
-        f"<h1>{esc(comparison.headline)}</h1>",
-        f"<p>{advice}</p>" if advice else "",
-        f'<p class="soft">{num_runs(len(runs))} of {_number_of_groups(runs)} in {esc(source)}, '
-        f"{datetime.now():%Y-%m-%d %H:%M}</p>",
-        *map(warning, comparison.warnings),
-    ]
-    if comparison.winner:
-        tiles = "".join(
-            f'<div class="tile"><b>{esc(big)}</b><span>{esc(small)}</span></div>'
-            for big, small in _tiles(runs, comparison, comparison.winner)
-        )
-        parts.append(f'<div class="tiles">{tiles}</div>')
-    return "".join(parts)
-
-
-def _number_of_groups(runs: Sequence[RunRecord]) -> str:
-    groups = {run.group for run in runs if run.config}
-    models, strategies = ({g.model for g in groups}, {g.strategy for g in groups})
-    networks = f"{len(models)} networks and " if len(models) > 1 else ""
-    return f"{networks}{len(strategies)} strateg{'y' if len(strategies) == 1 else 'ies'}"
-
-
 def _each(comparison: Comparison) -> str:
     return "network and strategy" if comparison.about_networks else "strategy"
 
@@ -138,24 +113,6 @@ def _legend(comparison: Comparison, what: str) -> str:
         f'<p class="soft">The colour is the strategy: {", ".join(strategies.values())}. '
         f"The {what} the network: {', '.join(networks.values())}.</p>"
     )
-
-
-def _tiles(
-    runs: Sequence[RunRecord], comparison: Comparison, winner: RunRecord
-) -> list[tuple[str, str]]:
-    result, corrected = winner.finished_result, comparison.corrected
-    best = "best run with a fresh seed" if comparison.about_strategies else "best run"
-    f1 = f"macro F1 {percent(winner.macro_f1)}"
-    tiles = [(percent(winner.accuracy), f"{best}, on {result.num_val} pictures; {f1}")]
-    if corrected:
-        interval = f"{percent(corrected.low)} to {percent(corrected.high)}"
-        about = f"corrected for selection from {comparison.num_candidates} runs (95 %: {interval})"
-        tiles.append((percent(corrected.accuracy), about))
-    tiles.append((winner.name, f"the winner, seed {result.seed}, run {winner.run_id}"))
-    states = Counter(run.state for run in runs)
-    finished = states.pop("finished")
-    unfinished = [f"{count} {state}" for state, count in states.items()]
-    return [*tiles, (str(finished), "; ".join(["finished runs", *unfinished]))]
 
 
 def _differences(comparison: Comparison) -> str:

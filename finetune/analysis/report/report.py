@@ -29,8 +29,7 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
     """
     out = out or runs_dir
     print(terminal_summary(write_report(runs_dir, out, wandb)))
-    for path in (out / PAGE, out / TABLE):
-        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"\n{out / PAGE} ({(out / PAGE).stat().st_size / 1e6:.1f} MB)\n{out / TABLE}")
     return 0
 
 
@@ -41,6 +40,7 @@ def write_report(runs_dir: Path, out: Path, wandb: str | None = None) -> Compari
     """
     from finetune.analysis.importances import field_importances
     from finetune.analysis.report.page import page
+    from finetune.analysis.report.run_tables import Places
 
     if wandb is None:
         source, runs = str(runs_dir), read_runs(runs_dir)
@@ -51,7 +51,8 @@ def write_report(runs_dir: Path, out: Path, wandb: str | None = None) -> Compari
     comparison = compare(runs)
     unfinished = [run for run in comparison.excluded if run.result is None]
     importances = field_importances([*comparison.compared, *comparison.pruned, *unfinished])
-    content = page(runs, comparison, source, importances)
+    project = f"https://wandb.ai/{wandb.rpartition('/')[0]}" if wandb else ""
+    content = page(runs, comparison, source, importances, Places(runs_dir, out, project))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in ((TABLE, runs_csv(runs)), (PAGE, content)):

@@ -32,8 +32,15 @@ _NONE_HEIGHT = -0.07
 _TICK = {"bgcolor": "card", "borderpad": 1, "showarrow": False, "xanchor": "left", "xshift": 5}
 
 
-def _is_continuous(values: Sequence[Any]) -> bool:
-    return len(values) > _MAX_LEVELS and not any(isinstance(value, str) for value in values)
+def _is_continuous(name: str, values: Sequence[Any], finished: Sequence[RunRecord]) -> bool:
+    """Whether a field has too many numbers for equal distances, or was drawn from a range: then
+    hardly two settings have the same value."""
+    if any(isinstance(value, str | bool) for value in values):
+        return False
+    settings = by_setting(run for run in finished if run.result is not None).values()
+    used = [value_of(repeats[0], name) for repeats in settings]
+    is_drawn = len(values) > 3 and len(used) < 1.5 * len({*used})
+    return len(values) > _MAX_LEVELS or is_drawn
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class _Axis:
 
 
 def _field_axis(name: str, values: Sequence[Any], finished: Sequence[RunRecord]) -> _Axis:
-    if is_continuous := _is_continuous(values):
+    if is_continuous := _is_continuous(name, values, finished):
         scale, ticks = _scale(float(values[0]), float(values[-1]))
     else:
         top = max(len(values) - 1, 1)
@@ -143,7 +150,7 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
 
     The mean is over settings: one that was repeated with more seeds has no more weight.
     """
-    continuous = _is_continuous(values)  # then hardly two runs have the same value
+    continuous = _is_continuous(name, values, finished)
     traces = []
     lines: dict[Group, list[RunRecord]] = defaultdict(list)
     for group, runs in by_group(finished).items():
