@@ -111,9 +111,12 @@ def _short_name(run: RunRecord, varied: Iterable[str]) -> str:
 
 
 def setting_key(run: RunRecord, varied: Iterable[str]) -> str:
-    """The values of the varied fields, by which the settings of a single strategy are named."""
-    values = {name: value_of(run, name) for name in varied}
-    return " / ".join(f"{title(n)} {shown(n, v)}" for n, v in values.items() if v is not None)
+    """The values of the varied fields, by which the settings of a single strategy are named; of a
+    single field with its name."""
+    values = [(title(name), shown(name, value_of(run, name))) for name in varied]
+    if len(values) == 1:
+        return " ".join(values[0])
+    return " / ".join(value for _, value in values)
 
 
 def groups_by_setting(

@@ -22,7 +22,7 @@ from finetune.analysis.by_strategy import (
 from finetune.analysis.conclusion import num_runs
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.statistics import MIN_SEEDS, Corrected, Difference
-from finetune.config.field_tables import shown
+from finetune.config.field_tables import shown, title
 from finetune.runs.settings import Group
 
 MAX_PAIRS = 12
@@ -78,6 +78,8 @@ class Comparison:
     @property
     def group_title(self) -> str:
         """The head of a column of groups."""
+        if self.about_settings and len(self.varied) > 1:
+            return f"setting: {' / '.join(map(title, self.varied))}"
         if self.about_settings:
             return "setting"
         return "network, strategy" if self.about_networks else "strategy"

@@ -85,7 +85,8 @@ def title(comparison: "Comparison") -> str:
     leader, *rivals = comparison.summaries
     reached = percent(leader.accuracy)
     ahead = [leader, *(rival for rival in rivals if percent(rival.accuracy) == reached)]
-    opening = f"{_names(ahead)} {'leads' if len(ahead) == 1 else 'lead'} with {reached}"
+    names = leader.best.name if leader.group.setting and len(ahead) == 1 else _names(ahead)
+    opening = f"{names} {'leads' if len(ahead) == 1 else 'lead'} with {reached}"
     significant = {
         d.second: d.significant for d in comparison.differences if d.first == str(leader.group)
     }
@@ -123,7 +124,11 @@ def _correction(comparison: "Comparison") -> str:
 
 
 def _names(summaries: Iterable[StrategySummary]) -> str:
-    return listed([summary.group.in_words for summary in summaries], at_most=_MAX_NAMED)
+    """The groups' names; of several settings only their number."""
+    groups = [summary.group for summary in summaries]
+    if len(groups) > 2 and groups[0].setting:
+        return f"{len(groups)} settings"
+    return listed([group.in_words for group in groups], at_most=_MAX_NAMED)
 
 
 def _verdict(
@@ -162,6 +167,6 @@ def _tie(best: Sequence[StrategySummary]) -> str:
         shared, names = groups[0].model, [group.strategy for group in groups]
     elif len({group.strategy for group in groups}) == 1:
         shared, names = groups[0].strategy, [group.model for group in groups]
-    first, *others = [f"{n} ({percent(s.accuracy)})" for n, s in zip(names, best, strict=True)]
-    tie = f"o significant difference between {first} and {listed(others, _MAX_NAMED)}"
+    reached = [f"{n} ({percent(s.accuracy)})" for n, s in zip(names, best, strict=True)]
+    tie = f"o significant difference between {listed(reached, _MAX_NAMED + 1)}"
     return f"{shared} is best, with n{tie}" if shared else f"N{tie}"

@@ -341,8 +341,9 @@ def test_an_ablation_of_one_strategy_shows_what_varied(tmp_path: Path) -> None:
     assert not main(["report", str(tmp_path)])
     page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
     for rate, size, aug in product(("0.01", "0.1"), (32, 64), ("flip", "none")):
-        setting = f"batch size {size} / augmentation {aug} / learning rate {rate}"
+        setting = f"{size} / {aug} / {rate}"
         assert page.count(setting) >= 2, "in a table and in a plot"
+    assert "<button>setting: batch size / augmentation / learning rate</button>" in page
     for name in ("learning_rate", "batch_size", "data_aug"):
         assert f'id="marginal-{name}"' in page
     figure = search_figures.parallel_coordinates(*_search_of(tmp_path))

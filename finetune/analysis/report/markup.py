@@ -76,7 +76,7 @@ def table(
     body = ""
     for row, cell in zip(rows, cells, strict=True):
         text = note(row)
-        line = f'<tr class="remark"><td colspan="{len(columns)}">{esc(text)}</td></tr>'
+        line = f'<tr class="remark"><td colspan="{len(columns)}"><span>{esc(text)}</span></td></tr>'
         body += f"<tbody><tr>{cell}</tr>{line * bool(text)}</tbody>"
     return (
         f'<div class="scroll{" tall" * tall}" tabindex="0"><table><thead><tr>{heads}</tr></thead>'

@@ -53,7 +53,8 @@ def accuracies(comparison: Comparison) -> str:
         f"The large mark is {several if comparison.about_strategies else single}; each small dot "
         "is a run."
     )
-    title = f"Accuracy by {comparison.group_title.replace(', ', ' and ')}"
+    kind = comparison.group_title.partition(":")[0]
+    title = f"Accuracy by {kind.replace(', ', ' and ')}"
     return section(title, about, place("accuracies", group_accuracies(comparison)))
 
 

@@ -114,10 +114,15 @@ def _strategy_lines(comparison: Comparison) -> list[str]:
     ]
     for summary in comparison.summaries:
         numbers = (len(summary.chosen), len(summary.runs), summary.num_diverged)
-        notes = "; ".join([summary.best.name, *summary.caveats])
         scores = (percent(summary.accuracy), percent(summary.macro_f1))
-        rows.append((str(summary.group), *scores, *map(str, numbers), notes))
-    return _aligned(rows)
+        rows.append((str(summary.group), *scores, *map(str, numbers), summary.best.name))
+    notes = [f"{s.group}: {'; '.join(s.caveats)}" for s in comparison.summaries if s.caveats]
+    return [*_aligned(rows), *_indented(notes)]
+
+
+def _indented(notes: Sequence[str]) -> list[str]:
+    wrapper = textwrap.TextWrapper(_TERMINAL_WIDTH, "  ", "    ")
+    return [line for note in notes for line in wrapper.wrap(note)]
 
 
 def _difference_lines(comparison: Comparison) -> list[str]:

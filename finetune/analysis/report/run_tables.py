@@ -14,6 +14,7 @@ from finetune.analysis.conclusion import num_runs, percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report.markup import Column, code, esc, group_label, table_section
 from finetune.config.field_tables import shown, title
+from finetune.runs.settings import Group
 
 
 def field_columns(
@@ -112,11 +113,15 @@ def all_runs(comparison: Comparison, places: Places) -> str:
         url = places.wandb(run)
         return f'{link} <a href="{esc(url)}">W&amp;B</a>' if url else link
 
+    def group_of(run: RunRecord) -> Group | None:
+        return run.group if run.config else None
+
+    group = Column(comparison.group_title, group_of, group_label)
     compared = {*comparison.compared}
     is_scored = compared | {*comparison.pruned}
     columns = [
         Column("run", lambda run: run, directory),
-        Column(comparison.group_title, lambda run: run.group if run.config else None, group_label),
+        *([] if comparison.about_settings else [group]),
         Column("accuracy", lambda run: run.accuracy if run in is_scored else None, percent),
         Column("state", state),
         Column("macro F1", lambda run: run.macro_f1 if run.result else None, percent),

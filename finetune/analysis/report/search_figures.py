@@ -137,6 +137,7 @@ def parallel_coordinates(
             "fixedrange": True,
         },
         yaxis={"visible": False, "range": [-0.12, 1.1], "fixedrange": True},
+        showlegend=len({run.group.strategy for run in finished}) > 1,
         annotations=[
             {"x": x, "y": y, "text": f"<b>{text(label)}</b>", "font": {"size": 11}, **_TICK}
             for x, a in enumerate(axes)
