@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types as at
 from PIL import ImageColor
@@ -45,15 +46,29 @@ def _refuse_boolean(value: object) -> object:
     return value
 
 
-def one_of(choices: Iterable[str]) -> AfterValidator:
-    names = tuple(choices)
+@dataclass(frozen=True)
+class _OneOf:
+    choices: tuple[str, ...]
 
-    def check(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}{nearest(value, names)}")
+    def __call__(self, value: str) -> str:
+        if value not in self.choices:
+            raise ValueError(
+                f"must be one of {', '.join(self.choices)}{nearest(value, self.choices)}"
+            )
         return value
 
-    return AfterValidator(check)
+
+def one_of(choices: Iterable[str]) -> AfterValidator:
+    return AfterValidator(_OneOf(tuple(choices)))
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The values of a field that has few; nothing for the others."""
+    checks = [getattr(entry, "func", None) for entry in field.metadata]
+    found = [check.choices for check in checks if isinstance(check, _OneOf)]
+    if get_origin(field.annotation) is Literal:
+        found.append(get_args(field.annotation))
+    return tuple(map(str, found[0])) if found else ()
 
 
 def _auto_or_number(value: object) -> object:

@@ -8,7 +8,7 @@ before anything is recorded.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -226,7 +226,7 @@ class RunConfig(BaseModel):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if self.name is None:
-            object.__setattr__(self, "name", self._readable_name())
+            object.__setattr__(self, "name", self.readable_name())
         return self
 
     def _check_batch_size(self, head: str) -> None:
@@ -280,19 +280,18 @@ class RunConfig(BaseModel):
     def pixel_bounds(self) -> tuple[float, float] | None:
         return types.bounds(self.pixel_range)
 
-    def _readable_name(self) -> str:
-        words = [] if self.model == DEFAULT_MODEL else [self.model]
-        words.append(self.strategy)
-        if self.unfreeze_from and not self._unfreezes_by_default:
-            words.append(f"from-{self.unfreeze_from}")
-        words += [f"lr{self.learning_rate:g}"] if self.learning_rate is not None else []
-        words += [f"bs{self.batch_size}"] if self.batch_size is not None else []
-        words.append(self.augmentation.label)
-        words += [f"fold{self.fold.replace('/', 'of')}"] if self.fold else []
-        return "-".join(filter(None, words))
-
-    @property
-    def _unfreezes_by_default(self) -> bool:
-        backbone = known_backbone(self.model)
-        parts = backbone.part_names if backbone else ()
-        return bool(parts) and self.unfreeze_from == STRATEGIES[self.strategy].deepest(parts)
+    def readable_name(self, of: Container[str] = (*NAMED_FIELDS, "unfreeze_from")) -> str:
+        """A name from the values of these fields."""
+        backbone, deepest = known_backbone(self.model), self.unfreeze_from
+        if backbone and deepest == STRATEGIES[self.strategy].deepest(backbone.part_names):
+            deepest = None  # the default
+        words = {
+            "model": "" if self.model == DEFAULT_MODEL else self.model,
+            "strategy": self.strategy,
+            "unfreeze_from": deepest and f"from-{deepest}",
+            "learning_rate": self.learning_rate and f"lr{self.learning_rate:g}",
+            "batch_size": self.batch_size and f"bs{self.batch_size}",
+            "data_aug": self.augmentation.label,
+            "fold": self.fold and f"fold{self.fold.replace('/', 'of')}",
+        }
+        return "-".join(word for name, word in words.items() if word and name in of)

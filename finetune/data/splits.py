@@ -18,12 +18,12 @@ from finetune.data.decode import Preprocessing
 from finetune.data.division import split_folds, split_stratified
 from finetune.data.images import picture_hashes
 from finetune.data.labels import read_labels
-from finetune.data.layout import find_layout, nfc, num, subfolders
+from finetune.data.layout import find_layout, nfc, subfolders
 from finetune.data.pictures import Pictures, find_pictures
 from finetune.system.array_store import Cache, digest
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, no_progress
-from finetune.system.text import listed, nearest
+from finetune.system.text import listed, nearest, num
 
 AUTO_VAL_FRACTION = 0.2
 

@@ -3,6 +3,7 @@
 Legend: B batch, H height, W width, C channels, D features.
 """
 
+import logging
 import math
 import os
 import tempfile
@@ -36,6 +37,8 @@ from finetune.system.cuda import synchronise
 from finetune.system.errors import ConfigError
 from finetune.system.progress import bar
 from finetune.system.resources import free_memory
+
+_LOG = logging.getLogger(__name__)
 
 _NUM_TIMED = 3
 
@@ -97,7 +100,7 @@ class PrefixCache:
         recompute_ms = num_used * compute_ms
         store_ms = num_missing * (compute_ms + read_ms) + num_read * read_ms
         what = "stored" if store_ms < recompute_ms else "recomputed"
-        self.log(
+        _LOG.info(
             f"frozen layers up to {self.boundary}: {compute_ms:.1f} ms per picture to recompute, "
             f"{read_ms:.1f} ms to read; {what} for {num_epochs} epochs "
             f"({store_ms / 1e3:.0f} s if stored, {recompute_ms / 1e3:.0f} s if recomputed)"
