@@ -125,6 +125,11 @@ COMMANDS: dict[str, Command] = {
         _path("--out", "for report.html and runs.csv (default: RUNS_DIR)", metavar="DIR"),
         argument("--wandb", "report on this W&B sweep instead", metavar="ENTITY/PROJECT/SWEEP"),
     ),
+    "refit": (
+        "train a run's setting once more, on its training and validation pictures together",
+        "finetune.training.refit:refit",
+        _RUN_DIR,
+    ),
     "predict": (
         "predict the classes of pictures with a run's best model",
         "finetune.inference.predict:predict",

@@ -45,6 +45,9 @@ class Splits:
     def class_names(self) -> tuple[str, ...]:
         return self.train.class_names
 
+    def with_val_in_training(self) -> "Splits":
+        return replace(self, train=self.train.together_with(self.val))
+
     @property
     def dataset_fingerprint(self) -> str:
         """A hash of the files' names and sizes, independent of machine and split."""

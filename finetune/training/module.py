@@ -52,9 +52,15 @@ class FineTuning(pl.LightningModule):
     """The frozen prefix in eval mode without gradients; one parameter group per part."""
 
     def __init__(
-        self, chain: Chain, config: RunConfig, loader: EpochLoader, first_epoch: int = 0
+        self,
+        chain: Chain,
+        config: RunConfig,
+        loader: EpochLoader,
+        first_epoch: int = 0,
+        penalty: float | None = None,
     ) -> None:
-        """`first_epoch`: the one at which a resumed run goes on."""
+        """`first_epoch`: the one at which a resumed run goes on. `penalty`: the L2 penalty with
+        which the head is solved; None: the validation loss chooses it."""
         super().__init__()
         self.network = chain.network  # its name is part of last.ckpt's keys
         self.chain = chain
@@ -69,7 +75,7 @@ class FineTuning(pl.LightningModule):
         """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
         self._rates: dict[str, float] = {}
-        self.head_penalty: float | None = None
+        self.head_penalty = penalty
         """The L2 penalty with which the head was solved, if it was."""
 
     def train(self, mode: bool = True) -> Self:
@@ -113,7 +119,7 @@ class FineTuning(pl.LightningModule):
         self.loader.prepare(self.chain, self.first_epoch, precision)
         if self.config.solves_head and self.first_epoch == 0:
             self.head_penalty, line = solve_head(
-                self.chain, self.loader, precision, self._class_weights
+                self.chain, self.loader, precision, self._class_weights, self.head_penalty
             )
             self.loader.log(line)
 
@@ -192,15 +198,21 @@ class FineTuning(pl.LightningModule):
         self._val_logits.append(logits)
 
     def epoch_metrics(self) -> Row:
-        """The finished epoch's mean losses, accuracies, macro F1 and learning rates."""
+        """The finished epoch's mean losses, accuracies, macro F1 and learning rates.
+
+        Without those of validation if there was none.
+        """
         row: Row = {"epoch": self.current_epoch}
         for name, split in {"train": self.loader.train, "val": self.loader.val}.items():
+            if not self._totals[name]:  # there is no validation
+                continue
             loss_sums, nums_correct = zip(*self._totals[name], strict=True)
             row[f"{name}_loss"] = float(sum(loss_sums)) / len(split.pictures)
             row[f"{name}_acc"] = int(sum(nums_correct)) / len(split.pictures)
-        labels, logits = self.loader.val.pictures.labels, self.val_logits().numpy()
-        counts = confusion_counts(labels, logits.argmax(axis=1), logits.shape[1])
-        row["val_macro_f1"] = macro_f1(counts)
+        if self._val_logits:
+            labels, logits = self.loader.val.pictures.labels, self.val_logits().numpy()
+            counts = confusion_counts(labels, logits.argmax(axis=1), logits.shape[1])
+            row["val_macro_f1"] = macro_f1(counts)
         parameters = self.network.parameters()
         row["trainable_parameters"] = sum(p.numel() for p in parameters if p.requires_grad)
         return row | {f"{RATE}{part}": rate for part, rate in self._rates.items()}
