@@ -56,7 +56,7 @@ def test_the_accuracy_is_that_of_the_confirmation(train: Train, fields: dict[str
     seeds = [
         RunResult.load(
             carry_out(**fields | {"out": out, "seed": i, "epochs": 1}, strategy="freeze").path
-        )  # noqa: E501
+        )
         for i in (50, 51)
     ]
     assert not main(["refit", str(run.path)])
