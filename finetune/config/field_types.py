@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 import annotated_types as at
 from PIL import ImageColor
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 from finetune.config.augmentations import AUGMENTATIONS
 from finetune.system.files import absolute
-from finetune.system.text import nearest
+from finetune.system.text import brief, nearest
 
 Role = Literal["searched", "environment", "label", "seed"]
 """`searched` fields make a setting; `environment` is where and on what a run computes; `label` is
@@ -134,3 +134,14 @@ Precision = Annotated[
     Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
     BeforeValidator(lambda value: "32-true" if str(value) == "32" else value),
 ]
+
+
+def explain(model: type[BaseModel], error: Any) -> str:
+    """A pydantic error as a message: the field, the value found, what is allowed."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    name = next((str(part) for part in error["loc"]), "")
+    if not name:
+        return message
+    message = message.replace("Input should be", "must be")
+    allowed = model.model_fields[name].description
+    return f"{name}: got {brief(error['input'])}; {message[0].lower()}{message[1:]} ({allowed})"

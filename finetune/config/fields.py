@@ -30,7 +30,7 @@ from finetune.config.field_types import environment, field, label, one_of, searc
 from finetune.config.optimizers import OPTIMIZERS, ignored_fields
 from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
-from finetune.system.text import brief, nearest
+from finetune.system.text import nearest
 
 NAMED_FIELDS = ("model", "strategy", "learning_rate", "batch_size", "data_aug")
 """The fields whose values a run's default name has, besides `unfreeze_from` where it is given."""
@@ -57,8 +57,8 @@ class RunConfig(BaseModel):
         "; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items()),
         shown={name: name for name in STRATEGIES},
     )
-    epochs: types.Count = searched(10, "maximum number of passes over the training pictures")
-    batch_size: types.Count = searched(
+    epochs: types.Count | None = searched(10, "maximum number of passes over the training pictures")
+    batch_size: types.Count | None = searched(
         32, "pictures per step; a last batch of a single picture is merged with the previous one"
     )
     data_aug: types.Augmentation = searched(
@@ -67,7 +67,7 @@ class RunConfig(BaseModel):
         title="augmentation",
         shown={name: a.title for name, a in AUGMENTATIONS.items()},
     )
-    mixup: Annotated[types.Number, at.Ge(0)] = searched(
+    mixup: Annotated[types.Number, at.Ge(0)] | None = searched(
         0.0,
         "alpha of the Beta distribution from which the share of one of two mixed training pictures "
         "is drawn, once per batch; 0: off (Zhang et al. 2018)",
@@ -76,24 +76,24 @@ class RunConfig(BaseModel):
         "none",
         "balanced: a class's weight in the training loss is inverse to its number of pictures",
     )
-    learning_rate: types.Positive = searched(0.001, "the learning rate of the head")
+    learning_rate: types.Positive | None = searched(0.001, "the learning rate of the head")
     lr_decay: Annotated[types.Positive, at.Le(1)] | None = searched(
         None,
         "factor from a part's learning rate to that of the next part towards the input; default: "
         "0.5 for gradual, else 1.0",
         title="learning rate decay",
     )
-    lr_schedule: Annotated[str, one_of(SCHEDULES)] = searched(
+    lr_schedule: Annotated[str, one_of(SCHEDULES)] | None = searched(
         "constant", f"multiplier of all learning rates: {', '.join(SCHEDULES)}", title="schedule"
     )
-    optimizer: Annotated[str, one_of(OPTIMIZERS)] = searched(
+    optimizer: Annotated[str, one_of(OPTIMIZERS)] | None = searched(
         "sgd", f"one of torch.optim: {', '.join(OPTIMIZERS)}"
     )
     momentum: types.Share | None = searched(None, "SGD's momentum; default: 0.9")
     weight_decay: Annotated[types.Number, at.Ge(0)] | None = searched(
         None, "SGD's L2 penalty, AdamW's weight decay; default: 0"
     )
-    label_smoothing: types.Share = searched(
+    label_smoothing: types.Share | None = searched(
         0.0, "share of the target that is spread over all classes, in training only"
     )
     unfreeze_from: str | None = searched(
@@ -104,8 +104,7 @@ class RunConfig(BaseModel):
     )
     unfreeze_every: types.Count | None = searched(
         None,
-        "gradual: epochs from one unfreezing to the next, default 1; lp-ft: epochs of the head "
-        "alone, default 3",
+        "gradual: epochs from one unfreezing to the next; default: 1",
     )
     image_size: Annotated[types.Integer, at.Ge(32), at.Le(1024)] = searched(
         256, "pixels per side; pictures are resized to a square without keeping their aspect ratio"
@@ -149,8 +148,7 @@ class RunConfig(BaseModel):
     )
     cache: types.AutoOrOff = environment(
         "auto",
-        "auto or off; auto keeps decoded pictures and the outputs of the frozen layers, and shares "
-        "them between runs",
+        "auto or off; auto keeps decoded pictures and the frozen layers' outputs for all runs",
         shown={True: "auto", False: "off"},
     )
     cache_dir: types.Directory = environment(Path(".cache"), "directory of the cache")
@@ -213,6 +211,9 @@ class RunConfig(BaseModel):
         if not (self.val_fraction == "auto" or 0 <= self.val_fraction <= 0.9):
             raise ValueError(f"val_fraction: got {self.val_fraction}; must be auto or 0 to 0.9")
         try:
+            if self.epochs is None and self.augmentation.transform:
+                reason = f"{self.strategy} solves the head on features of unchanged pictures"
+                raise ConfigError(f"data_aug: got {self.data_aug}; {reason}: pass y or n")
             if backbone := known_backbone(self.model):  # timm's are checked when one is built
                 backbone.check(self.model, self.image_size, self.unfreeze_from)
                 self._check_batch_size(backbone.head)
@@ -238,7 +239,7 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
+            raise ConfigError("; ".join(types.explain(cls, e) for e in error.errors())) from None
 
     def to_fields(self) -> dict[str, Any]:
         """Plain values for YAML, JSON and W&B; the inverse of `from_fields`."""
@@ -261,6 +262,15 @@ class RunConfig(BaseModel):
         return plan(self.strategy, parts, self.unfreeze_from, self.unfreeze_every, self.lr_decay)
 
     @property
+    def num_epochs(self) -> int:
+        """`epochs`, or 1 for a strategy without epochs: the one in which its head is measured."""
+        return self.epochs or 1
+
+    @property
+    def solves_head(self) -> bool:
+        return STRATEGIES[self.strategy].solves_head
+
+    @property
     def pixel_bounds(self) -> tuple[float, float] | None:
         return types.bounds(self.pixel_range)
 
@@ -269,7 +279,9 @@ class RunConfig(BaseModel):
         words.append(self.strategy)
         if self.unfreeze_from and not self._unfreezes_by_default:
             words.append(f"from-{self.unfreeze_from}")
-        words += [f"lr{self.learning_rate:g}", f"bs{self.batch_size}", self.augmentation.label]
+        words += [f"lr{self.learning_rate:g}"] if self.learning_rate is not None else []
+        words += [f"bs{self.batch_size}"] if self.batch_size is not None else []
+        words.append(self.augmentation.label)
         return "-".join(filter(None, words))
 
     @property
@@ -281,20 +293,8 @@ class RunConfig(BaseModel):
 
 def unknown_field(name: str) -> str:
     """The message for a name that is not a field, with the field that it may mean."""
-    flags = ["config", "resume"]  # that are not fields
-    names = [*RunConfig.model_fields, *flags]
+    names = [*RunConfig.model_fields, *(flags := ("config", "resume"))]
     known = "it is a flag of agent.py" if name in flags else hint(name, names)
     if known:
         return f"unknown field {name!r}: {known}"
     return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
-
-
-def _explain(model: type[BaseModel], error: Any) -> str:
-    """A pydantic error as a message: the field, the value found, what is allowed."""
-    message = str(error["msg"]).removeprefix("Value error, ")
-    name = next((str(part) for part in error["loc"]), "")
-    if not name:
-        return message
-    message = message.replace("Input should be", "must be")
-    allowed = model.model_fields[name].description
-    return f"{name}: got {brief(error['input'])}; {message[0].lower()}{message[1:]} ({allowed})"

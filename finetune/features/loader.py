@@ -38,7 +38,7 @@ class EpochLoader:
     ) -> None:
         """Decodes the pictures, or opens them in the cache. Raises `DataError`."""
         started = time.perf_counter()
-        self._config, self._log, self._cache = config, log, cache
+        self._config, self.log, self._cache = config, log, cache
         self.unreadable: list[str] = []  # left out, as SPLIT/CLASS/FILE
         self.train = self._open(splits.train, is_flipped=config.augmentation.flips)
         self.val = self._open(splits.val, is_flipped=False)
@@ -67,7 +67,8 @@ class EpochLoader:
             return *split.batch(part, indices, flips[indices]), drawn
 
         order = epoch_order(pictures, config.seed, epoch)
-        return self._on_gpu(EpochBatches(pictures, order, config.batch_size, part, fetch), split)
+        batch_size = config.batch_size or self.num_at_once
+        return self._on_gpu(EpochBatches(pictures, order, batch_size, part, fetch), split)
 
     def _on_gpu(
         self, batches: EpochBatches, split: SplitInputs
@@ -86,10 +87,15 @@ class EpochLoader:
         module, _, class_name = name.partition(":")
         return getattr(import_module(module), class_name)
 
+    @property
+    def num_at_once(self) -> int:
+        """The batch size of inference."""
+        return num_at_once(self._config.image_size, self._config.accelerator)
+
     def val_epoch(self, epoch: int) -> EpochBatches | PrefetchedBatches:
         """Every validation picture once, ordered by name."""
         config, split = self._config, self.val
-        batch_size = max(config.batch_size, num_at_once(config.image_size, config.accelerator))
+        batch_size = max(config.batch_size or 0, self.num_at_once)
         part = split.last_stored_part(config.plan.first_trainable(epoch))
         order = np.arange(len(split.pictures))
         no_flips = np.zeros(len(order), dtype=bool)
@@ -116,17 +122,22 @@ class EpochLoader:
         if config.accelerator == "cuda":
             device = next(chain.network.parameters()).device
             limit_bytes = config.gpu_cache_fraction * free_bytes()
-            self.memory = DeviceMemory(device, limit_bytes, self._log)
-        if self._cache is None or config.augmentation.transform or config.mixup:
+            self.memory = DeviceMemory(device, limit_bytes, self.log)
+        num_epochs = Counter[str]()
+        if not (config.augmentation.transform or config.mixup):
+            opening = map(config.plan.first_trainable, range(first_epoch, config.num_epochs))
+            num_epochs.update(opening)
+        if config.solves_head and first_epoch == 0:
+            num_epochs[chain.parts[-1]] += 1
+        if self._cache is None or not num_epochs:
             return
         started = time.perf_counter()
         if config.cache_format != "float32":
-            self._log(
+            self.log(
                 f"cache_format {config.cache_format}: half the disk space, but not exact; "
                 "accuracies may change by a picture or two"
             )
-        num_epochs = Counter(map(config.plan.first_trainable, range(first_epoch, config.epochs)))
-        shared = (config, self._cache, (self.train, self.val), chain, precision, self._log)
+        shared = (config, self._cache, (self.train, self.val), chain, precision, self.log)
         for boundary in chain.parts[1:]:  # in order: each is computed from the one before
             if boundary in num_epochs:
                 prefix_cache = PrefixCache(boundary, *shared, self.timings, self.memory.limit_bytes)

@@ -69,7 +69,7 @@ def _resumed(run_dir: RunDir, given: Mapping[str, Any], log: Callable[[str], Non
     if "accelerator" in changed:
         changed.setdefault("precision", "auto")
     changes = differences(recorded, {k: v for k, v in given.items() if k not in changed})
-    if changes.get("epochs", (0, 0))[1] > recorded.epochs:
+    if changes.get("epochs", (0, 0))[1] > recorded.num_epochs:
         changed["epochs"] = changes.pop("epochs")[1]
     if changes:
         listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changes.items())

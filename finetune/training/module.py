@@ -25,6 +25,7 @@ from finetune.features.split_inputs import network_input
 from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
+from finetune.training.solve_head import solve_head
 
 
 class Mix(NamedTuple):
@@ -68,6 +69,8 @@ class FineTuning(pl.LightningModule):
         """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
         self._rates: dict[str, float] = {}
+        self.head_penalty: float | None = None
+        """The L2 penalty with which the head was solved, if it was."""
 
     def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in eval mode, whatever `mode` is."""
@@ -86,20 +89,20 @@ class FineTuning(pl.LightningModule):
         self.train()
 
     def configure_optimizers(self) -> Any:
-        config, rate = self.config, self.config.learning_rate
+        config, rate = self.config, self.config.learning_rate or 0.0
         shares = config.plan.rate_shares
         groups = [
             {"params": self.chain.parameters(part), "lr": rate * shares[part], "name": part}
             for part in self.chain.parts
         ]
-        entry = OPTIMIZERS[config.optimizer]
-        options = {name: getattr(config, name) for name in sorted(entry.fields)}
+        entry = OPTIMIZERS[config.optimizer or "sgd"]
+        options = {name: getattr(config, name) or 0.0 for name in sorted(entry.fields)}
         fused = self.device.type in ("cpu", "cuda")
         optimizer = getattr(torch.optim, entry.name)(groups, lr=rate, fused=fused, **options)
-        if config.lr_schedule == "constant":
+        if config.lr_schedule in (None, "constant"):
             return optimizer
         multiplier = SCHEDULES[config.lr_schedule]
-        num_steps = config.epochs * len(self.loader.train_epoch(0))
+        num_steps = config.num_epochs * len(self.loader.train_epoch(0))
         scheduler = LambdaLR(optimizer, lambda step: multiplier(min(1.0, step / num_steps)))
         by_step = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": by_step}
@@ -108,6 +111,11 @@ class FineTuning(pl.LightningModule):
         precision = self.trainer.precision_plugin.forward_context
         self.network.eval()
         self.loader.prepare(self.chain, self.first_epoch, precision)
+        if self.config.solves_head and self.first_epoch == 0:
+            self.head_penalty, line = solve_head(
+                self.chain, self.loader, precision, self._class_weights
+            )
+            self.loader.log(line)
 
     def train_dataloader(self) -> EpochBatches | PrefetchedBatches:
         return self.loader.train_epoch(self.current_epoch)
@@ -170,7 +178,7 @@ class FineTuning(pl.LightningModule):
             logits,
             labels,
             weight=self._class_weights,
-            label_smoothing=self.config.label_smoothing,
+            label_smoothing=self.config.label_smoothing or 0.0,
         )
 
     def on_validation_epoch_start(self) -> None:

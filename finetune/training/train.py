@@ -24,7 +24,7 @@ from finetune.data.splits import Splits
 from finetune.features.loader import EpochLoader
 from finetune.model.network import build_from, load_best
 from finetune.runs.resolve import prepare_run, resolve
-from finetune.runs.result import RunResult, best_epoch, failure_of
+from finetune.runs.result import RunResult, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.system.array_store import Cache
 from finetune.system.cuda import device_name
@@ -115,7 +115,7 @@ class _Execution:
             run_dir.move_predictions(loader.val.pictures.paths)
         if not recorder.is_complete:
             module = FineTuning(chain, config, loader, first_epoch=len(recorder.rows))
-            trainer = make_trainer(config, run_dir.path, recorder, max_epochs=config.epochs)
+            trainer = make_trainer(config, run_dir.path, recorder, max_epochs=config.num_epochs)
             trainer.fit(module, ckpt_path=checkpoint_path)
         result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir, log)
@@ -172,7 +172,7 @@ def make_trainer(
 
 def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResult:
     config, rows, train_seconds = recorder.config, recorder.rows, recorder.train_seconds
-    best = rows[best_epoch(rows)]
+    best = rows[recorder.best_epoch]
     num_train, num_val = len(loader.train.pictures), len(loader.val.pictures)
     return RunResult(
         run_id=recorder.run_dir.path.name,
@@ -181,10 +181,10 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         best_val_acc=best["val_acc"],
         best_val_loss=best["val_loss"],
         best_val_macro_f1=best.get("val_macro_f1"),
-        best_epoch=best_epoch(rows),
+        best_epoch=recorder.best_epoch,
         last_val_acc=rows[-1]["val_acc"],
         epochs_run=len(rows),
-        stopped_early=len(rows) < config.epochs,
+        stopped_early=len(rows) < config.num_epochs,
         num_threads=torch.get_num_threads(),
         device=device_name(config.accelerator),
         train_seconds=train_seconds,
@@ -192,6 +192,7 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         images_per_second=len(rows) * (num_train + num_val) / train_seconds,
         trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
         start_epochs=dict(config.plan.start_epochs),
+        head_penalty=recorder.head_penalty,
         class_names=list(splits.class_names),
         num_train=num_train,
         num_val=num_val,

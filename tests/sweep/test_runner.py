@@ -235,7 +235,8 @@ def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(base: Fields, tmp_path
     base |= {"epochs": 6, "batch_size": 20}
     given = content(base, strategy=["gradual"], learning_rate=[0.02, 1e-7, 1e-8])
     given["metric"] = {"name": "train_loss", "goal": "minimize"}
-    given["early_terminate"] = {"type": "hyperband", "min_iter": 4, "eta": 2}
+    # Gradual's epochs count from the fourth, in which its last part starts to train.
+    given["early_terminate"] = {"type": "hyperband", "min_iter": 1, "eta": 2}
     output = complete(tmp_path, given)
     rows = {p.parent.name: read_metrics(p) for p in (tmp_path / "runs").glob("*/metrics.csv")}
     assert sorted(map(len, rows.values())) == [4, 4, 6], output
@@ -257,7 +258,7 @@ def test_early_termination_judges_by_macro_f1(base: Fields, tmp_path: Path) -> N
     for run_dir, found in rows.items():
         if found is not longest:
             assert found[1]["val_macro_f1"] < longest[1]["val_macro_f1"]
-            reason = f"val_macro_f1 {found[1]['val_macro_f1']:.4f} after 2 epochs is not among"
+            reason = f"val_macro_f1 {found[1]['val_macro_f1']:.4f} at iteration 2 is not among"
             assert str((read_failure(run_dir / "failure.json") or {})["reason"]).startswith(reason)
 
 
