@@ -125,18 +125,14 @@ class FineTuning(pl.LightningModule):
 
     def forward(self, batch: Batch, mix: Mix | None = None) -> Tensor:
         """Logits, float32, (B, K)."""
-        boundary, head = self._open[0], self.chain.parts[-1]
+        boundary = self._open[0]
         with torch.no_grad():
             changed = batch.augmentation
             pixels = batch.inputs if changed is None else changed.apply(batch.inputs)
             x = network_input(pixels, batch.flips, self.chain.backbone)
             x = x if mix is None else mix.of(x)
             x = self.chain.forward(x, batch.part, boundary)
-        x = self.chain.forward(x, boundary, head)
-        if self.config.precision == "32-true":
-            return self.chain.forward(x, head, None)
-        with torch.autocast(self.device.type, enabled=False):  # small, and the loss depends on it
-            return self.chain.forward(x.float(), head, None)
+        return self.chain.logits(x, boundary)
 
     def on_train_epoch_start(self) -> None:
         self.open_parts(self.current_epoch)
