@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from finetune.api import confirm, evaluate, predict, report
     from finetune.config.backbones import Backbone, register_model
     from finetune.config.fields import RunConfig
     from finetune.model.network import load_best
@@ -23,8 +24,13 @@ __all__ = [
     "Backbone",
     "RunConfig",
     "RunResult",
+    "confirm",
+    "evaluate",
     "load_best",
+    "predict",
     "register_model",
+    "report",
+    "sweep",
     "train_and_finetune",
 ]
 
@@ -32,8 +38,12 @@ _LAZY = {
     "Backbone": "config.backbones",
     "RunConfig": "config.fields",
     "RunResult": "runs.result",
+    "confirm": "api",
+    "evaluate": "api",
     "load_best": "model.network",
+    "predict": "api",
     "register_model": "config.backbones",
+    "report": "api",
     "train_and_finetune": "training.train",
 }
 
@@ -57,7 +67,13 @@ def _require_posix() -> None:
 _require_posix()
 
 
+def __dir__() -> list[str]:
+    return sorted([*__all__, *globals()])
+
+
 def __getattr__(name: str) -> Any:
+    if name == "sweep":  # a package that can be called
+        return import_module("finetune.sweep")
     if name not in _LAZY:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     return getattr(import_module(f"finetune.{_LAZY[name]}"), name)

@@ -92,7 +92,7 @@ COMMANDS: dict[str, Command] = {
             "only check the file; the result is valid for W&B's agents too",
             dest="function",
             action="store_const",
-            const="finetune.sweep.sweep_file:check_command",
+            const="finetune.sweep.checks:check_command",
         ),
         _WORKERS,
         _storage("database URL or journal:PATH, for several processes (default: OUT/NAME.db)"),
@@ -105,6 +105,7 @@ COMMANDS: dict[str, Command] = {
             "keep the checkpoints of the N best trials and of each strategy's best (default: all)",
             metavar="N",
         ),
+        _RUN_FIELDS,
     ),
     "lr_find": (
         "learning-rate range test of a run's config: prints a curve and a suggestion",

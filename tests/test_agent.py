@@ -105,8 +105,22 @@ def test_a_run_prints_its_splits_its_epochs_and_its_best_accuracy(fields: dict[s
     assert done.returncode == 0, done.stderr
     assert "20 pictures train; val/ validates (15 pictures)" in done.stdout
     assert done.stdout.count("epoch  ") == 4
-    assert len(re.findall(r"val loss \d\.\d{3} acc \d\.\d{3} f1 \d\.\d{3}  best", done.stdout)) == 4
-    assert re.match(
-        r"best val_acc 0\.\d{4}, macro F1 0\.\d{4}, in epoch", done.stdout.splitlines()[-1]
-    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "loading PyTorch"
+    assert "per picture to recompute" not in done.stdout
+    epochs = [
+        line for line in lines if re.search(r"val \d\.\d{3} acc \d\.\d{3} f1 \d\.\d{3}  best", line)
+    ]
+    assert len(epochs) == 4 and max(map(len, epochs)) <= 80
+    best, bar, recall, *confused, place, evaluate, predict = lines[_index_of_best(lines) :]
+    assert re.fullmatch(r"best val_acc 0\.\d{4}, macro F1 0\.\d{4}, in epoch \d of 0 to 3", best)
+    assert re.fullmatch(r"to compare: .* 5, the largest class, gives 0\.2000", bar)
+    assert re.fullmatch(r"recall: 5 [01]\.\d\d, .*, 9 [01]\.\d\d", recall)
+    assert all(re.fullmatch(r"most confused: (\d as \d \d+(, )?){1,3}", line) for line in confused)
+    assert evaluate == f"next: python -m finetune evaluate {place}"
+    assert predict == f"next: python -m finetune predict {place} PICTURE_OR_FOLDER"
     assert done.stderr == ""
+
+
+def _index_of_best(lines: list[str]) -> int:
+    return next(i for i, line in enumerate(lines) if line.startswith("best val_acc"))

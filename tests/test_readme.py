@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -70,6 +71,13 @@ def test_each_command_is_understood(command: str) -> None:
             assert (ROOT / file).exists()
         case _:
             assert words[0] in ("wandb", "optuna-dashboard")
+
+
+def test_the_python_example_uses_the_pictures_of_its_section() -> None:
+    (call,) = re.findall(r"finetuned_model = (train_and_finetune\(.*?\))\n", README, re.S)
+    given = {k.arg: ast.literal_eval(k.value) for k in ast.parse(call).body[0].value.keywords}  # type: ignore[attr-defined]
+    assert str(RunConfig.from_fields(given).data_dir).endswith("data/mine")
+    assert "python -m finetune sweep sweep.yaml --data_dir data/mine" in commands()
 
 
 def test_the_tables_of_strategies_and_networks_are_those_of_the_package() -> None:

@@ -3,7 +3,7 @@
 A group is a strategy, or a network with a strategy.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +18,9 @@ from finetune.config.field_tables import fields_with_role, in_order, shown, titl
 from finetune.config.fields import NAMED_FIELDS, RunConfig
 from finetune.config.strategies import STRATEGIES
 from finetune.runs.settings import Group, best_setting, setting_of
+from finetune.system.errors import ConfigError
+
+_IN_NAMES = (*NAMED_FIELDS, "unfreeze_from", "lr_schedule")
 
 FITTED_TRAIN_ACC = 0.9
 """Training accuracy below which a strategy has not fitted the training pictures."""
@@ -87,13 +90,56 @@ def varied_fields(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 def full_name(run: RunRecord, varied: Iterable[str]) -> str:
     """The run's name, with its network if there are several, and with the values of the varied
-    fields that a name doesn't have."""
+    fields that a name doesn't have. A name from the settings has the varied ones alone."""
     others = {name: value_of(run, name) for name in varied if name not in NAMED_FIELDS}
-    if f"from-{others.get('unfreeze_from')}" in run.name:
+    own = _short_name(run, varied)
+    if f"from-{others.get('unfreeze_from')}" in own:
         del others["unfreeze_from"]
     values = [f"{title(name)} {shown(name, v)}" for name, v in others.items() if v is not None]
-    needs_model = not run.name.startswith(run.group.model)
-    return ", ".join([f"{run.group.model}-{run.name}" if needs_model else run.name, *values])
+    needs_model = not own.startswith(run.group.model)
+    return ", ".join([f"{run.group.model}-{own}" if needs_model else own, *values])
+
+
+def _short_name(run: RunRecord, varied: Iterable[str]) -> str:
+    varied = set(varied)
+    try:
+        config = RunConfig.from_fields({k: run.config[k] for k in _IN_NAMES if k in run.config})
+    except ConfigError:  # such as a network that is registered elsewhere
+        return run.name
+    is_own = run.name != config.readable_name() or not varied
+    return run.name if is_own else config.readable_name({"strategy", *varied})
+
+
+def setting_key(run: RunRecord, varied: Iterable[str]) -> str:
+    """The values of the varied fields, by which the settings of a single strategy are named; of a
+    single field with its name."""
+    values = [(title(name), shown(name, value_of(run, name))) for name in varied]
+    if len(values) == 1:
+        return " ".join(values[0])
+    return " / ".join(value for _, value in values)
+
+
+def groups_by_setting(
+    comparable: Sequence[RunRecord],
+    runs: Iterable[RunRecord],
+    varied: Iterable[str],
+    at_most: int,
+) -> dict[str, Group]:
+    """Of a single strategy's settings a group each, by their `setting_key`.
+
+    Empty if `runs` are of several strategies or networks, or have a single setting or more than
+    `at_most`; if some settings have fresh seeds, which the others lack; or if they have several
+    seeds, but too few to compare them.
+    """
+    counts = Counter(setting_key(run, varied) for run in comparable)
+    is_single = len({run.group for run in runs if run.config}) == 1
+    is_even = set(counts.values()) == {1} or min(counts.values(), default=0) >= MIN_SEEDS
+    if not (is_single and is_even and 1 < len(counts) <= at_most):
+        return {}
+    if _confirmed_settings(comparable):
+        return {}
+    group = comparable[0].group
+    return {key: replace(group, setting_number=i, setting=key) for i, key in enumerate(counts)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +177,9 @@ class StrategySummary:
         return float(np.mean([run.macro_f1 for run in self.chosen]))
 
     @property
-    def train_minutes(self) -> float:
+    def train_seconds(self) -> float:
         """Mean training time of the chosen runs."""
-        return float(np.mean([run.finished_result.train_seconds for run in self.chosen])) / 60
+        return float(np.mean([run.finished_result.train_seconds for run in self.chosen]))
 
     @property
     def trainable_parameters(self) -> int:
@@ -159,7 +205,18 @@ def summarize_strategies(
     compared = set(comparable)
     kept = by_group(run for run in runs if run.result is None or run in compared)
     summaries = [_summary(g, tuple(kept[g]), best_runs_only) for g in by_group(comparable)]
-    return sorted(summaries, key=lambda summary: -summary.accuracy)
+    summaries.sort(key=_rank)
+    for leader in summaries[:1]:
+        if leader.group.setting:  # the others' rates belong to other settings
+            caveats = (*_caveats_on_rate(leader, runs), *leader.caveats)
+            summaries[0] = replace(leader, caveats=caveats)
+    return summaries
+
+
+def _rank(summary: StrategySummary) -> tuple[float, float]:
+    """The most accurate first; of equal ones that with the lower loss."""
+    losses = [run.finished_result.best_val_loss for run in summary.chosen]
+    return -summary.accuracy, float(np.mean(losses))
 
 
 def _summary(group: Group, runs: tuple[RunRecord, ...], best_run_only: bool) -> StrategySummary:
@@ -210,15 +267,18 @@ def _origins(run: RunRecord) -> list[tuple[str, object]]:
     return [("seed", run.finished_result.seed), *([("sweep", group)] if group else [])]
 
 
-def _caveats(summary: StrategySummary) -> list[str]:
-    caveats = []
-    chosen = summary.chosen
-    tried = [run for run in summary.runs if run.result or run.diverged or run.state == "pruned"]
+def _caveats_on_rate(summary: StrategySummary, runs: Iterable[RunRecord]) -> list[str]:
+    tried = [run for run in runs if run.result or run.diverged or run.state == "pruned"]
     rates = {float(run.config["learning_rate"]) for run in tried}
-    rate = float(chosen[0].config["learning_rate"])
-    if len(rates) > 1 and rate in (min(rates), max(rates)):
-        side = "smallest" if rate == min(rates) else "largest"
-        caveats.append(f"its best learning rate, {rate:g}, is the {side} that was tried")
+    rate = float(summary.chosen[0].config["learning_rate"])
+    if len(rates) < 2 or rate not in (min(rates), max(rates)):
+        return []
+    side = "smallest" if rate == min(rates) else "largest"
+    return [f"its best learning rate, {rate:g}, is the {side} that was tried"]
+
+
+def _caveats(summary: StrategySummary) -> list[str]:
+    caveats, chosen = _caveats_on_rate(summary, summary.runs), summary.chosen
     results = [run.finished_result for run in chosen]
     improving = [result for result in results if result.best_epoch == result.epochs_run - 1]
     if 2 * len(improving) > len(results):

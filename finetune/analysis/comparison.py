@@ -4,29 +4,31 @@ A group is a strategy, or a network with a strategy.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from finetune.analysis import statistics
+from finetune.analysis import conclusion, statistics
 from finetune.analysis.by_strategy import (
     StrategySummary,
     full_name,
+    groups_by_setting,
+    setting_key,
     summarize_strategies,
     varied_fields,
 )
+from finetune.analysis.conclusion import num_runs
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.statistics import MIN_SEEDS, Corrected, Difference
-from finetune.config.field_tables import shown
-from finetune.system.text import listed
+from finetune.config.field_tables import shown, title
+from finetune.runs.settings import Group
 
-CONFIRM = "python -m finetune confirm RUNS_DIR"
 MAX_PAIRS = 12
 """The most differences that are shown at once; of more only those from the most accurate group."""
-_MAX_NAMED = 4
-"""The most groups that the conclusion names as equal or worse."""
+MAX_SETTINGS = 12
+"""The most settings of a single strategy that are compared with each other."""
 _CHANGES_NUMBERS = ("accelerator", "precision", "cache_format")
 """Fields of the environment that can change a run's accuracy."""
 
@@ -47,8 +49,10 @@ class Comparison:
     varied: Mapping[str, Sequence[Any]]
     """The searched fields that differ between the compared runs, with their values."""
     compared: tuple[RunRecord, ...]
+    pruned: tuple[RunRecord, ...]
+    """Runs that early termination ended, on the same pictures as the compared ones."""
     excluded: tuple[RunRecord, ...]
-    """Runs that did not finish, or can't be compared with the others."""
+    """Other runs that did not finish, or can't be compared with the others."""
 
     @property
     def winner(self) -> RunRecord | None:
@@ -60,13 +64,24 @@ class Comparison:
         return bool(self.summaries and self.summaries[0].group.model)
 
     @property
+    def about_settings(self) -> bool:
+        """Whether the groups are settings of a single strategy."""
+        return bool(self.summaries and self.summaries[0].group.setting)
+
+    @property
     def subject(self) -> str:
         """What is compared."""
+        if self.about_settings:
+            return "settings"
         return "networks and strategies" if self.about_networks else "strategies"
 
     @property
     def group_title(self) -> str:
         """The head of a column of groups."""
+        if self.about_settings and len(self.varied) > 1:
+            return f"setting: {' / '.join(map(title, self.varied))}"
+        if self.about_settings:
+            return "setting"
         return "network, strategy" if self.about_networks else "strategy"
 
     @property
@@ -79,44 +94,17 @@ class Comparison:
     @property
     def advice(self) -> str:
         """What a comparison of the groups still needs; empty if nothing."""
-        if self.about_strategies or len(self.summaries) < 2:
-            return ""
-        each = "network with each strategy" if self.about_networks else "strategy"
-        return (
-            f"This compares these models, not the {self.subject}: with other seeds the order could "
-            f"change. A comparison of {self.subject} needs at least {MIN_SEEDS} fresh seeds of "
-            f"each {each}'s best setting: {CONFIRM}"
-        )
+        return conclusion.advice(self)
+
+    @property
+    def title(self) -> str:
+        """The headline in one short sentence."""
+        return conclusion.title(self)
 
     @property
     def headline(self) -> str:
         """The conclusion in one or two sentences."""
-        if not self.summaries:
-            return "No run that can be compared has finished yet."
-        leader, *rivals = self.summaries
-        best = f"{leader.best.name} at {percent(leader.best.accuracy)}"
-        if not rivals:
-            return f"Only {leader.group.in_words} has finished runs; its best model is {best}."
-        differences = {d.second: d for d in self.differences if d.first == str(leader.group)}
-        compared = [rival for rival in rivals if str(rival.group) in differences]
-        similar = [rival for rival in compared if not differences[str(rival.group)].significant]
-        worse = {s: differences[str(s.group)] for s in compared if s not in similar}
-        if self.about_strategies:
-            return _verdict(leader, worse, similar)
-        highest = max(run.accuracy for run in self.compared)
-        what = "model found" if leader.best.accuracy == highest else "setting's best model"
-        text = f"The best {what} is {best}"
-        if self.corrected:
-            corrected = percent(self.corrected.accuracy)
-            text += f" ({corrected} corrected for selection from {self.num_candidates} runs)"
-        if not worse:
-            others = "others'" if self.about_networks else "other strategies'"
-            return f"{text}; no significant difference from the {others} best models."
-        limitation = max([rival.limitation for rival in worse], key=len)
-        text += f"; it beats the best model of {_names(worse)}{limitation}"
-        if similar:
-            text += f", with no significant difference from {_names(similar)}"
-        return f"{text}."
+        return conclusion.headline(self)
 
 
 def compare(runs: Sequence[RunRecord]) -> Comparison:
@@ -125,9 +113,11 @@ def compare(runs: Sequence[RunRecord]) -> Comparison:
     In the comparison the runs have their full names.
     """
     comparable, warnings = _comparable([run for run in runs if run.result is not None])
-    varied = varied_fields(comparable)
-    named = {run: _named_fully(run, varied) for run in runs}
-    runs, comparable = [*named.values()], [named[run] for run in comparable]
+    pruned = [run for run in runs if comparable and _is_competitor(run, comparable[0])]
+    varied = varied_fields([*comparable, *pruned])
+    groups = groups_by_setting(comparable, runs, varied, MAX_SETTINGS)
+    named = {run: _named_fully(run, varied, groups) for run in runs}
+    runs, comparable, pruned = ([named[run] for run in some] for some in (runs, comparable, pruned))
     summaries = summarize_strategies(comparable, runs)
     confirmed = [summary for summary in summaries if summary.fresh]
     about_strategies = len(confirmed) > 1
@@ -139,15 +129,15 @@ def compare(runs: Sequence[RunRecord]) -> Comparison:
             )
         summaries = [*confirmed, *unconfirmed]
         candidates = [(run, str(s.group)) for s in confirmed for run in s.chosen]
-        groups = {str(s.group): np.stack([run.correct for run in s.chosen]) for s in confirmed}
-        differences = statistics.group_differences(groups)
+        rights = {str(s.group): np.stack([run.correct for run in s.chosen]) for s in confirmed}
+        differences = statistics.group_differences(rights)
     else:
         if len(summaries) > 1:  # the mean of several seeds is not comparable with a best run
             summaries = summarize_strategies(comparable, runs, best_runs_only=True)
-        candidates = [(run, "") for run in comparable]
+        candidates = [(run, "") for run in (*comparable, *pruned)]
         models = {str(summary.group): summary.best.correct for summary in summaries}
         differences = statistics.model_differences(models)
-    compared = set(comparable)
+    listed_runs = {*comparable, *pruned}
     return Comparison(
         summaries=tuple(summaries),
         differences=tuple(differences),
@@ -157,14 +147,23 @@ def compare(runs: Sequence[RunRecord]) -> Comparison:
         warnings=tuple(warnings),
         varied=varied,
         compared=tuple(comparable),
-        excluded=tuple(run for run in runs if run not in compared),
+        pruned=tuple(pruned),
+        excluded=tuple(run for run in runs if run not in listed_runs),
     )
 
 
-def _named_fully(run: RunRecord, varied: Mapping[str, Sequence[Any]]) -> RunRecord:
+def _is_competitor(run: RunRecord, compared: RunRecord) -> bool:
+    """Whether a run was pruned, on the pictures of a compared one."""
+    return run.state == "pruned" and np.array_equal(run.labels, compared.labels)
+
+
+def _named_fully(
+    run: RunRecord, varied: Mapping[str, Sequence[Any]], groups: Mapping[str, Group]
+) -> RunRecord:
     if not run.config:
         return run
-    return replace(run, config={**run.config, "name": full_name(run, varied)})
+    config = {**run.config, "name": full_name(run, varied)}
+    return replace(run, config=config, group=groups.get(setting_key(run, varied), run.group))
 
 
 def _corrected(candidates: Sequence[tuple[RunRecord, str]]) -> Corrected | None:
@@ -216,64 +215,6 @@ def _inequalities(runs: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def num_runs(count: int) -> str:
-    return f"{count} run{'s' * (count != 1)}"
-
-
 def _named(runs: Sequence[RunRecord]) -> str:
     names = ", ".join(run.run_id for run in runs[:3])
     return f"{num_runs(len(runs))} ({names}{', …' * (len(runs) > 3)})"
-
-
-def _names(summaries: Iterable[StrategySummary]) -> str:
-    return listed([summary.group.in_words for summary in summaries], at_most=_MAX_NAMED)
-
-
-def percent(accuracy: float) -> str:
-    return f"{100 * accuracy:.1f} %"
-
-
-def points(difference: float) -> str:
-    return f"{100 * difference:.1f}"
-
-
-def p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _verdict(
-    leader: StrategySummary,
-    worse: Mapping[StrategySummary, Difference],
-    similar: Sequence[StrategySummary],
-) -> str:
-    if similar:
-        seeds = min(len(summary.chosen) for summary in (leader, *worse, *similar))
-        opening = f"{_tie([leader, *similar])} over {seeds} fresh seeds"
-    else:
-        won = "is best: " if leader.group.model else "wins with "
-        mean = f"{percent(leader.accuracy)}, the mean of {len(leader.chosen)} fresh seeds"
-        opening = f"{leader.group.in_words} {won}{mean}"
-    losses = [
-        f"{rival.group.in_words} is {points(abs(difference.estimate))} points "
-        f"worse{rival.limitation}"
-        for rival, difference in worse.items()
-    ]
-    if len(losses) > _MAX_NAMED:
-        rest = {s: abs(d.estimate) for s, d in [*worse.items()][1:]}
-        span = f"{points(min(rest.values()))} to {points(max(rest.values()))}"
-        limitation = max([rival.limitation for rival in rest], key=len)
-        losses[1:] = [f"the other {len(rest)} are {span} points worse{limitation}"]
-    return f"{'; '.join([opening, *losses])}."
-
-
-def _tie(best: Sequence[StrategySummary]) -> str:
-    """Groups without a significant difference, and the network or the strategy that all have."""
-    groups = [summary.group for summary in best]
-    shared, names = "", [group.in_words for group in groups]
-    if len({group.model for group in groups}) == 1 and groups[0].model:
-        shared, names = groups[0].model, [group.strategy for group in groups]
-    elif len({group.strategy for group in groups}) == 1:
-        shared, names = groups[0].strategy, [group.model for group in groups]
-    first, *others = [f"{n} ({percent(s.accuracy)})" for n, s in zip(names, best, strict=True)]
-    tie = f"o significant difference between {first} and {listed(others, _MAX_NAMED)}"
-    return f"{shared} is best, with n{tie}" if shared else f"N{tie}"

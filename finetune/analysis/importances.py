@@ -5,7 +5,7 @@ https://arxiv.org/abs/2304.10255), with one trial per setting. For a grid the ma
 the same.
 """
 
-import math
+import itertools
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -21,13 +21,14 @@ def field_importances(runs: Sequence[RunRecord]) -> dict[str, float]:
 
     Empty for a grid, for fewer than `MIN_SETTINGS` settings, or without Optuna.
     """
-    finished = by_setting(run for run in runs if run.result is not None)
-    tried = [run for run in runs if run.config]  # a diverged run is part of its grid too
-    fields = ["strategy", *varied_fields(tried)]
-    values = {name: {value_of(run, name) for run in tried} for name in fields}
+    compared = [run for run in runs if run.result is not None]
+    finished = by_setting(compared)
+    fields = ["strategy", *varied_fields(compared)]
+    values = {name: {value_of(run, name) for run in compared} for name in fields}
     values = {name: found for name, found in values.items() if len(found) > 1}
-    settings = {tuple(value_of(run, name) for name in values) for run in tried}
-    is_grid = len(settings) == math.prod(map(len, values.values()))
+    # a diverged or pruned run is part of its grid too
+    tried = {tuple(value_of(run, name) for name in values) for run in runs if run.config}
+    is_grid = tried.issuperset(itertools.product(*values.values()))
     if len(finished) < MIN_SETTINGS or not values or is_grid:
         return {}
     try:

@@ -14,8 +14,10 @@ from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row, RunResult, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.runs.settings import UNGROUPED, Group, groups_of, setting_of
+from finetune.sweep.worker import OUTPUT_NAME
 from finetune.system.errors import FinetuneError, RunDirError
 from finetune.system.files import walk
+from finetune.system.text import num
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,8 @@ class RunRecord:
     start_epochs: Mapping[str, int] = field(default_factory=dict)
     """The epoch at which each part started to train."""
     labels: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: np.empty(0, int))
-    """The classes of the validation pictures; empty without predictions.npz."""
+    """The classes of the validation pictures; empty without predictions.npz, and for a run that
+    neither finished nor was pruned."""
     correct: Correct = field(default_factory=lambda: np.empty(0, bool))
     """Whether each validation picture was classified correctly at the best epoch."""
     group: Group = UNGROUPED
@@ -67,7 +70,10 @@ class RunRecord:
 
     @property
     def accuracy(self) -> float:
-        return self.finished_result.best_val_acc
+        """The best validation accuracy, also of a run that did not finish."""
+        if self.result is None:
+            return max(self.metric("val_acc").values(), default=float("nan"))
+        return self.result.best_val_acc
 
     @property
     def macro_f1(self) -> float:
@@ -93,14 +99,22 @@ def read_runs(runs_dir: Path) -> list[RunRecord]:
     """
     if not runs_dir.is_dir():
         raise RunDirError(f"{runs_dir} does not exist; pass the folder of the runs (--out)")
-    runs = []
+    runs, without_config = [], []
     try:
         for folder, subfolders, files in walk(runs_dir):
             if "config.yaml" in files:
                 subfolders.clear()
                 runs.append(_read(RunDir(folder)))
+            elif OUTPUT_NAME in files:
+                without_config.append(folder / OUTPUT_NAME)
     except OSError as error:
         raise RunDirError(f"{error.filename} can't be read: {error.strerror}") from None
+    if not runs and without_config:
+        failed = num(without_config, "trial")
+        raise RunDirError(
+            f"{runs_dir} has no runs to report on: {failed} failed before the first epoch; the "
+            f"reason is in {min(without_config)}"
+        )
     if not runs:
         raise RunDirError(
             f"{runs_dir} holds no run directories (folders with a config.yaml, at any depth); "
@@ -124,7 +138,17 @@ def _read(run_dir: RunDir) -> RunRecord:
         "state": "unfinished",
         "reason": f"still running, or killed; continue it with --resume {path}",
     }
-    return RunRecord(path, config, rows, str(failure["state"]), str(failure["reason"]))
+    run = RunRecord(path, config, rows, str(failure["state"]), str(failure["reason"]))
+    return replace(run, **_predictions(run_dir)) if run.state == "pruned" else run
+
+
+def _predictions(run_dir: RunDir) -> dict[str, Any]:
+    """The labels of a pruned run, and what it got right; nothing if that can't be read."""
+    try:
+        logits, labels, _ = run_dir.read_predictions()
+    except (FinetuneError, OSError):
+        return {}
+    return {"labels": labels, "correct": logits.argmax(axis=1) == labels}
 
 
 def _read_finished(run_dir: RunDir) -> RunRecord:

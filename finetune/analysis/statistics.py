@@ -9,7 +9,7 @@ picture N correctly.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -27,15 +27,18 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Difference:
-    """The accuracy of the first minus that of the second, as a fraction, with its interval."""
+    """The accuracy of the first minus that of the second, as a fraction, with its interval.
+
+    The interval is corrected for the number of pairs as its p-value is: it excludes 0 if and only
+    if `p_holm` is below 0.05.
+    """
 
     first: str
     second: str
     estimate: float
     low: float
     high: float
-    p_value: float
-    p_holm: float = math.nan
+    p_holm: float
     p_mcnemar: float | None = None
 
     @property
@@ -43,20 +46,47 @@ class Difference:
         return self.p_holm < 1 - CONFIDENCE
 
 
+@dataclass(frozen=True)
+class _Uncorrected:
+    """A difference before its correction for the number of pairs."""
+
+    first: str
+    second: str
+    estimate: float
+    centre: float
+    """Of the interval, which may lie between the estimate and 0."""
+    error: float
+    freedom: float = math.inf
+    p_mcnemar: float | None = None
+
+    @property
+    def p_value(self) -> float:
+        return float(2 * stats.t.sf(abs(self.centre) / self.error, self.freedom))
+
+    def corrected(self, p_holm: float, num_pairs: int) -> Difference:
+        """With the p-value `p_holm`, from a step that counts so many pairs."""
+        factor = p_holm / self.p_value if 0 < p_holm < 1 else num_pairs
+        tail = (1 - CONFIDENCE) / 2 / factor
+        half = float(stats.t.isf(tail, self.freedom)) * self.error
+        low, high = max(self.centre - half, -1.0), min(self.centre + half, 1.0)
+        return Difference(self.first, self.second, self.estimate, low, high, p_holm, self.p_mcnemar)
+
+
 def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
     """The difference of every pair of groups, for other seeds and other pictures.
 
     The variance is the pigeonhole bootstrap's (Owen 2007, https://arxiv.org/abs/0712.1111) in
     closed form, with the residual counted once instead of three times: the variance between seeds
-    plus that of the paired differences between pictures, minus the residual that both contain. The
-    variances between seeds are `moderated`; the interval uses Student's quantile with
-    Satterthwaite's degrees of freedom; p-values are corrected over all pairs (`holm`).
+    plus that of the paired differences between pictures, minus the residual that both contain, and
+    at least the variance between seeds. The variances between seeds are `moderated`; the interval
+    uses Student's quantile with Satterthwaite's degrees of freedom; p-values and intervals are
+    corrected over all pairs (`holm`).
     """
     rights = [correct_RN.astype(np.float64) for correct_RN in groups.values()]
     num_runs = np.array([len(right_RN) for right_RN in rights])
     assert min(num_runs) >= MIN_SEEDS
     per_picture = [right_RN.mean(axis=0) for right_RN in rights]
-    residuals = np.array([_residual_variance(right_RN) for right_RN in rights])
+    residuals = np.array([residual_variance(right_RN) for right_RN in rights])
     seeds = moderated(
         [float(right_RN.mean(axis=1).var(ddof=1)) for right_RN in rights],
         num_runs - 1,
@@ -68,16 +98,17 @@ def group_differences(groups: Mapping[str, Correct]) -> list[Difference]:
         paired_N = per_picture[i] - per_picture[j]
         pictures = float(paired_N.var(ddof=1)) / len(paired_N)
         between, residual = seeds.variances[both], residuals[both]
-        variance = pictures + max(float(((between - residual) / num_runs[both]).sum()), 0.0)
         # an estimate below its residual is not more certain than the residual
-        uncertain = seeds.uncertainty(both, np.maximum(between, residual) / num_runs[both])
-        freedom = variance**2 / uncertain if uncertain else math.inf
+        of_seeds = np.maximum(between, residual) / num_runs[both]
+        variance = pictures + max(float(((between - residual) / num_runs[both]).sum()), 0.0)
+        variance = max(variance, float(of_seeds.sum()))
+        freedom = variance**2 / seeds.uncertainty(both, of_seeds)
         estimate = float(rights[i].mean()) - float(rights[j].mean())
-        pairs.append(_difference(a, b, estimate, variance, freedom))
+        pairs.append(_Uncorrected(a, b, estimate, estimate, math.sqrt(variance), freedom))
     return _with_holm(pairs, len(groups))
 
 
-def _residual_variance(right_RN: Floats) -> float:
+def residual_variance(right_RN: Floats) -> float:
     """The part of the variance between runs that is random per picture; the variance between
     pictures contains it too."""
     num_runs, num_pictures = right_RN.shape
@@ -85,18 +116,6 @@ def _residual_variance(right_RN: Floats) -> float:
     residuals = right_RN - accuracies[:, None] - per_picture + right_RN.mean()
     freedom = (num_runs - 1) * (num_pictures - 1)
     return float((residuals**2).sum() / freedom / num_pictures)
-
-
-def _difference(
-    first: str, second: str, estimate: float, variance: float, freedom: float
-) -> Difference:
-    error = math.sqrt(variance)
-    if error == 0:
-        return Difference(first, second, estimate, estimate, estimate, float(estimate == 0))
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    p_value = float(2 * stats.t.sf(abs(estimate) / error, freedom))
-    low, high = estimate - quantile * error, estimate + quantile * error
-    return Difference(first, second, estimate, low, high, p_value)
 
 
 @dataclass(frozen=True)
@@ -161,22 +180,26 @@ def _trigamma_inverse(value: float) -> float:
 def model_differences(models: Mapping[str, Correct]) -> list[Difference]:
     """The difference of every pair of single models, for other pictures but not for other seeds.
 
-    Empty for a single picture.
+    The interval is Wald's with one more picture that only the first classifies correctly, and one
+    that only the second does (Bonett and Price 2012, https://doi.org/10.3102/1076998611411915).
     """
     pairs = []
     for a, b in combinations(models, 2):
         paired_N = models[a].astype(np.float64) - models[b]
-        if len(paired_N) < 2:
-            return []
-        variance = float(paired_N.var(ddof=1)) / len(paired_N)
-        pair = _difference(a, b, float(paired_N.mean()), variance, len(paired_N) - 1)
-        pairs.append(replace(pair, p_mcnemar=mcnemar(models[a], models[b])))
+        adjusted = np.append(paired_N, [1.0, -1.0])
+        error = math.sqrt(adjusted.var() / len(adjusted))
+        pairs.append(
+            _Uncorrected(
+                *(a, b, float(paired_N.mean()), float(adjusted.mean()), error),
+                p_mcnemar=mcnemar(models[a], models[b]),
+            )
+        )
     return _with_holm(pairs, len(models))
 
 
-def _with_holm(pairs: Sequence[Difference], num_groups: int) -> list[Difference]:
+def _with_holm(pairs: Sequence[_Uncorrected], num_groups: int) -> list[Difference]:
     corrected = holm([pair.p_value for pair in pairs], num_groups)
-    return [replace(pair, p_holm=p) for pair, p in zip(pairs, corrected, strict=True)]
+    return [pair.corrected(p, len(pairs)) for pair, p in zip(pairs, corrected, strict=True)]
 
 
 def mcnemar(first_N: Correct, second_N: Correct) -> float:

@@ -5,8 +5,9 @@
 """
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
 
 from finetune.config.field_types import Role
 from finetune.config.fields import RunConfig
@@ -16,6 +17,22 @@ from finetune.config.strategies import plan
 def fields_with_role(role: Role) -> tuple[str, ...]:
     """The fields of this role, in the order of `RunConfig`."""
     return tuple(name for name in RunConfig.model_fields if _about(name)["role"] == role)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes_fields(function: Function) -> Function:
+    """Give a function of `**fields` a signature with the fields' names, types and defaults."""
+    fields = [(name, f.annotation, f.default) for name, f in RunConfig.model_fields.items()]
+    others = [(name, Path | str | None, None) for name in ("config", "resume")]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, kind, default in (*fields, *others)
+    ]
+    signature = inspect.signature(function).replace(parameters=parameters)
+    setattr(function, "__signature__", signature)  # noqa: B010
+    return function
 
 
 def title(name: str) -> str:

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types as at
 from PIL import ImageColor
@@ -15,9 +16,9 @@ from finetune.config.augmentations import AUGMENTATIONS
 from finetune.system.files import absolute
 from finetune.system.text import brief, nearest
 
-Role = Literal["searched", "environment", "label", "seed"]
+Role = Literal["searched", "environment", "label", "repeat"]
 """`searched` fields make a setting; `environment` is where and on what a run computes; `label` is
-how it is named and filed; the seed makes a repeat of the same setting."""
+how it is named and filed; the seed and the fold make a repeat of the same setting."""
 
 
 def field(
@@ -45,15 +46,29 @@ def _refuse_boolean(value: object) -> object:
     return value
 
 
-def one_of(choices: Iterable[str]) -> AfterValidator:
-    names = tuple(choices)
+@dataclass(frozen=True)
+class _OneOf:
+    choices: tuple[str, ...]
 
-    def check(value: str) -> str:
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}{nearest(value, names)}")
+    def __call__(self, value: str) -> str:
+        if value not in self.choices:
+            raise ValueError(
+                f"must be one of {', '.join(self.choices)}{nearest(value, self.choices)}"
+            )
         return value
 
-    return AfterValidator(check)
+
+def one_of(choices: Iterable[str]) -> AfterValidator:
+    return AfterValidator(_OneOf(tuple(choices)))
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """The values of a field that has few; nothing for the others."""
+    checks = [getattr(entry, "func", None) for entry in field.metadata]
+    found = [check.choices for check in checks if isinstance(check, _OneOf)]
+    if get_origin(field.annotation) is Literal:
+        found.append(get_args(field.annotation))
+    return tuple(map(str, found[0])) if found else ()
 
 
 def _auto_or_number(value: object) -> object:
@@ -109,6 +124,26 @@ def bounds(pixel_range: str) -> tuple[float, float] | None:
     return found
 
 
+def fold_of(text: str) -> tuple[int, int]:
+    """Number and count of a fold. Raises `ValueError`.
+
+    >>> fold_of("2/5")
+    (2, 5)
+    """
+    number, _, count = text.partition("/")
+    found = int(number), int(count)
+    if not 1 <= found[0] <= found[1] or found[1] < 2:
+        raise ValueError
+    return found
+
+
+def _fold(value: str) -> str:
+    try:
+        return "{}/{}".format(*fold_of(value))
+    except ValueError:
+        raise ValueError("must be K/N with 1 <= K <= N and N >= 2, such as 2/5") from None
+
+
 def _pixel_range(value: object) -> str:
     try:
         bounds(str(value))
@@ -128,6 +163,7 @@ Directory = Annotated[Path, AfterValidator(absolute)]
 Augmentation = Annotated[str, BeforeValidator(_augmentation), one_of(AUGMENTATIONS)]
 AutoOrOff = Annotated[bool, BeforeValidator(lambda value: True if value == "auto" else value)]
 Colour = Annotated[str, AfterValidator(_colour)]
+Fold = Annotated[str, AfterValidator(_fold)]
 PixelRange = Annotated[str, BeforeValidator(_pixel_range)]
 Weights = Annotated[str, BeforeValidator(_weights)]
 Precision = Annotated[

@@ -8,7 +8,7 @@ before anything is recorded.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,7 +17,7 @@ import annotated_types as at
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finetune.config import field_types as types
-from finetune.config.aliases import hint
+from finetune.config.aliases import unknown_field
 from finetune.config.augmentations import AUGMENTATIONS, Augmentation
 from finetune.config.backbones import (
     BACKBONES,
@@ -30,7 +30,6 @@ from finetune.config.field_types import environment, field, label, one_of, searc
 from finetune.config.optimizers import OPTIMIZERS, ignored_fields
 from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
-from finetune.system.text import nearest
 
 NAMED_FIELDS = ("model", "strategy", "learning_rate", "batch_size", "data_aug")
 """The fields whose values a run's default name has, besides `unfreeze_from` where it is given."""
@@ -143,8 +142,14 @@ class RunConfig(BaseModel):
         "stop after this many epochs without a better val_loss, counted from the epoch at which "
         "every part that will train is training; 0: never; default: 3, with a schedule 0",
     )
+    fold: types.Fold | None = field(
+        "repeat",
+        None,
+        "K/N, such as 2/5: of N stratified folds of train/, the K-th validates; instead of "
+        "val_fraction",
+    )
     seed: Annotated[types.Integer, at.Ge(0), at.Lt(2**32)] = field(
-        "seed", 42, "seed of the new layers, the order of the pictures and their augmentation"
+        "repeat", 42, "seed of the new layers, the order of the pictures and their augmentation"
     )
     cache: types.AutoOrOff = environment(
         "auto",
@@ -220,7 +225,7 @@ class RunConfig(BaseModel):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if self.name is None:
-            object.__setattr__(self, "name", self._readable_name())
+            object.__setattr__(self, "name", self.readable_name())
         return self
 
     def _check_batch_size(self, head: str) -> None:
@@ -235,7 +240,7 @@ class RunConfig(BaseModel):
     def from_fields(cls, given: Mapping[str, Any]) -> Self:
         """The config of these values, in any spelling. Raises `ConfigError` with all errors."""
         if unknown := [name for name in given if name not in cls.model_fields]:
-            raise ConfigError("; ".join(unknown_field(name) for name in unknown))
+            raise ConfigError("; ".join(unknown_field(name, cls.model_fields) for name in unknown))
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
@@ -274,27 +279,18 @@ class RunConfig(BaseModel):
     def pixel_bounds(self) -> tuple[float, float] | None:
         return types.bounds(self.pixel_range)
 
-    def _readable_name(self) -> str:
-        words = [] if self.model == DEFAULT_MODEL else [self.model]
-        words.append(self.strategy)
-        if self.unfreeze_from and not self._unfreezes_by_default:
-            words.append(f"from-{self.unfreeze_from}")
-        words += [f"lr{self.learning_rate:g}"] if self.learning_rate is not None else []
-        words += [f"bs{self.batch_size}"] if self.batch_size is not None else []
-        words.append(self.augmentation.label)
-        return "-".join(filter(None, words))
-
-    @property
-    def _unfreezes_by_default(self) -> bool:
-        backbone = known_backbone(self.model)
-        parts = backbone.part_names if backbone else ()
-        return bool(parts) and self.unfreeze_from == STRATEGIES[self.strategy].deepest(parts)
-
-
-def unknown_field(name: str) -> str:
-    """The message for a name that is not a field, with the field that it may mean."""
-    names = [*RunConfig.model_fields, *(flags := ("config", "resume"))]
-    known = "it is a flag of agent.py" if name in flags else hint(name, names)
-    if known:
-        return f"unknown field {name!r}: {known}"
-    return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
+    def readable_name(self, of: Container[str] = (*NAMED_FIELDS, "unfreeze_from")) -> str:
+        """A name from the values of these fields."""
+        backbone, deepest = known_backbone(self.model), self.unfreeze_from
+        if backbone and deepest == STRATEGIES[self.strategy].deepest(backbone.part_names):
+            deepest = None  # the default
+        words = {
+            "model": "" if self.model == DEFAULT_MODEL else self.model,
+            "strategy": self.strategy,
+            "unfreeze_from": deepest and f"from-{deepest}",
+            "learning_rate": self.learning_rate and f"lr{self.learning_rate:g}",
+            "batch_size": self.batch_size and f"bs{self.batch_size}",
+            "data_aug": self.augmentation.label,
+            "fold": self.fold and f"fold{self.fold.replace('/', 'of')}",
+        }
+        return "-".join(word for name, word in words.items() if word and name in of)

@@ -6,7 +6,7 @@ Values stay text here; `RunConfig` checks them, however a run is started.
 import argparse
 import json
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,9 +14,25 @@ from typing import Any, NoReturn
 import annotated_types as at
 from pydantic.fields import FieldInfo
 
-from finetune.config.field_types import takes_boolean
-from finetune.config.fields import RunConfig, unknown_field
+from finetune.config.aliases import unknown_field
+from finetune.config.field_types import choices_of, takes_boolean
+from finetune.config.fields import RunConfig
 from finetune.system.errors import ConfigError
+
+_SHORT = {"learning_rate": ("--lr",), "batch_size": ("--bs",), "weight_decay": ("--wd",)}
+"""Other flags of a field, besides those with - for _."""
+
+_STRATEGY, _PICTURES = "the network and what of it trains", "the pictures"
+_GROUPS = {
+    **dict.fromkeys(("model", "strategy", "unfreeze_from", "unfreeze_every", "weights"), _STRATEGY),
+    "searched": "the training",
+    "seed": "the training",
+    **dict.fromkeys(("data_dir", "labels", "val_fraction", "fold", "skip_unreadable"), _PICTURES),
+    **dict.fromkeys(("data_aug", "mixup", "image_size", "background", "pixel_range"), _PICTURES),
+    "environment": "the machine and the output",
+    "label": "names in Weights & Biases",
+}
+"""The group of each field in the help, by its name, or else by its role."""
 
 _SIGNS = {at.Ge: ("≥", "ge"), at.Gt: (">", "gt"), at.Le: ("≤", "le"), at.Lt: ("<", "lt")}
 
@@ -46,17 +62,21 @@ def parser(program: str) -> argparse.ArgumentParser:
         "2 the command line or a config is wrong.",
         allow_abbrev=False,
     )
+    groups = {title: made.add_argument_group(title) for title in dict.fromkeys(_GROUPS.values())}
     for name, field in RunConfig.model_fields.items():
         bounds = f" [{found}]" if (found := _bounds(field)) else ""
         default = "" if field.default is None else f" (default: {field.default})"
-        made.add_argument(
+        about: Any = field.json_schema_extra
+        groups[_GROUPS.get(name) or _GROUPS[about["role"]]].add_argument(
             f"--{name}",
-            metavar="VALUE",
+            *_SHORT.get(name, ()),
+            metavar="|".join(choices_of(field)) or "VALUE",
             help=f"{field.description}{bounds}{default}".replace("%", "%%"),
             # `--skip_unreadable` without a value means true
             nargs="?" if takes_boolean(field) else None,
             const="true" if takes_boolean(field) else None,
         )
+    made.add_argument("--verbose", action="store_true", help="print what the cache does too")
     made.add_argument("--config", metavar="FILE", help="a YAML file of fields; flags override it")
     made.add_argument(
         "--resume",
@@ -80,7 +100,7 @@ def given_fields(
     flags, rest = parser(program).parse_known_args(list(_spelled_out(arguments)))
     words = list(_without_internal(rest))
     if unknown := [word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")]:
-        raise ConfigError("; ".join(map(unknown_field, unknown)))
+        raise ConfigError(_unknown(unknown))
     given: dict[str, Any] = {}
     for word in words:
         if assigned := re.fullmatch(r"\+{0,2}(\w[\w.-]*)=(.*)", word, re.DOTALL):
@@ -90,9 +110,14 @@ def given_fields(
         elif word not in swept:
             raise ConfigError(f"unexpected argument {word!r}")
     if unknown := [name for name in given if name not in vars(flags)]:
-        raise ConfigError("; ".join(map(unknown_field, unknown)))
+        raise ConfigError(_unknown(unknown))
     given |= {name: value for name, value in vars(flags).items() if value is not None}
+    del given["verbose"]  # it is no field
     return {name: value for name, value in given.items() if value not in (None, "None")}
+
+
+def _unknown(names: Iterable[str]) -> str:
+    return "; ".join(unknown_field(name, RunConfig.model_fields) for name in names)
 
 
 def _spelled_out(arguments: Sequence[str]) -> Iterator[str]:

@@ -107,10 +107,25 @@ def _read(path: Path, preprocessing: Preprocessing) -> Decoded:
             rgb_HWC = _read_rgb(path, image, preprocessing.background)
             pixels_hash = _hash(rgb_HWC.numpy())
     height, width, _ = rgb_HWC.shape
-    size = [preprocessing.image_size] * 2
-    resized: Tensor = v2.functional.resize(rgb_HWC.permute(2, 0, 1), size, antialias=True)
-    image_HWC = resized.permute(1, 2, 0).contiguous()
-    return Decoded(image_HWC, width, height, *about, value_range, pixels_hash)
+    square_HWC = _resized(rgb_HWC, preprocessing.image_size)
+    return Decoded(square_HWC, width, height, *about, value_range, pixels_hash)
+
+
+def pixels_of(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    """A picture in memory as `decode` reads a file: uint8 RGB, (H, W, 3), a square."""
+    upright = turn_upright(image.copy())
+    if bit_depth.is_deep(image.mode):
+        bounds = preprocessing.pixel_range or bit_depth.full_range(image)
+        grey_HW = bit_depth.scale(bit_depth.read_values(upright), bounds)
+        rgb_HWC = torch.from_numpy(grey_HW)[..., None].expand(-1, -1, 3)
+    else:
+        rgb_HWC = torch.from_numpy(np.array(opaque(upright, preprocessing.background)))
+    return _resized(rgb_HWC, preprocessing.image_size)
+
+
+def _resized(rgb_HWC: Tensor, size: int) -> Tensor:
+    resized: Tensor = v2.functional.resize(rgb_HWC.permute(2, 0, 1), [size, size], antialias=True)
+    return resized.permute(1, 2, 0).contiguous()
 
 
 def _read_rgb(path: Path, image: Image.Image, background: str) -> Tensor:

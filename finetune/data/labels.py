@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.layout import SPLITS, nfc, num, readable
+from finetune.data.layout import SPLITS, nfc, readable
 from finetune.data.pictures import Pictures
 from finetune.system.errors import DataError
-from finetune.system.text import listed, one_line
+from finetune.system.text import listed, num, one_line
 
 _COLUMNS = {
     "path": ("path", "file_name", "filename", "file", "image"),

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from finetune.data.formats import has_picture_content
 from finetune.system.errors import DataError
 from finetune.system.files import is_hidden_folder, walk
-from finetune.system.text import listed, one_line
+from finetune.system.text import listed, num, one_line
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff"}
@@ -227,9 +227,3 @@ def by_suffix(files: Sequence[str]) -> str:
     """`30 .txt and 2 without suffix`."""
     counts = Counter(suffix_of(file) for file in files)
     return listed([f"{n} {one_line(s) or 'without suffix'}" for s, n in counts.most_common()])
-
-
-def num(things: Sequence[object] | int, what: str, plural: str = "") -> str:
-    """`1 picture`, `2 pictures`."""
-    count = things if isinstance(things, int) else len(things)
-    return f"{count} {what if count == 1 else plural or f'{what}s'}"

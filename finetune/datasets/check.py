@@ -14,13 +14,13 @@ from typing import Any
 from finetune.config.fields import RunConfig
 from finetune.data.bit_depth import find_range
 from finetune.data.decode import Decoded, Preprocessing, decode_many
-from finetune.data.layout import find_layout, list_pictures, num, suffix_of
+from finetune.data.layout import find_layout, list_pictures, suffix_of
 from finetune.data.pictures import Pictures, find_pictures
 from finetune.data.splits import find_sources, make_splits
 from finetune.datasets.copies import NearCopies, find_copies
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, bar, no_progress
-from finetune.system.text import one_line
+from finetune.system.text import num, one_line
 
 MAX_IMBALANCE = 3.0
 """Ratio of a split's largest to its smallest class from which a warning is printed."""

@@ -43,19 +43,28 @@ class EpochLoader:
         self._config, self.log, self._cache = config, log, cache
         self.unreadable: list[str] = []  # left out, as SPLIT/CLASS/FILE
         self.train = self._open(splits.train, is_flipped=config.augmentation.flips)
-        self.val = self._open(splits.val, is_flipped=False)
+        self.val = self._open(splits.val, is_flipped=False, other=self.train.source)
         if names := self.unreadable:
             log(f"continuing without {len(names)} unreadable pictures: {names[0]} ...")
         self.timings: dict[str, float] = {}  # of `PrefixCache`
         self.memory = DeviceMemory(torch.device("cpu"), 0.0, log)
         self.cache_seconds = time.perf_counter() - started
 
-    def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
+    def _open(
+        self, split: Pictures, is_flipped: bool, other: SplitInputs | None = None
+    ) -> SplitInputs:
+        """The inputs of a split; `other`: a source that may be its own."""
         config = self._config
         preprocessing, skip = Preprocessing.of(config), config.skip_unreadable
         images, unreadable = open_images(split, preprocessing, skip, self._cache, bar)
         self.unreadable += [f"{split.name}/{name}" for name in unreadable]
-        return SplitInputs(images, config.backbone.part_names, is_flipped)
+        parts, source = config.backbone.part_names, images.source
+        if other is None or (other.pictures.folder, other.pictures.names) != (
+            source.folder,
+            source.names,
+        ):
+            other = SplitInputs(images.of_source, parts, is_flipped)
+        return SplitInputs(images, parts, is_flipped, other)
 
     def train_epoch(self, epoch: int) -> EpochBatches | PrefetchedBatches:
         config, split, pictures = self._config, self.train, self.train.pictures

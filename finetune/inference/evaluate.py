@@ -41,7 +41,16 @@ Evaluation = dict[str, Any]
 
 
 def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -> int:
-    """Evaluate on the run's test set or on `folder`/CLASS/*, or find the record, and print it.
+    """Evaluate on the run's test set or on `folder`/CLASS/*, or find the record, and print it."""
+    record, is_new = evaluation(run_dir, folder)
+    if not (is_new or as_json):
+        print(f"recorded {record['recorded_at']}; the pictures are not evaluated again")
+    print(json.dumps(record, ensure_ascii=False, indent=2) if as_json else describe(record))
+    return 0
+
+
+def evaluation(run_dir: Path, folder: Path | None = None) -> tuple[Evaluation, bool]:
+    """The record of the run's test set or of `folder`/CLASS/*, and whether it is new.
 
     Raises `DataError` if there is no test set, for a class that the run doesn't know, or for a
     picture that can't be read unless the run skips such pictures.
@@ -56,15 +65,13 @@ def evaluate(run_dir: Path, folder: Path | None = None, as_json: bool = False) -
         "model_fingerprint": fingerprint(predictor.model.state_dict()),
     }
     records = run.read_evaluations()
-    record = next((r for r in records if about.items() <= r.items()), None)
-    if record is None:
-        skip_unreadable = config is not None and config.skip_unreadable
-        record = about | measure(predictor, pictures, labels, skip_unreadable)
-        run.write_evaluations([*records, record])
-    elif not as_json:
-        print(f"recorded {record['recorded_at']}; the pictures are not evaluated again")
-    print(json.dumps(record, ensure_ascii=False, indent=2) if as_json else describe(record))
-    return 0
+    for record in records:
+        if about.items() <= record.items():
+            return record, False
+    skip_unreadable = config is not None and config.skip_unreadable
+    record = about | measure(predictor, pictures, labels, skip_unreadable)
+    run.write_evaluations([*records, record])
+    return record, True
 
 
 def _test_set(run: RunDir, config: RunConfig) -> Pictures:

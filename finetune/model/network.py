@@ -5,7 +5,7 @@ Legend: B batch, H height, W width, C channels, K classes.
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -173,10 +173,13 @@ def _repeated(channels: Channels, width: int, device: torch.device) -> Tensor:
 def load_best(run_dir: Path | str) -> nn.Module:
     """A run's network at its best epoch, in eval mode, on the CPU.
 
-    `.result` is the run's `RunResult`, or None if the run hasn't finished; `.model_name`,
-    `.class_names`, `.image_size`, `.preprocessing`, `.mean` and `.std` are those it was trained
-    with. Raises `WeightsError`.
+    `.predict(PICTURES)` gives classes and probabilities (`finetune.model.prediction`); `.run_dir`
+    is the run's directory, `.result` its `RunResult`, or None if the run hasn't finished;
+    `.model_name`, `.class_names`, `.image_size`, `.preprocessing`, `.mean` and `.std` are those it
+    was trained with. Raises `WeightsError`.
     """
+    from finetune.model.prediction import predict  # which imports this module
+
     run_dir = run_directory(run_dir)
     content = _read_best(run_dir)
     name, class_names, size = content["model"], content["class_names"], content["image_size"]
@@ -190,6 +193,7 @@ def load_best(run_dir: Path | str) -> nn.Module:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"{run_dir}/best.ckpt doesn't fit {name}: {reason}") from None
     network = network.to(memory_format=torch.channels_last)
+    network.run_dir, network.predict = run_dir, partial(predict, network)
     network.result = RunResult.load(run_dir) if (run_dir / "result.json").exists() else None
     network.model_name, network.class_names, network.image_size = name, class_names, size
     network.preprocessing = _preprocessing(content)

@@ -5,10 +5,11 @@ import signal
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from finetune.system.errors import FinetuneError, Pruned, RunDirError, Stopped
 from finetune.system.shutdown import PREEMPTION_SIGNAL
@@ -78,12 +79,43 @@ class RunResult(BaseModel):
     """Milliseconds per picture to compute and to read the frozen layers' outputs, by boundary."""
     config: dict[str, Any]
 
+    _run_dir: Path | None = PrivateAttr(None)
+
+    def __repr__(self) -> str:
+        best = f"best_val_acc={self.best_val_acc:.4f} in epoch {self.best_epoch}"
+        return f"RunResult({self.run_id}: {self.strategy}, {best}, {self.run_dir})"
+
+    def _repr_html_(self) -> str:
+        from finetune.runs.notebook import result_html
+        from finetune.runs.run_dir import read_metrics
+
+        return result_html(self, read_metrics(self.run_dir / "metrics.csv"))
+
+    @property
+    def run_dir(self) -> Path:
+        """The directory that it was read from, or else that the run was written to."""
+        return self._run_dir or Path(self.config.get("out", "runs")) / self.run_id
+
+    @property
+    def history(self) -> Any:
+        """The metrics by epoch: pandas' DataFrame, or without pandas a list of dicts."""
+        from finetune.runs.run_dir import read_metrics
+
+        rows = read_metrics(self.run_dir / "metrics.csv")
+        try:
+            pandas: Any = import_module("pandas")
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows).set_index("epoch")
+
     @classmethod
     def load(cls, run_dir: Path) -> Self:
         """The result of a run directory. Raises `RunDirError`."""
         try:
             content = json.loads((run_dir / "result.json").read_bytes())
-            return cls.model_validate({"format_version": 1, "run_id": run_dir.name, **content})
+            result = cls.model_validate({"format_version": 1, "run_id": run_dir.name, **content})
+            result._run_dir = run_dir
+            return result
         except FileNotFoundError:
             raise RunDirError(f"{run_dir} has no result.json: {_unfinished(run_dir)}") from None
         except ValidationError as error:

@@ -22,7 +22,8 @@ _ACCURACY_DIGITS = 9
 class Group:
     """What runs are compared by: their strategy, and their network if there are several networks.
 
-    Groups sort as the tables of networks and strategies list them.
+    Settings of a single strategy are groups too. Groups sort as the tables of networks and
+    strategies list them.
     """
 
     model_number: int = 0
@@ -31,13 +32,23 @@ class Group:
     model: str = ""
     """Empty if all runs have the same network."""
     strategy: str = ""
+    setting_number: int = 0
+    setting: str = ""
+    """The values of what varies, if the groups are settings."""
 
     def __str__(self) -> str:
-        return f"{self.model} {self.strategy}".strip()
+        return self.setting or f"{self.model} {self.strategy}".strip()
+
+    @property
+    def label(self) -> str:
+        """What its colour means."""
+        return self.setting or self.strategy
 
     @property
     def in_words(self) -> str:
         """As a sentence names it, such as `resnet50 with partial`."""
+        if self.setting:
+            return self.setting
         return f"{self.model} with {self.strategy}" if self.model else self.strategy
 
 

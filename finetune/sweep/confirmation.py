@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from finetune.config.field_tables import fields_with_role
+from finetune.config.field_tables import fields_with_role, shown, title
+from finetune.config.fields import NAMED_FIELDS, RunConfig
 from finetune.runs.result import RunResult
 from finetune.runs.settings import (
     Group,
@@ -29,7 +30,7 @@ from finetune.sweep.spec import Sweep
 from finetune.sweep.table import open_console
 from finetune.sweep.trials import TrialResult
 from finetune.system.errors import ConfigError, RunDirError
-from finetune.system.text import message
+from finetune.system.text import command_line, message
 
 _SEARCHED = fields_with_role("searched")
 _SHARED = {*fields_with_role("environment"), "project", "entity"} - {"out", "cache_gb"}
@@ -51,10 +52,27 @@ def confirm(
     several = len({setting.get("model") for setting in settings}) > 1
     what = "pairs of network and strategy" if several else "strategies"
     console.print(f"{len(settings)} {what}, {num_seeds} fresh seeds each: {sweep.out_dir}")
+    for line in _described(sweep):
+        console.print(line, soft_wrap=True)
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
     code = conclude(outcomes, sweep.metric.name, console)
     console.print(spread_table(outcomes))
+    words = ("-m", "finetune", "report", runs_dir)
+    console.print(f"next: {command_line(*words)}", soft_wrap=True)
     return code
+
+
+def _described(sweep: Sweep) -> list[str]:
+    """What is repeated, one line for each group: the fields that are not the run's defaults."""
+    lines = []
+    for group, setting in sweep.source["settings"].items():
+        given = {name: setting[name] for name in ("model", "strategy") if name in setting}
+        defaults = RunConfig.from_fields(given).to_fields()
+        told = {n: v for n, v in setting.items() if v != defaults[n] and n not in given}
+        always = {n: setting[n] for n in NAMED_FIELDS if n in setting and n not in given}
+        values = (f"{title(name)} {shown(name, v)}" for name, v in (always | told).items())
+        lines.append(f"  {group}: {', '.join(values)}")
+    return lines
 
 
 def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:

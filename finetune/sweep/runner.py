@@ -14,6 +14,7 @@ from rich.console import Console
 from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, RunResult, best_epoch, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
+from finetune.sweep.checks import check_places
 from finetune.sweep.retention import Retention
 from finetune.sweep.spec import Sweep
 from finetune.sweep.storage import sqlite_url, storage_errors_as_messages
@@ -24,8 +25,9 @@ from finetune.sweep.trials import RECORD_FIELDS, TrialResult
 from finetune.sweep.worker import Event, Job, TrialEnded
 from finetune.sweep.worker_pool import Worker, WorkerPool
 from finetune.system.devices import worker_devices
-from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage
+from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage, Stopped
 from finetune.system.shutdown import stoppable
+from finetune.system.text import command_line, this_command
 
 MAX_FIRST_FAILURES = 3
 """If this many trials are the first to end and all have failed, the sweep is stopped."""
@@ -55,7 +57,8 @@ def run_sweep(
     The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
     `keep_best` only so many of the best trials, and each strategy's best, keep their checkpoints.
 
-    Raises `ConfigError` for an invalid sweep, `FinetuneError` if the first trials all fail, and
+    Raises `ConfigError` for an invalid sweep, `DataError` or `WeightsError` if the data or weights
+    of all trials are missing, `FinetuneError` if the first trials all fail, and
     `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
     """
     if not isinstance(sweep, Sweep):
@@ -64,6 +67,7 @@ def run_sweep(
     num_trials = spec.num_trials(max_runs)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: got {workers}; must be an integer >= 1")
+    check_places(spec)
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
@@ -81,12 +85,24 @@ def run_sweep(
             return results
 
 
-def sweep_command(sweep: Path, **options: Any) -> int:
-    """`python -m finetune sweep`: run the sweep and print its results; returns the exit code."""
-    console, spec = open_console(), read_sweep(sweep)
-    for note in spec.notes:
-        console.print(note, soft_wrap=True)
-    return conclude(run_sweep(spec, console=console, **options), spec.metric.name, console)
+def sweep_command(sweep: Path, fields: Mapping[str, Any] | None = None, **options: Any) -> int:
+    """`python -m finetune sweep`: run the sweep and print its results; returns the exit code.
+
+    `fields` hold for all trials.
+    """
+    console, spec = open_console(), read_sweep(sweep, fields)
+    for line in (spec.summary(), *spec.notes):
+        console.print(line, soft_wrap=True)
+    try:
+        results = run_sweep(spec, console=console, **options)
+    except Stopped:
+        console.print(f"resume: {this_command()}", soft_wrap=True)
+        raise
+    code = conclude(results, spec.metric.name, console)
+    for command in ("report", "confirm"):
+        words = ("-m", "finetune", command, results[0].run_dir.parent)
+        console.print(f"next: {command_line(*words)}", soft_wrap=True)
+    return code
 
 
 def conclude(results: list[TrialResult], metric: str, console: Console) -> int:

@@ -20,9 +20,11 @@ from finetune.runs.result import METRICS, RATE
 from finetune.sweep.distributions import Dimension, Value
 from finetune.system.errors import ConfigError
 from finetune.system.files import absolute
-from finetune.system.text import nearest
+from finetune.system.text import nearest, num
 
 DEFAULT_SEED = 42
+_GOALS = {"acc": "maximize", "f1": "maximize", "loss": "minimize"}
+"""The goal for metrics whose names end so."""
 
 
 def _logged(name: str) -> str:
@@ -41,6 +43,13 @@ class Metric(BaseModel, frozen=True, extra="forbid"):
         description="maximize or minimize (W&B would minimize)"
     )
     target: Number | None = None
+
+    @model_validator(mode="after")
+    def _not_against_itself(self) -> Self:
+        good = _GOALS.get(self.name.rpartition("_")[2], self.goal)
+        if self.goal != good:
+            raise ValueError(f"goal must be {good} for {self.name}")
+        return self
 
     def reached(self, value: float | None) -> bool:
         if self.target is None or value is None:
@@ -140,11 +149,11 @@ class Sweep:
 
     def summary(self) -> str:
         """What the sweep will do, in one line."""
-        cells = f"{self.num_cells} cells" if self.num_cells is not None else "values drawn"
+        cells = num(self.num_cells, "cell") if self.num_cells is not None else "values drawn"
         words = [f"{self.name}: {self.method}, {cells}, {self.metric.goal} {self.metric.name}"]
-        words += [f"at most {self.run_cap} runs"] if self.run_cap else []
+        words += [f"at most {num(self.run_cap, 'run')}"] if self.run_cap else []
         if rule := self.early_termination:
-            words.append(f"1 in {rule.eta} continues after {rule.min_iter} iterations")
+            words.append(f"1 in {rule.eta} continues after {num(rule.min_iter, 'iteration')}")
         return ", ".join(words)
 
     @property

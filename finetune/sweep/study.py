@@ -27,19 +27,20 @@ def join_study(
 ) -> tuple[optuna.Study, str]:
     """The sweep's study, and the token that distinguishes it from other studies of this name.
 
-    The process that creates it enqueues a grid's cells; the others wait for that. Raises
-    `ConfigError` if the storage holds another sweep of this name.
+    The process that creates it enqueues a grid's cells; the others wait for that. Another sweep of
+    this name is replaced if none of its trials is running, finished or pruned; else raises
+    `ConfigError`.
     """
-    direction = optuna.study.StudyDirection[sweep.metric.goal.upper()]
-    try:
-        study = optuna.create_study(study_name=sweep.name, storage=storage, direction=direction)
-        _describe(study, sweep, owner)
-        is_creator = True
-    except DuplicatedStudyError:
-        study = optuna.load_study(study_name=sweep.name, storage=storage)
-        is_creator = False
+    study, is_creator = _create_or_load(sweep, storage, owner)
+    if (changed := _changes(study, sweep, owner)) and _has_no_result(study):
+        optuna.delete_study(study_name=sweep.name, storage=storage)
+        study, is_creator = _create_or_load(sweep, storage, owner)
+        changed = _changes(study, sweep, owner)
+    if changed:
+        problem = f"this storage has a sweep {sweep.name!r} with other {', '.join(changed)}"
+        raise ConfigError(f"{problem}; pass another --name to start a new one")
+    token = str(study.user_attrs["sweep"]["token"])
     study.pruner = sampling.pruner(sweep.early_termination)
-    token = _check_same_sweep(study, sweep, owner)
     if sweep.method == "grid":
         if not is_creator:
             _wait_for_cells(study)
@@ -48,14 +49,38 @@ def join_study(
     return study, token
 
 
+def _create_or_load(
+    sweep: Sweep, storage: BaseStorage, owner: dict[str, Any]
+) -> tuple[optuna.Study, bool]:
+    """The study of the sweep's name, and whether this process has created it."""
+    direction = optuna.study.StudyDirection[sweep.metric.goal.upper()]
+    try:
+        study = optuna.create_study(study_name=sweep.name, storage=storage, direction=direction)
+    except DuplicatedStudyError:
+        return optuna.load_study(study_name=sweep.name, storage=storage), False
+    _describe(study, sweep, owner)
+    return study, True
+
+
+def _has_no_result(study: optuna.Study) -> bool:
+    """Whether no trial is finished or pruned, nor running in a process that is alive."""
+    for trial in study.get_trials(deepcopy=False):
+        is_running = trial.state == TrialState.RUNNING
+        if is_running and not has_ended(trial.user_attrs.get("owner", {})):
+            return False
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            return False
+    return True
+
+
 def _describe(study: optuna.Study, sweep: Sweep, owner: dict[str, Any]) -> None:
     source = json.dumps(sweep.source, sort_keys=True, default=str)
     token = secrets.token_hex(3)
     study.set_user_attr("sweep", {"token": token, "source": source, "owner": owner})
 
 
-def _check_same_sweep(study: optuna.Study, sweep: Sweep, owner: dict[str, Any]) -> str:
-    """Compare this sweep with the one in the storage; return the study's token."""
+def _changes(study: optuna.Study, sweep: Sweep, owner: dict[str, Any]) -> list[str]:
+    """What differs between this sweep and the one in the storage, by name."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     while (description := study.user_attrs.get("sweep")) is None:
         if time.monotonic() > deadline:  # the process that created the study has ended
@@ -63,11 +88,16 @@ def _check_same_sweep(study: optuna.Study, sweep: Sweep, owner: dict[str, Any]) 
         time.sleep(0.05)
     stored = json.loads(description["source"])
     given = json.loads(json.dumps(sweep.source, default=str))
-    changed = sorted(k for k in stored.keys() | given.keys() if stored.get(k) != given.get(k))
-    if changed:
-        problem = f"this storage has a sweep {sweep.name!r} with other {', '.join(changed)}"
-        raise ConfigError(f"{problem}; pass another --name to start a new one")
-    return str(description["token"])
+    changed = _different(stored, given)
+    if "parameters" in changed:
+        pair = [source.get("parameters") or {} for source in (stored, given)]
+        names = ", ".join(_different(*pair))
+        changed[changed.index("parameters")] = f"parameters ({names})"
+    return changed
+
+
+def _different(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    return sorted(k for k in first.keys() | second.keys() if first.get(k) != second.get(k))
 
 
 def _enqueue_missing_cells(study: optuna.Study, sweep: Sweep, num_trials: int) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,10 @@ import annotated_types as at
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from finetune.config.aliases import field_of
+from finetune.config.aliases import field_of, unknown_field
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.field_types import Count, one_of
-from finetune.config.fields import RunConfig, unknown_field
+from finetune.config.fields import RunConfig
 from finetune.config.given_values import read_mapping
 from finetune.sweep.command import PROGRAM, Values, fields_of_command
 from finetune.sweep.distributions import Constant, Dimension, Value, read_parameter
@@ -56,17 +57,18 @@ class _SweepFile(BaseModel, extra="forbid"):
     entity: Any = None
 
 
-def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
-    """The sweep that a file or a mapping describes.
+def read_sweep(source: Path | Mapping[str, Any], fields: Mapping[str, Any] | None = None) -> Sweep:
+    """The sweep that a file or a mapping describes; `fields` hold for all trials instead of its
+    own values.
 
     Raises `ConfigError`, which lists everything that is wrong with it.
     """
     if isinstance(source, Mapping):
-        return _Reader(source, "sweep").read("sweep")
+        return _Reader(source, "sweep", fields or {}).read("sweep")
     content = load_yaml(source, "a sweep file")
     if not isinstance(content, dict):
         raise ConfigError(f"{source} is not a sweep file: it must have method and parameters")
-    reader = _Reader(content, str(source))
+    reader = _Reader(content, str(source), fields or {})
     command = content.get("command")
     is_needed = not command or (isinstance(command, list) and "${program}" in command)
     if content.get("program") is None and is_needed:
@@ -74,18 +76,18 @@ def read_sweep(source: Path | Mapping[str, Any]) -> Sweep:
     return reader.read(source.stem)
 
 
-def check_command(sweep: Path, **_: object) -> int:
-    """`python -m finetune sweep --check`: read a sweep file and say what it does."""
-    read = read_sweep(sweep)
-    print("\n".join([f"{sweep} is valid. {read.summary()}", *read.notes]))
-    return 0
-
-
 class _Reader:
     """Reads the mapping of one sweep and collects its faults."""
 
-    def __init__(self, content: Mapping[str, Any], where: str) -> None:
+    def __init__(self, content: Mapping[str, Any], where: str, given: Mapping[str, Any]) -> None:
+        if "resume" in given:
+            raise ConfigError("resume: a sweep starts new runs; remove it")
+        own = content.get("parameters")
+        self.given = given
         self.content = content
+        if given and isinstance(own, dict):
+            fixed = {name: {"value": _parsed(name, value)} for name, value in given.items()}
+            self.content = {**content, "parameters": {**own, **fixed}}
         self.where = where
         self.faults: list[str] = []
 
@@ -138,9 +140,12 @@ class _Reader:
         command = self.content.get("command")
         if not isinstance(command, list):
             return {}
-        example = {dimension.name: dimension.examples()[0] for dimension in dimensions}
+        examples = {dimension.name: dimension.examples()[0] for dimension in dimensions}
+        values = {**examples, **constants}
         try:
-            return fields_of_command(command, {**example, **constants})
+            return fields_of_command(
+                command, {name: value for name, value in values.items() if name not in self.given}
+            )
         except ConfigError as error:
             self.faults.append(f"command: {error}")
             return {}
@@ -182,7 +187,7 @@ class _Reader:
     def _check_configs(self, sweep: Sweep) -> list[RunConfig]:
         """The configs of some or all values, all of which must be valid."""
         configs = []
-        for values in _samples(sweep):
+        for values in sample_values(sweep):
             try:
                 configs.append(sweep.config(values))
             except ConfigError as error:
@@ -236,7 +241,7 @@ def _read_field(name: str, entry: object) -> Dimension | Constant:
     if isinstance(entry, dict) and "parameters" in entry:
         raise ConfigError(f"{name}: {_nested(entry)}")
     if name not in RunConfig.model_fields and name != "config":
-        raise ConfigError(unknown_field(name))
+        raise ConfigError(unknown_field(name, RunConfig.model_fields))
     read = read_parameter(name, entry, name in NUMERIC_FIELDS)
     if isinstance(read, Dimension) and name in ("config", "out", "group"):
         raise ConfigError(f"{name}: must have the same value in all trials")
@@ -252,7 +257,7 @@ def _nested(entry: Mapping[str, Any]) -> str:
             text = yaml.dump(inner, default_flow_style=True, width=200, sort_keys=False)
             lines.append(f"    {field}: {text.strip()}")
         else:
-            message += f"; {unknown_field(name)}"
+            message += f"; {unknown_field(name, RunConfig.model_fields)}"
     if not lines:
         return message
     return "\n    ".join([f"{message}; write instead:", "parameters:", *lines])
@@ -268,7 +273,15 @@ def _leaves(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(name), given
 
 
-def _samples(sweep: Sweep) -> Iterator[dict[str, Value]]:
+def _parsed(name: str, value: Any) -> Any:
+    """The value of a flag; a number's text as YAML would read it."""
+    if isinstance(value, str) and name in NUMERIC_FIELDS:
+        with suppress(ValueError):
+            return int(value) if value.lstrip("-").isdecimal() else float(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def sample_values(sweep: Sweep) -> Iterator[dict[str, Value]]:
     """All cells of a grid, up to `_MAX_CHECKED`; else each value with all values that decide when
     parts train, the strategy among them."""
     if sweep.num_cells is not None and sweep.num_cells <= _MAX_CHECKED:

@@ -16,6 +16,7 @@ from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import DeviceError, FinetuneError, Pruned, Stopped
+from finetune.system.progress import show_details
 from finetune.system.resources import shortage
 from finetune.system.shutdown import stoppable
 from finetune.system.text import message
@@ -89,6 +90,7 @@ def _run(connection: Connection, job: Job, num_workers: int, num_sharing: int) -
     from finetune.system.cuda import use_share_of_memory
     from finetune.training.train import run
 
+    show_details()
     if num_sharing > 1 and job.config.accelerator != "cpu":
         use_share_of_memory(num_sharing)
     if num_workers > 1:

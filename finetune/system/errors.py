@@ -22,6 +22,10 @@ class FinetuneError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: the message."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(FinetuneError):
     """The command line or a config is wrong."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -21,6 +22,12 @@ PATIENCE_SECONDS = 1.0
 LINE_SECONDS = 10.0
 
 _running: list[Progress] = []
+
+
+def show_details() -> None:
+    """Print what the package logs as details."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("finetune").setLevel(logging.INFO)
 
 
 def no_progress(what: str, total: int) -> Callable[[], None]:

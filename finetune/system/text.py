@@ -1,7 +1,10 @@
 """Names and messages as a terminal shows them."""
 
 import difflib
+import shlex
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -16,6 +19,28 @@ def listed(names: Sequence[str], at_most: int = 12) -> str:
     if len(names) > at_most:
         shown.append(f"{len(names) - at_most} more")
     return " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+
+
+def num(things: Sequence[object] | int, what: str, plural: str = "") -> str:
+    """`1 picture`, `2 pictures`."""
+    count = things if isinstance(things, int) else len(things)
+    return f"{count} {what if count == 1 else plural or f'{what}s'}"
+
+
+def command_line(*words: object) -> str:
+    """A command to copy into a shell, `python WORDS...`; paths below here are relative."""
+    return shlex.join(["python", *(str(_shortened(word)) for word in words)])
+
+
+def this_command() -> str:
+    """The command line of this process, `python -m finetune ...`."""
+    return command_line("-m", "finetune", *sys.argv[1:])
+
+
+def _shortened(word: object) -> object:
+    if isinstance(word, Path) and word.is_relative_to(Path.cwd()):
+        return word.relative_to(Path.cwd())
+    return word
 
 
 def one_line(name: object) -> str:

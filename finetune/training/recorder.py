@@ -181,11 +181,14 @@ class Recorder(pl.Callback):
         trainer.save_checkpoint(self.run_dir.last_path)
         if self.log_row is not None:
             self.log_row(row)
+        train_loss, val_loss = (
+            f"{loss:.3f}" if loss < 1e3 else f"{loss:.0e}"
+            for loss in (row["train_loss"], row["val_loss"])
+        )
         self.log_line(
-            f"epoch {row['epoch']:>2.0f}/{self.config.num_epochs - 1}  train loss "
-            f"{row['train_loss']:.3f} acc {row['train_acc']:.3f}  val loss {row['val_loss']:.3f} "
-            f"acc {row['val_acc']:.3f} f1 {row['val_macro_f1']:.3f}  best "
-            f"{row['best_val_acc']:.3f}  {row['images_per_second']:.0f} images/s"
+            f"epoch {row['epoch']:>2.0f}/{self.config.num_epochs - 1}  train {train_loss} "
+            f"acc {row['train_acc']:.3f}  val {val_loss} acc {row['val_acc']:.3f} "
+            f"f1 {row['val_macro_f1']:.3f}  best {row['best_val_acc']:.3f}"
         )
 
     def on_save_checkpoint(

@@ -163,7 +163,8 @@ def _features(
         for indices, flips in _batches(split, num_at_once):
             batch, still_to_flip = split.batch(part, indices, flips)
             device = linear.weight.device
-            still_to_flip = None if still_to_flip is None else still_to_flip.to(device)
+            if still_to_flip is not None:
+                still_to_flip = still_to_flip.to(device)
             with precision():
                 x = network_input(batch.to(device), still_to_flip, chain.backbone)
                 chain.forward(x, part, None)

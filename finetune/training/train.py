@@ -19,6 +19,7 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch import nn
 
+from finetune.config.field_tables import takes_fields
 from finetune.config.fields import RunConfig
 from finetune.data.splits import Splits
 from finetune.features.loader import EpochLoader
@@ -26,13 +27,14 @@ from finetune.model.network import build_from, load_best
 from finetune.runs.resolve import prepare_run, resolve
 from finetune.runs.result import RunResult, failure_of
 from finetune.runs.run_dir import RunDir
+from finetune.runs.summary import summary
 from finetune.system.array_store import Cache
 from finetune.system.cuda import device_name
-from finetune.system.errors import FinetuneError, RunDirError, Shortage
+from finetune.system.errors import FinetuneError, RunDirError, Shortage, Stopped
 from finetune.system.progress import bar
 from finetune.system.resources import is_out_of_memory, shortage
 from finetune.system.shutdown import defer_stop, stoppable
-from finetune.system.text import one_line
+from finetune.system.text import command_line, one_line
 from finetune.tracking.environment import fields_of_run, run_id
 from finetune.tracking.tracker import Tracker, report_early_failure
 from finetune.training.module import FineTuning
@@ -41,6 +43,7 @@ from finetune.training.recorder import AtomicCheckpointIO, EpochCallback, Record
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "wandb", "numpy", "pillow")
 
 
+@takes_fields
 def train_and_finetune(**fields: Any) -> nn.Module:
     """Fine-tune once and return the best epoch's model in eval mode.
 
@@ -55,6 +58,10 @@ def train_and_finetune(**fields: Any) -> nn.Module:
             run(config, run_dir)
         except Shortage as error:
             raise Shortage(f"{error}, then continue with --resume {run_dir.path}") from None
+        except Stopped:
+            if run_dir.last_path.exists():
+                log(f"resume: {command_line('agent.py', '--resume', run_dir.path)}")
+            raise
     return load_best(run_dir.path)
 
 
@@ -124,13 +131,9 @@ class _Execution:
             run_dir.write_result(result)
             if not config.keep_last:
                 run_dir.last_path.unlink(missing_ok=True)
-        stopped = " (stopped early)" if result.stopped_early else ""
-        f1 = result.best_val_macro_f1
-        score = "" if f1 is None else f", macro F1 {f1:.4f},"
-        log(
-            f"best val_acc {result.best_val_acc:.4f}{score} in epoch {result.best_epoch} of "
-            f"{result.epochs_run}{stopped}: {run_dir.path}"
-        )
+        for line in summary(result, *run_dir.read_predictions()[:2]):
+            log(line)
+        log(f"{run_dir.path}")
         return result
 
     def record_failure(self, error: BaseException) -> None:

@@ -6,8 +6,15 @@ import pytest
 
 from finetune.analysis.comparison import Comparison, compare
 from finetune.analysis.read_runs import read_runs
+from finetune.analysis.report.report import terminal_summary
 from finetune.system.errors import RunDirError
-from tests.support.synthetic import write_confirmed, write_failure, write_run, write_sweep
+from tests.support.synthetic import (
+    write_confirmed,
+    write_failure,
+    write_pruned,
+    write_run,
+    write_sweep,
+)
 
 
 def compared(runs_dir: Path) -> Comparison:
@@ -203,9 +210,8 @@ def test_a_learning_rate_below_a_diverged_one_is_not_the_largest_tried(tmp_path:
         write_run(tmp_path, f"p{rate}", accuracy, strategy="partial", learning_rate=rate)
     reason = "diverged in epoch 0 at learning_rate 0.1: train_loss is nan"
     write_failure(tmp_path, "p0.1", "failed", reason, strategy="partial", learning_rate=0.1)
-    (partial,) = compared(tmp_path).summaries
+    partial, _ = compared(tmp_path).summaries
     assert partial.caveats == ()
-    assert partial.num_diverged == 1
 
 
 def test_a_learning_rate_whose_run_failed_otherwise_was_not_tried(tmp_path: Path) -> None:
@@ -213,8 +219,71 @@ def test_a_learning_rate_whose_run_failed_otherwise_was_not_tried(tmp_path: Path
         write_run(tmp_path, f"p{rate}", accuracy, strategy="partial", learning_rate=rate)
     reason = "out of memory; lower batch_size"
     write_failure(tmp_path, "p0.1", "failed", reason, strategy="partial", learning_rate=0.1)
-    (partial,) = compared(tmp_path).summaries
+    partial, _ = compared(tmp_path).summaries
     assert partial.caveats == ("its best learning rate, 0.01, is the largest that was tried",)
+
+
+def test_the_headline_on_one_strategy_is_about_its_settings(tmp_path: Path) -> None:
+    for rate, accuracy in ((0.001, 0.6), (0.01, 0.75), (0.1, 0.74)):
+        write_run(tmp_path, f"r{rate}", accuracy, strategy="freeze", learning_rate=rate)
+    comparison = compared(tmp_path)
+    assert comparison.headline.startswith("The best model found is freeze-lr0.01 at 75.0 % (")
+    assert "it beats the best model of learning rate 0.001" in comparison.headline
+    assert "no significant difference from learning rate 0.1" in comparison.headline
+    assert "not the settings" in comparison.advice
+    assert [str(s.group) for s in comparison.summaries] == [
+        *("learning rate 0.01", "learning rate 0.1", "learning rate 0.001")
+    ]
+
+
+def test_more_settings_than_can_be_compared_are_only_searched(tmp_path: Path) -> None:
+    for i in range(14):
+        write_run(tmp_path, f"r{i}", 0.7 + 0.002 * i, strategy="freeze", learning_rate=0.001 + i)
+    comparison = compared(tmp_path)
+    assert comparison.headline.startswith(
+        "The best of 14 settings of freeze is freeze-lr13.001 at 72.6 % ("
+    )
+    assert "corrected for selection from 14 runs)" in comparison.headline
+
+
+def test_the_headline_on_one_confirmed_strategy_is_the_mean_of_its_fresh_seeds(
+    tmp_path: Path,
+) -> None:
+    for rate, accuracy in ((0.001, 0.6), (0.01, 0.79)):
+        write_run(tmp_path, f"r{rate}", accuracy, strategy="freeze", learning_rate=rate)
+    write_confirmed(tmp_path / "confirm", {"freeze": 0.7})
+    comparison = compared(tmp_path)
+    (summary,) = comparison.summaries
+    assert len(summary.chosen) == 5
+    mean = f"{100 * summary.accuracy:.1f} %, the mean of 5 fresh seeds"
+    found = "freeze-lr0.01, the best of 2 settings in the search, reaches "
+    assert comparison.headline == f"{found}{mean}."
+
+
+def test_settings_with_several_seeds_are_compared_over_seeds(tmp_path: Path) -> None:
+    for aug, accuracy in (("y", 0.8), ("n", 0.7)):
+        for seed in range(3):
+            write_run(tmp_path, f"{aug}{seed}", accuracy + 0.004 * seed, data_aug=aug, seed=seed)
+    comparison = compared(tmp_path)
+    assert comparison.about_strategies and comparison.advice == ""
+    mean = "augmentation flip is best: 80.4 %, the mean of 3 seeds"
+    assert comparison.headline.startswith(f"{mean}; augmentation none is 10.0 points worse")
+
+
+def test_pruned_runs_are_counted_in_the_correction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for strategy in ("partial", "freeze"):
+        write_run(tmp_path, strategy, 0.8, strategy=strategy)
+    for i in range(9):
+        write_pruned(tmp_path, f"p{i}", 0.79, learning_rate=0.01 + 0.01 * i)
+    write_pruned(tmp_path, "other", 0.79, num_val=400)
+    comparison = compared(tmp_path)
+    assert comparison.num_candidates == 11
+    assert "corrected for selection from 11 runs" in comparison.headline
+    assert [run.run_id for run in comparison.excluded] == ["other"]
+    print(terminal_summary(comparison))
+    assert "9 runs pruned by early termination, counted in the" in capsys.readouterr().out
 
 
 def test_a_strategy_with_caveats_is_worse_within_its_epochs_only(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +17,16 @@ from finetune.__main__ import main
 from finetune.analysis.by_strategy import varied_fields
 from finetune.analysis.comparison import compare
 from finetune.analysis.importances import field_importances
-from finetune.analysis.read_runs import read_runs
+from finetune.analysis.read_runs import RunRecord, read_runs
 from finetune.analysis.report import figures, run_tables, search_figures
+from finetune.runs.run_dir import RunDir
 from finetune.system.errors import RunDirError
 from tests.support.chromium import Browser
 from tests.support.synthetic import (
     write_confirmed,
     write_failure,
     write_predictions,
+    write_pruned,
     write_run,
     write_sweep,
 )
@@ -72,7 +76,7 @@ WIDE_TABLES = """[...document.querySelectorAll('.scroll')]
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize(("which", "num_figures"), [("sweep", 9), ("confirmed", 5)])
+@pytest.mark.parametrize(("which", "num_figures"), [("sweep", 10), ("confirmed", 6)])
 def test_every_figure_is_drawn_without_an_error_or_a_request(
     request: pytest.FixtureRequest,
     browser: Browser,
@@ -116,6 +120,44 @@ def test_a_click_on_a_heading_sorts_the_table(browser: Browser, sweep_page: Path
     assert browser.run(values) == falling[::-1] != falling
 
 
+def test_the_page_begins_with_a_sentence_the_accuracies_and_the_next_command(
+    browser: Browser, confirmed_page: Path
+) -> None:
+    browser.open(confirmed_page, 1280, 900)
+    begin = "[...document.querySelectorAll('main > *')].slice(0, 5).map(part => part.innerText)"
+    title, headline, _, first, tiles = browser.run(begin)
+    assert re.fullmatch(r"partial leads with 8\d\.\d %; only freeze is clearly worse", title)
+    assert headline.startswith("No significant difference between partial")
+    assert first.startswith("Accuracy by strategy")
+    runs_dir = confirmed_page.parent
+    assert f"python -m finetune evaluate {runs_dir}" in tiles.replace("\n", "")
+    points = "JSON.parse(document.querySelector('#accuracies').dataset.figure).data"
+    assert browser.run(f"{points}.map(trace => trace.x.length)") == [1, 5] * 3
+
+
+def test_the_test_accuracy_of_the_winner_is_in_a_tile(tmp_path: Path) -> None:
+    write_run(tmp_path, "a b", 0.8)
+    record = {"folder": "/data/val", "accuracy": 0.765, "num_pictures": 200}
+    RunDir(tmp_path / "a b").write_evaluations([record])
+    assert not main(["report", str(tmp_path)])
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "<b>76.5 %</b><span>test accuracy of the winner, on 200 pictures of val/" in page
+    assert f"<code>python -m finetune predict '{tmp_path / 'a b'}' PICTURES</code>" in page
+
+
+def test_all_runs_can_be_filtered_and_link_to_their_directories(
+    browser: Browser, sweep_page: Path
+) -> None:
+    browser.open(sweep_page, 1280, 900)
+    rows = "[...document.querySelectorAll('.filter ~ .scroll tbody')].filter(b => !b.hidden)"
+    assert browser.run(f"{rows}.length") == 4 * 3 * 2 * 2 + 2
+    typed = "const field = document.querySelector('.filter'); field.value = 'gradual STOPPED'; "
+    browser.run(f"{typed} field.dispatchEvent(new Event('input'))")
+    assert browser.run(f"{rows}.map(b => b.rows[0].cells[0].innerText)") == ["stopped1"]
+    links = [*re.findall(r'<a href="([^"]+)"><code>', sweep_page.read_text(encoding="utf-8"))]
+    assert all((sweep_page.parent / link / "config.yaml").exists() for link in links)
+
+
 def test_failed_pruned_and_stopped_runs_are_listed_with_their_reasons(sweep_page: Path) -> None:
     text = sweep_page.read_text(encoding="utf-8")
     for reason in ("diverged in epoch 1", "below the median", "stopped by SIGTERM"):
@@ -146,7 +188,7 @@ def test_the_terminal_summary_starts_with_the_conclusion(
     assert re.search(rf"^partial +8\S+ % +{summary} ", shown, re.MULTILINE)
     page = (tmp_path / "there" / "report.html").read_text(encoding="utf-8")
     tables = re.findall(r"<h2>([^<]*)</h2>(?:(?!</section>).)*<button>macro F1</button>", page)
-    assert tables == ["Strategies", "Finished runs"]
+    assert tables == ["Strategies", "All runs"]
     assert summary in page
     assert (tmp_path / "there" / "report.html").exists()
 
@@ -221,7 +263,7 @@ def test_the_ticks_of_a_continuous_field_do_not_overlap(tmp_path: Path) -> None:
         write_run(tmp_path, f"r{i}", learning_rate=0.0001 * 1.25**i)
     runs = read_runs(tmp_path)
     figure = search_figures.parallel_coordinates(runs, varied_fields(runs))
-    heights = sorted(note["y"] for note in figure["layout"]["annotations"] if note["x"] == 1)
+    heights = sorted(note["y"] for note in figure["layout"]["annotations"] if note["x"] == 0)
     assert len(heights) == 5
     assert min(b - a for a, b in pairwise(heights)) > 0.1
 
@@ -288,3 +330,42 @@ def test_importances_are_shown_only_if_the_search_was_not_a_grid(tmp_path: Path)
     shares = field_importances(read_runs(tmp_path / "random"))
     assert next(iter(shares)) == "learning_rate"
     assert sum(shares.values()) == pytest.approx(1)
+    write_failure(tmp_path / "random", "f", "failed", "no memory", learning_rate=1e4, mixup=5)
+    assert field_importances(read_runs(tmp_path / "random")) == shares
+
+
+def test_an_ablation_of_one_strategy_shows_what_varied(tmp_path: Path) -> None:
+    for rate, size, aug in product((0.01, 0.1), (32, 64), "yn"):
+        fields = {"learning_rate": rate, "batch_size": size, "data_aug": aug}
+        write_run(tmp_path, f"r{rate}{size}{aug}", 0.8 - rate, strategy="partial", **fields)
+    assert not main(["report", str(tmp_path)])
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    for rate, size, aug in product(("0.01", "0.1"), (32, 64), ("flip", "none")):
+        setting = f"{size} / {aug} / {rate}"
+        assert page.count(setting) >= 2, "in a table and in a plot"
+    assert "<button>setting: batch size / augmentation / learning rate</button>" in page
+    for name in ("learning_rate", "batch_size", "data_aug"):
+        assert f'id="marginal-{name}"' in page
+    figure = search_figures.parallel_coordinates(*_search_of(tmp_path))
+    titles = ["batch<br>size", "augmentation", "learning<br>rate", "accuracy"]
+    assert figure["layout"]["xaxis"]["ticktext"] == titles  # without the strategy
+
+
+def _search_of(runs_dir: Path) -> tuple[list[RunRecord], dict[str, list[Any]]]:
+    runs = read_runs(runs_dir)
+    return runs, varied_fields(runs)
+
+
+def test_pruned_runs_are_drawn_as_pruned_and_listed_with_their_accuracy(tmp_path: Path) -> None:
+    for i, rate in enumerate((0.1, 0.01, 0.001)):
+        write_run(tmp_path, f"r{i}", 0.8, learning_rate=rate)
+    write_pruned(tmp_path, "p", 0.6, learning_rate=0.0001)
+    comparison = compare(read_runs(tmp_path))
+    assert [run.run_id for run in comparison.pruned] == ["p"]
+    *_, points = figures.accuracy_against_time(comparison.compared, comparison.pruned)["data"]
+    assert points["marker"]["symbol"] == "circle-open"
+    assert points["y"] == [pytest.approx(60)]
+    assert "pruned" in points["text"][0]
+    arguments = comparison.compared, comparison.varied, comparison.pruned
+    *_, line = search_figures.parallel_coordinates(*arguments)["data"]
+    assert line["line"]["dash"] == "dot"

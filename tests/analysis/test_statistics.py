@@ -25,17 +25,21 @@ NUMBERS_OF_RUNS = ((3, 3, 3, 3), (5, 5, 5, 5), (3, 4, 6, 10))
 
 
 def simulated(
-    chance: np.random.Generator, accuracies: Sequence[float], runs: Sequence[int], spread: float
+    chance: np.random.Generator,
+    accuracies: Sequence[float],
+    runs: Sequence[int],
+    spread: float,
+    num_pictures: int = NUM_PICTURES,
 ) -> dict[str, Correct]:
     """Runs whose accuracies vary around that of their strategy, on easy and hard pictures.
 
     The difficulty of a picture is mostly the same for all strategies.
     """
-    common = chance.standard_normal(NUM_PICTURES)
+    common = chance.standard_normal(num_pictures)
     groups = {}
     for name, accuracy, num_runs in zip("abcd", accuracies, runs, strict=True):
-        own = chance.standard_normal(NUM_PICTURES)
-        noise = chance.standard_normal((num_runs, NUM_PICTURES))
+        own = chance.standard_normal(num_pictures)
+        noise = chance.standard_normal((num_runs, num_pictures))
         hardness = math.sqrt(0.7) * common + math.sqrt(0.05) * own + math.sqrt(0.25) * noise
         reached = accuracy + spread * chance.standard_normal((num_runs, 1))
         groups[name] = hardness < stats.norm.ppf(reached)
@@ -104,6 +108,76 @@ def test_the_interval_is_the_pigeonhole_bootstraps_with_the_residual_counted_onc
     half = (pair.high - pair.low) / 2
     once = sum(one.var(axis=0, ddof=1).mean() / NUM_PICTURES / 40 for one in (a, b))
     assert half == pytest.approx(1.99 * math.sqrt(np.var(draws) - 2 * once), rel=0.06)
+
+
+@pytest.mark.parametrize(("num_pictures", "lowest"), [(20, 0.92), (50, 0.93), (200, 0.94)])
+def test_the_interval_of_two_models_covers_their_difference(
+    num_pictures: int, lowest: float
+) -> None:
+    """Exact coverage, over all counts of pictures that only one of the models gets right."""
+    counts = [
+        (b, c)
+        for b in range(min(num_pictures, 60) + 1)
+        for c in range(min(num_pictures, 60) + 1 - b)
+    ]
+    intervals = np.array([_interval(b, c, num_pictures) for b, c in counts])
+    b, c = np.array(counts).T
+    covered = []
+    for first, second in (
+        (0.7, 0.7),
+        (0.9, 0.9),
+        (0.99, 0.99),
+        (0.9, 0.8),
+        (0.99, 0.9),
+    ):
+        for overlap in (0.0, 0.5):  # from independent errors to errors on the same pictures
+            both = first * second + overlap * (min(first, second) - first * second)
+            chances = [first - both, second - both, 1 - first - second + 2 * both]
+            weight = stats.multinomial.pmf(
+                np.stack([b, c, num_pictures - b - c], 1), num_pictures, chances
+            )
+            inside = (intervals[:, 0] <= first - second) & (first - second <= intervals[:, 1])
+            covered.append(weight[inside].sum() / weight.sum())
+    assert min(covered) >= lowest
+    assert np.mean(covered) >= 0.95
+
+
+def _interval(only_first: int, only_second: int, num_pictures: int) -> tuple[float, float]:
+    first, second = np.zeros((2, num_pictures), bool)
+    first[:only_first] = second[only_first : only_first + only_second] = True
+    (pair,) = model_differences({"a": first, "b": second})
+    return pair.low, pair.high
+
+
+def test_two_models_that_are_right_on_the_same_pictures_may_differ_on_others() -> None:
+    same = np.arange(49) > 1
+    (pair,) = model_differences({"a": same, "b": same})
+    assert pair.estimate == 0 and not pair.significant
+    assert pair.high == -pair.low > 0.03
+
+
+def test_the_interval_excludes_zero_exactly_where_the_difference_is_significant() -> None:
+    chance = np.random.default_rng(9)
+    found = []
+    for _ in range(40):
+        groups = simulated(chance, [0.86, 0.83, 0.8, 0.8], [3, 3, 4, 5], 0.01)
+        models = {name: runs[0] for name, runs in groups.items()}
+        for pair in [*group_differences(groups), *model_differences(models)]:
+            assert pair.significant == (not pair.low <= 0 <= pair.high)
+            found.append(pair.significant)
+    assert 0.1 < np.mean(found) < 0.9
+
+
+def test_few_pictures_and_seeds_give_no_absurd_intervals() -> None:
+    chance = np.random.default_rng(1)
+    widths, covered = [], []
+    for _ in range(100):
+        groups = simulated(chance, [0.95] * 4, [3] * 4, 0.01, num_pictures=49)
+        for pair in group_differences(groups):
+            widths.append(pair.high - pair.low)
+            covered.append(pair.low <= 0 <= pair.high)
+    assert max(widths) < 0.5
+    assert np.mean(covered) >= 0.95
 
 
 def test_equal_runs_have_no_difference() -> None:

@@ -13,7 +13,7 @@ from finetune.config.fields import RunConfig
 from finetune.config.strategies import Plan, plan
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RunResult
-from finetune.runs.run_dir import RunDir
+from finetune.runs.run_dir import RunDir, read_metrics
 
 CLASSES = ("Amphibia", "Aves", "Fungi", "Insecta", "Mammalia")
 _HARDNESS = np.random.default_rng(99).standard_normal(10_000)
@@ -144,6 +144,15 @@ def write_failure(runs_dir: Path, run_id: str, state: str, reason: str, **fields
     run_dir.write_config(config)
     run_dir.write_metrics(_rows(config, _plan(config), 0.4, 0, 0.5)[:1])
     run_dir.write_failure(state, reason, 1)
+    return run_dir.path
+
+
+def write_pruned(runs_dir: Path, run_id: str, accuracy: float = 0.8, **fields: Any) -> Path:
+    """A run that early termination ended after seven epochs, the best of which was the last."""
+    run_dir = RunDir(write_run(runs_dir, run_id, accuracy, **fields))
+    run_dir.write_metrics([dict(row) for row in read_metrics(run_dir.metrics_path)[:7]])
+    run_dir.result_path.unlink()
+    run_dir.write_failure("pruned", "best_val_acc is not among the best half", 7)
     return run_dir.path
 
 

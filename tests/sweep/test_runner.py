@@ -203,10 +203,11 @@ def test_the_parent_imports_no_torch_and_a_missing_optuna_is_named(tmp_path: Pat
 
 
 def test_trials_that_all_fail_end_the_sweep_with_the_reason(base: Fields, tmp_path: Path) -> None:
-    base["data_dir"] = str(tmp_path / "nothing")
-    given = content(base, seed=range(6))
+    broken = tmp_path / "broken.pth"
+    broken.write_text("no weights")
+    given = content(base | {"weights": str(broken)}, seed=range(6))
     console = Console(file=(tmp_path / "said").open("w"))
-    with pytest.raises(FinetuneError, match=r"the first 3 trials all failed.*does not exist"):
+    with pytest.raises(FinetuneError, match=r"the first 3 trials all failed.*not a checkpoint"):
         run_sweep(given, out=tmp_path / "runs", console=console)
     console.file.close()
 
@@ -233,17 +234,18 @@ def test_a_sweep_whose_gpus_cannot_be_used_ends_with_its_trials_waiting(
 
 def test_a_bad_trial_is_pruned_and_gradual_is_judged_late(base: Fields, tmp_path: Path) -> None:
     base |= {"epochs": 6, "batch_size": 20}
+    data = ("--data_dir", base.pop("data_dir"))
     given = content(base, strategy=["gradual"], learning_rate=[0.02, 1e-7, 1e-8])
     given["metric"] = {"name": "train_loss", "goal": "minimize"}
     # Gradual's epochs count from the fourth, in which its last part starts to train.
     given["early_terminate"] = {"type": "hyperband", "min_iter": 1, "eta": 2}
-    output = complete(tmp_path, given)
+    output = complete(tmp_path, given, *data)
     rows = {p.parent.name: read_metrics(p) for p in (tmp_path / "runs").glob("*/metrics.csv")}
     assert sorted(map(len, rows.values())) == [4, 4, 6], output
     failures = [f for n in rows if (f := read_failure(tmp_path / "runs" / n / "failure.json"))]
     assert [f["state"] for f in failures] == ["pruned", "pruned"]
     assert "1 finished, 2 pruned" in output
-    assert complete(tmp_path, given).count("pruned") == 3  # the table again, and nothing ran
+    assert complete(tmp_path, given, *data).count("pruned") == 3  # the table again, and nothing ran
 
 
 def test_early_termination_judges_by_macro_f1(base: Fields, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from finetune.sweep import sampling
 from finetune.sweep.distributions import DISTRIBUTIONS, Constant, Dimension, read_parameter
 from finetune.sweep.spec import Sweep
 from finetune.sweep.sweep_file import read_sweep
-from finetune.system.errors import ConfigError, FinetuneError
+from finetune.system.errors import ConfigError, DataError, FinetuneError, WeightsError
 
 ROOT = Path(__file__).parents[2]
 METRIC = {"name": "best_val_acc", "goal": "maximize"}
@@ -190,6 +190,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "metric.goal: missing; must be maximize or minimize (W&B would minimize)",
     ),
     ({"metric": {"name": "val_loss", "gaol": "minimize"}}, "metric: unknown key 'gaol'"),
+    (
+        {"metric": {"name": "best_val_acc", "goal": "minimize"}},
+        "goal must be maximize for best_val_acc",
+    ),
+    (
+        {"metric": {"name": "val_loss", "goal": "maximize"}},
+        "goal must be minimize for val_loss",
+    ),
     ({"method": "bayes", "metric": None}, "metric: missing"),
     ({"run_cap": 0}, "run_cap: got 0"),
     ({"run_cap": True}, "run_cap: got True; must be a number"),
@@ -226,6 +234,62 @@ def test_an_invalid_file_is_refused_with_the_reason(
             main(arguments)
         assert message in str(refused.value)
     assert sorted(tmp_path.iterdir()) == [path], "files were written"
+
+
+def test_fields_of_a_run_hold_for_all_trials(tmp_path: Path) -> None:
+    file = {
+        "program": "agent.py",
+        "method": "grid",
+        "parameters": {"learning_rate": {"values": [0.1, 0.01]}, "seed": {"values": [1, 2]}},
+        "command": ["python", "${program}", "--epochs", "3", "${args}"],
+    }
+    path = tmp_path / "given.yaml"
+    path.write_text(yaml.safe_dump(file))
+    given = {"learning_rate": "1e-3", "epochs": "7", "data_dir": "data/mine", "data_aug": "no"}
+    sweep = read_sweep(path, given)
+    assert sweep.varied == ("seed",)
+    for values in sweep.cells():
+        config = sweep.config(values)
+        assert (config.learning_rate, config.epochs, config.data_aug) == (0.001, 7, "n")
+        assert config.data_dir == Path("data/mine").absolute()
+    assert sweep.source != read_sweep(path).source
+    with pytest.raises(ConfigError, match="unknown field 'epcohs'"):
+        main(["sweep", "--check", str(path), "--epcohs", "3"])
+    with pytest.raises(ConfigError, match="resume: a sweep starts new runs"):
+        main(["sweep", "--check", str(path), "--resume", "runs/x"])
+
+
+def test_the_check_warns_of_what_is_missing_and_of_too_few_epochs(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parameters = {"strategy": {"values": ["freeze", "gradual"]}, "epochs": {"value": 1}}
+    content = {"program": "agent.py", "method": "grid", "parameters": parameters}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content))
+    places = [f"--data_dir={tmp_path / 'none'}", f"--weights={tmp_path / 'none.pth'}"]
+    assert not main(["sweep", "--check", str(path), *places])
+    output = capsys.readouterr().out
+    assert "is valid" in output
+    assert "warning: strategy gradual: epochs=1 is too few to unfreeze every part" in output
+    assert f"warning: data_dir: {tmp_path / 'none'} does not exist" in output
+    assert f"warning: weights: {tmp_path / 'none.pth'} does not exist" in output
+    assert not main(["sweep", "--check", str(path), f"--data_dir={digits}", "--epochs=5"])
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "error"), [("data_dir", DataError), ("weights", WeightsError)])
+def test_missing_data_or_weights_end_a_sweep_before_its_first_trial(
+    name: str, error: type[Exception], tmp_path: Path, digits: Path
+) -> None:
+    parameters = {"strategy": {"value": "freeze"}, "seed": {"values": [1, 2]}}
+    content = {"program": "agent.py", "method": "grid", "parameters": parameters}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content))
+    given = {"data_dir": str(digits), name: str(tmp_path / "none")}
+    flags = [f"--{field}={value}" for field, value in given.items()]
+    with pytest.raises(error, match=f"{name}: .* does not exist"):
+        main(["sweep", str(path), "--out", str(tmp_path / "runs"), *flags])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 EXPONENTS: list[tuple[dict[str, Any], str]] = [

@@ -183,9 +183,21 @@ def test_a_duplicate_of_a_finished_trial_is_neither_claimed_nor_open(
 
 
 def test_another_sweep_of_the_same_name_is_refused(storage: str) -> None:
-    TrialQueue(grid(2), storage, 2)
-    with pytest.raises(ConfigError, match="with other parameters; pass another --name"):
+    trial_queue = TrialQueue(grid(2), storage, 2)
+    claim = trial_queue.claim()
+    other = r"with other parameters \(seed\); pass another --name"
+    with pytest.raises(ConfigError, match=other):  # a trial is running
         TrialQueue(grid(3), storage, 3)
+    assert claim and trial_queue.finish(claim, "finished", 0.5, {})
+    with pytest.raises(ConfigError, match=other):
+        TrialQueue(grid(3), storage, 3)
+
+
+def test_a_sweep_may_change_until_a_trial_has_finished(storage: str) -> None:
+    first = TrialQueue(grid(2), storage, 2)
+    claim = first.claim()
+    assert claim and first.finish(claim, "failed", None, {"reason": "no data"})
+    assert len(work_off(TrialQueue(grid(3), storage, 3))) == 3
 
 
 def test_a_larger_max_runs_continues_where_the_smaller_ended(storage: str) -> None:

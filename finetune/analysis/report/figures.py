@@ -40,7 +40,9 @@ def difference_intervals(differences: Sequence[Difference], long_names: bool = F
     traces = []
     for name, colour in (("significant", "#35ad86"), ("not significant", GREY)):
         shown = {k: d for k, d in pairs.items() if d.significant == (name == "significant")}
-        lengths = [100 * (d.high - d.estimate) for d in shown.values()]
+        above = [100 * (d.high - d.estimate) for d in shown.values()]
+        below = [100 * (d.estimate - d.low) for d in shown.values()]
+        ends = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
         trace = scatter(
             "markers",
             name,
@@ -48,7 +50,7 @@ def difference_intervals(differences: Sequence[Difference], long_names: bool = F
             list(shown),
             hover="%{y}: %{x:.1f} points",
             marker={"color": colour, "size": 10},
-            error_x={"type": "data", "array": lengths, "color": colour, "thickness": 2, "width": 5},
+            error_x=ends | {"color": colour, "thickness": 2, "width": 5},
         )
         traces += [trace] if shown else []
     return figure(
@@ -60,11 +62,27 @@ def difference_intervals(differences: Sequence[Difference], long_names: bool = F
     )
 
 
-def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
-    """Accuracy and training time of each run, and the frontier of the most accurate ones."""
-    minutes = {run: run.finished_result.train_seconds / 60 for run in finished}
+def train_seconds(run: RunRecord, pictures_per_epoch: int) -> float:
+    """The training time of a run; of a pruned one that of its epochs."""
+    if run.result is not None:
+        return run.result.train_seconds
+    return sum(pictures_per_epoch / row["images_per_second"] for row in run.rows)
+
+
+def accuracy_against_time(
+    finished: Sequence[RunRecord], pruned: Sequence[RunRecord] = ()
+) -> Figure:
+    """Accuracy and training time of each run, and the frontier of the most accurate ones.
+
+    Pruned runs have open symbols.
+    """
+    result = finished[0].finished_result
+    pictures = result.num_train + result.num_val
+    times = {run: train_seconds(run, pictures) for run in (*finished, *pruned)}
+    unit, divisor = ("seconds", 1) if max(times.values()) < 180 else ("minutes", 60)
+    times = {run: seconds / divisor for run, seconds in times.items()}
     best: list[tuple[float, float]] = []
-    for time, accuracy in sorted((minutes[run], run.accuracy) for run in finished):
+    for time, accuracy in sorted((times[run], run.accuracy) for run in finished):
         if not best or accuracy > best[-1][1]:
             best.append((time, accuracy))
     frontier = scatter(
@@ -76,26 +94,28 @@ def accuracy_against_time(finished: Sequence[RunRecord]) -> Figure:
     )
     points = []
     explained: set[str] = set()
-    for group, runs in by_group(finished).items():
-        colour, symbol = colour_of(group.strategy), mark_of(group).symbol
+    every = [*by_group(finished).items(), *by_group(pruned).items()]
+    for group, runs in every:
+        colour, symbol = colour_of(group), mark_of(group).symbol
+        symbol += "-open" * (runs[0].result is None)
         points.append(
             scatter(
                 "markers",
-                group.strategy,
-                [round(minutes[run], 4) for run in runs],
+                group.label,
+                [round(times[run], 4) for run in runs],
                 [100 * run.accuracy for run in runs],
-                hover="%{text}<br>%{y:.1f} % in %{x:.2f} min",
-                text=[text(run.name) for run in runs],
+                hover=f"%{{text}}<br>%{{y:.1f}} % in %{{x:.2f}} {unit}",
+                text=[text(run.name) + ", pruned" * (run.result is None) for run in runs],
                 marker={"color": colour, "symbol": symbol, "size": 9, "opacity": 0.75},
-                legendgroup=group.strategy,
-                showlegend=group.strategy not in explained,
+                legendgroup=group.label,
+                showlegend=group.label not in explained,
             )
         )
-        explained.add(group.strategy)
+        explained.add(group.label)
     return figure(
         [frontier, *points],
         400,
-        xaxis=log_axis("training time, minutes", min(minutes.values()), max(minutes.values())),
+        xaxis=log_axis(f"training time, {unit}", min(times.values()), max(times.values())),
         yaxis=axis("validation accuracy, %"),
     )
 
@@ -112,10 +132,10 @@ def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
     for summary in ordered:
         place = {"yaxis": _axis_name("y", models.index(summary.group.model))}
         for i, run in enumerate(summary.chosen[:_MAX_CURVES]):
-            is_new = i == 0 and summary.strategy not in explained
+            is_new = i == 0 and summary.group.label not in explained
             traces += [one | place for one in _curves(run, is_first=i == 0, showlegend=is_new)]
             diamonds += [_diamonds(run) | place] if unfreezings(run) else []
-        explained.add(summary.strategy)
+        explained.add(summary.group.label)
     num_epochs = max((len(summary.best.rows) for summary in summaries), default=0)
     return figure(traces + diamonds, 160 + 260 * len(models), **_panels(models, num_epochs))
 
@@ -151,16 +171,16 @@ def _curve(run: RunRecord, mode: str, name: str, metric: str, hover: str, **opti
         list(values),
         [100 * value for value in values.values()],
         hover=f"{text(run.name)}, seed {run.config.get('seed')}<br>{hover}",
-        **{"legendgroup": run.strategy, "showlegend": False} | options,
+        **{"legendgroup": run.group.label, "showlegend": False} | options,
     )
 
 
 def _curves(run: RunRecord, is_first: bool, showlegend: bool) -> list[Trace]:
-    colour = colour_of(run.strategy)
+    colour = colour_of(run.group)
     validation = _curve(
         run,
         "lines+markers",
-        run.strategy,
+        run.group.label,
         "val_acc",
         "%{y:.1f} % validation, epoch %{x}",
         showlegend=showlegend,
@@ -184,7 +204,7 @@ def _diamonds(run: RunRecord) -> Trace:
         "marker": {
             "symbol": "diamond",
             "size": 11,
-            "color": colour_of(run.strategy),
+            "color": colour_of(run.group),
             "line": {"width": 1, "color": "#ffffff"},
         },
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.analysis.report.traces import GREY, Figure, colour_of, mark_of
 from finetune.runs.settings import Group
+from finetune.system.text import num
 
 
 def esc(value: object) -> str:
@@ -30,7 +31,7 @@ def marked(name: str, character: str = "●", colour: str = GREY) -> str:
 
 def group_label(group: Group) -> str:
     """A group with its colour and symbol in the figures."""
-    return marked(str(group), mark_of(group).character, colour_of(group.strategy))
+    return marked(str(group), mark_of(group).character, colour_of(group))
 
 
 def code(text: object) -> str:
@@ -56,8 +57,13 @@ class Column:
         return "–" if value is None else self.shown(value)
 
 
-def table(columns: Sequence[Column], rows: Sequence[Any], tall: bool = False) -> str:
-    """A sortable table."""
+def table(
+    columns: Sequence[Column],
+    rows: Sequence[Any],
+    tall: bool = False,
+    note: Callable[[Any], str] = lambda row: "",
+) -> str:
+    """A sortable table; a row's note is a line of its own below it."""
     heads, cells = "", [""] * len(rows)
     for column in columns:
         values = [column.value(row) for row in rows]
@@ -67,10 +73,14 @@ def table(columns: Sequence[Column], rows: Sequence[Any], tall: bool = False) ->
         for i, value in enumerate(values):
             data = f' data-value="{"" if value is None else esc(value)}"' if numeric else ""
             cells[i] += f"<td{css}{data}>{column.cell(rows[i])}</td>"
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    body = ""
+    for row, cell in zip(rows, cells, strict=True):
+        text = note(row)
+        line = f'<tr class="remark"><td colspan="{len(columns)}"><span>{esc(text)}</span></td></tr>'
+        body += f"<tbody><tr>{cell}</tr>{line * bool(text)}</tbody>"
     return (
-        f'<div class="scroll{" tall" * tall}"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll{" tall" * tall}" tabindex="0"><table><thead><tr>{heads}</tr></thead>'
+        f"{body}</table></div>"
     )
 
 
@@ -82,24 +92,32 @@ def table_section(
     above: str = "",
     tall: bool = False,
     num_fixed: int | None = None,
+    note: Callable[[Any], str] = lambda row: "",
+    with_filter: bool = False,
+    folded: bool = False,
 ) -> str:
     """A section with a table, or nothing without rows.
 
     Of the columns after the first `num_fixed`, those that are the same in all rows become a
-    sentence.
+    sentence. `with_filter` adds a field for words that the shown rows must have.
     """
     if not rows:
         return ""
     kept, constant = list(columns[:num_fixed]), []
     for column in columns[len(kept) :]:
-        cells = {column.cell(row) for row in rows}
+        cells = {column.cell(row) for row in rows} - {"–"}
         if len(cells) > 1:
             kept.append(column)
-        elif cells != {"–"}:
+        elif cells:
             constant.append(f"{column.head} {html.unescape(cells.pop())}")
     if constant:
         about += f"The same for all: {', '.join(constant)}."
-    return section(title, about, above, table(kept, rows, tall))
+    made = table(kept, rows, tall, note)
+    if with_filter:
+        above += '<input class="filter" type="search" placeholder="filter: words of a row">'
+    if folded:
+        made = f"<details><summary>{num(rows, 'row')}</summary>{made}</details>"
+    return section(title, about, above, made)
 
 
 def place(name: str, figure: Figure, wide: bool = False) -> str:

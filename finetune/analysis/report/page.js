@@ -42,19 +42,30 @@ function sortable(table) {
       const down = head.getAttribute("aria-sort") === "descending";
       table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "ascending" : "descending");
-      const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
+      const value = ({ rows: [row] }) => row.cells[column].dataset.value ?? row.cells[column].textContent;
       const order = (a, b) => {
         const [x, y] = [value(a), value(b)];
         if (x === "" || y === "") return (x === "") - (y === "");
         const byNumber = Number(x) - Number(y);
         return (Number.isNaN(byNumber) ? x.localeCompare(y) : byNumber) * (down ? 1 : -1);
       };
-      const body = table.tBodies[0];
-      body.append(...[...body.rows].sort(order));
+      table.append(...[...table.tBodies].sort(order));
     });
+  });
+}
+
+function filterable(field) {
+  const bodies = [...field.parentElement.querySelectorAll("tbody")];
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(/\s+/);
+    for (const body of bodies) {
+      const text = body.textContent.toLowerCase();
+      body.hidden = !words.every((word) => text.includes(word));
+    }
   });
 }
 
 draw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 document.querySelectorAll("table").forEach(sortable);
+document.querySelectorAll(".filter").forEach(filterable);

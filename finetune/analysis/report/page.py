@@ -1,23 +1,22 @@
 """The report as one HTML page that needs no other file and no network."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from importlib import resources
 
 from finetune.analysis.by_strategy import StrategySummary, by_group
-from finetune.analysis.comparison import CONFIRM, Comparison, num_runs, p_value, percent, points
+from finetune.analysis.comparison import Comparison
+from finetune.analysis.conclusion import p_value, points
 from finetune.analysis.read_runs import RunRecord
-from finetune.analysis.report import figures, run_tables, search_figures
+from finetune.analysis.report import figures, overview, run_tables, search_figures
 from finetune.analysis.report.markup import (
     Column,
-    esc,
     marked,
     place,
     section,
     table_section,
-    warning,
 )
+from finetune.analysis.report.run_tables import Places
 from finetune.analysis.report.traces import colour_of, mark_of
 from finetune.analysis.report.winner import winner_section
 from finetune.system.errors import MissingPackage
@@ -27,21 +26,30 @@ _SIGNIFICANT = '<span class="yes">significant</span>'
 
 
 def page(
-    runs: Sequence[RunRecord], comparison: Comparison, source: str, importances: Mapping[str, float]
+    runs: Sequence[RunRecord],
+    comparison: Comparison,
+    source: str,
+    importances: Mapping[str, float],
+    places: Places,
 ) -> str:
     """The page's HTML; `source` says where the runs are from. Raises `MissingPackage` without
     plotly."""
-    sections = [_overview(runs, comparison, source)]
+    sections = [overview.overview(runs, comparison, source)]
     if comparison.winner:
         sections += [
+            overview.accuracies(comparison),
+            overview.tiles(comparison, comparison.winner, places.runs_dir),
             run_tables.strategies(comparison),
             _differences(comparison),
             section(
                 "Accuracy and training time",
                 "One point per run, at its best epoch. No run is both quicker and more accurate "
-                "than those on the dotted frontier.",
+                f"than those on the dotted frontier.{_on_pruned(comparison, 'an open symbol')}",
                 _legend(comparison, "symbol is"),
-                place("frontier", figures.accuracy_against_time(comparison.compared)),
+                place(
+                    "frontier",
+                    figures.accuracy_against_time(comparison.compared, comparison.pruned),
+                ),
             ),
             section(
                 "Learning curves",
@@ -50,13 +58,9 @@ def page(
                 place("curves", figures.learning_curves(comparison.summaries)),
             ),
             _search(comparison, importances),
-            winner_section(comparison.winner),
+            winner_section(comparison.winner, [*comparison.varied]),
         ]
-    sections += [
-        run_tables.finished_runs(comparison),
-        run_tables.excluded_runs(comparison),
-        run_tables.data_and_software(runs),
-    ]
+    sections += [run_tables.all_runs(comparison, places), run_tables.data_and_software(runs)]
     return _document("".join(sections))
 
 
@@ -94,31 +98,6 @@ def _plotly() -> str:
     return source.replace("</script", "<\\/script")
 
 
-def _overview(runs: Sequence[RunRecord], comparison: Comparison, source: str) -> str:
-    advice = esc(comparison.advice).replace(CONFIRM, f"<code>{CONFIRM}</code>")
-    parts = [
-        f"<h1>{esc(comparison.headline)}</h1>",
-        f"<p>{advice}</p>" if advice else "",
-        f'<p class="soft">{num_runs(len(runs))} of {_number_of_groups(runs)} in {esc(source)}, '
-        f"{datetime.now():%Y-%m-%d %H:%M}</p>",
-        *map(warning, comparison.warnings),
-    ]
-    if comparison.winner:
-        tiles = "".join(
-            f'<div class="tile"><b>{esc(big)}</b><span>{esc(small)}</span></div>'
-            for big, small in _tiles(runs, comparison, comparison.winner)
-        )
-        parts.append(f'<div class="tiles">{tiles}</div>')
-    return "".join(parts)
-
-
-def _number_of_groups(runs: Sequence[RunRecord]) -> str:
-    groups = {run.group for run in runs if run.config}
-    models, strategies = ({g.model for g in groups}, {g.strategy for g in groups})
-    networks = f"{len(models)} networks and " if len(models) > 1 else ""
-    return f"{networks}{len(strategies)} strateg{'y' if len(strategies) == 1 else 'ies'}"
-
-
 def _each(comparison: Comparison) -> str:
     return "network and strategy" if comparison.about_networks else "strategy"
 
@@ -128,7 +107,7 @@ def _legend(comparison: Comparison, what: str) -> str:
     if not comparison.about_networks:
         return ""
     groups = by_group(comparison.compared)
-    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g.strategy)) for g in groups}
+    strategies = {g.strategy: marked(g.strategy, colour=colour_of(g)) for g in groups}
     networks = {g.model: marked(g.model, mark_of(g).character) for g in groups}
     return (
         f'<p class="soft">The colour is the strategy: {", ".join(strategies.values())}. '
@@ -136,28 +115,10 @@ def _legend(comparison: Comparison, what: str) -> str:
     )
 
 
-def _tiles(
-    runs: Sequence[RunRecord], comparison: Comparison, winner: RunRecord
-) -> list[tuple[str, str]]:
-    result, corrected = winner.finished_result, comparison.corrected
-    best = "best run with a fresh seed" if comparison.about_strategies else "best run"
-    f1 = f"macro F1 {percent(winner.macro_f1)}"
-    tiles = [(percent(winner.accuracy), f"{best}, on {result.num_val} pictures; {f1}")]
-    if corrected:
-        interval = f"{percent(corrected.low)} to {percent(corrected.high)}"
-        about = f"corrected for selection from {comparison.num_candidates} runs (95 %: {interval})"
-        tiles.append((percent(corrected.accuracy), about))
-    tiles.append((winner.name, f"the winner, seed {result.seed}, run {winner.run_id}"))
-    states = Counter(run.state for run in runs)
-    finished = states.pop("finished")
-    unfinished = [f"{count} {state}" for state, count in states.items()]
-    return [*tiles, (str(finished), "; ".join(["finished runs", *unfinished]))]
-
-
 def _differences(comparison: Comparison) -> str:
     corrected = (
-        "p-values are corrected for the number of pairs (Holm, with Shaffer's counts); below 0.05 "
-        "a difference is significant."
+        "Intervals and p-values are corrected for the number of pairs (Holm, with Shaffer's "
+        "counts): with a p below 0.05 the interval excludes 0, and the difference is significant."
     )
     columns = [
         Column("pair", lambda d: f"{d.first} − {d.second}"),
@@ -185,6 +146,11 @@ def _differences(comparison: Comparison) -> str:
     return table_section(title, about, columns, rows, above=drawing, tall=is_part)
 
 
+def _on_pruned(comparison: Comparison, drawn: str) -> str:
+    """How the runs are drawn that early termination ended, if there are any."""
+    return f" A run that was pruned has {drawn}." if comparison.pruned else ""
+
+
 def _unfreezings(summaries: Sequence[StrategySummary]) -> str:
     """When more parts of each group's network start to train, as a sentence."""
     groups: dict[str, list[str]] = defaultdict(list)
@@ -207,7 +173,11 @@ def _search(comparison: Comparison, importances: Mapping[str, float]) -> str:
         for name, values in varied.items()
     ]
     parts = [
-        place("parallel", search_figures.parallel_coordinates(finished, varied), wide=True),
+        place(
+            "parallel",
+            search_figures.parallel_coordinates(finished, varied, comparison.pruned),
+            wide=True,
+        ),
         "<h3>Marginal means</h3>",
         '<p class="soft">Mean accuracy at each value, over all values of the other fields.</p>',
         _legend(comparison, "symbol and the dashes are"),
@@ -223,4 +193,5 @@ def _search(comparison: Comparison, importances: Mapping[str, float]) -> str:
         ]
     what = "network, its strategy" if comparison.about_networks else "strategy"
     about = f"One line per run: its {what}, its settings, and its accuracy on the right."
+    about += _on_pruned(comparison, "a dotted line")
     return section("The search", about, *parts)

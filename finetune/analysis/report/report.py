@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.analysis.comparison import Comparison, compare, num_runs, p_value, percent, points
+from finetune.analysis.comparison import Comparison, compare
+from finetune.analysis.conclusion import num_runs, p_value, percent, points
 from finetune.analysis.read_runs import RunRecord, read_runs
 from finetune.system.errors import RunDirError
 from finetune.system.files import write_atomically
@@ -24,11 +25,22 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
     """Write OUT/report.html and OUT/runs.csv (default: in `runs_dir`) and print a summary.
 
     The runs of a W&B sweep, `wandb` as ENTITY/PROJECT/SWEEP, are first downloaded to `runs_dir`;
-    then the report is about them only. Raises `RunDirError` if there are no runs, or OUT can't be
-    written.
+    then the report is about them only.
+    """
+    out = out or runs_dir
+    print(terminal_summary(write_report(runs_dir, out, wandb)))
+    print(f"\n{out / PAGE} ({(out / PAGE).stat().st_size / 1e6:.1f} MB)\n{out / TABLE}")
+    return 0
+
+
+def write_report(runs_dir: Path, out: Path, wandb: str | None = None) -> Comparison:
+    """Write the page and the table; the comparison that they show.
+
+    Raises `RunDirError` if there are no runs, or `out` can't be written.
     """
     from finetune.analysis.importances import field_importances
     from finetune.analysis.report.page import page
+    from finetune.analysis.report.run_tables import Places
 
     if wandb is None:
         source, runs = str(runs_dir), read_runs(runs_dir)
@@ -37,11 +49,10 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
 
         source, runs = wandb, read_runs(fetch_sweep(wandb, runs_dir))
     comparison = compare(runs)
-    print(terminal_summary(comparison))
-    out = out or runs_dir
     unfinished = [run for run in comparison.excluded if run.result is None]
-    importances = field_importances([*comparison.compared, *unfinished])
-    content = page(runs, comparison, source, importances)
+    importances = field_importances([*comparison.compared, *comparison.pruned, *unfinished])
+    project = f"https://wandb.ai/{wandb.rpartition('/')[0]}" if wandb else ""
+    content = page(runs, comparison, source, importances, Places(runs_dir, out, project))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in ((TABLE, runs_csv(runs)), (PAGE, content)):
@@ -49,8 +60,7 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
             write_atomically(out / name, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise RunDirError(f"{out} can't be written: {error.strerror or error}") from None
-    print(f"\n{out / PAGE} ({len(content) / 1e6:.1f} MB)\n{out / TABLE}")
-    return 0
+    return comparison
 
 
 def runs_csv(runs: Sequence[RunRecord]) -> str:
@@ -89,9 +99,11 @@ def terminal_summary(comparison: Comparison) -> str:
     if comparison.differences:
         lines += ["", *_difference_lines(comparison)]
     lines += ["", *(f"warning: {line}" for line in comparison.warnings)]
+    if count := len(comparison.pruned):
+        lines.append(f"{num_runs(count)} pruned by early termination, counted in the correction")
     unfinished = [run for run in comparison.excluded if run.result is None]
     if unfinished:
-        first = f"{unfinished[0].run_id}: {unfinished[0].reason}"
+        first = f"{unfinished[0].run_id}: {' '.join(unfinished[0].reason.split())}"
         lines.append(f"{num_runs(len(unfinished))} did not finish; the first is {first}")
     return "\n".join(map(one_line, lines)).rstrip()
 
@@ -102,10 +114,15 @@ def _strategy_lines(comparison: Comparison) -> list[str]:
     ]
     for summary in comparison.summaries:
         numbers = (len(summary.chosen), len(summary.runs), summary.num_diverged)
-        notes = "; ".join([summary.best.name, *summary.caveats])
         scores = (percent(summary.accuracy), percent(summary.macro_f1))
-        rows.append((str(summary.group), *scores, *map(str, numbers), notes))
-    return _aligned(rows)
+        rows.append((str(summary.group), *scores, *map(str, numbers), summary.best.name))
+    notes = [f"{s.group}: {'; '.join(s.caveats)}" for s in comparison.summaries if s.caveats]
+    return [*_aligned(rows), *_indented(notes)]
+
+
+def _indented(notes: Sequence[str]) -> list[str]:
+    wrapper = textwrap.TextWrapper(_TERMINAL_WIDTH, "  ", "    ")
+    return [line for note in notes for line in wrapper.wrap(note)]
 
 
 def _difference_lines(comparison: Comparison) -> list[str]:
@@ -123,7 +140,9 @@ def _difference_lines(comparison: Comparison) -> list[str]:
         )
         for d in shown
     ]
-    head = f"differences between {what}, in percentage points (95 % interval){more}"
+    head = (
+        f"differences between {what}, in percentage points (95 % interval, corrected like p){more}"
+    )
     return [head, *_aligned(rows)]
 
 

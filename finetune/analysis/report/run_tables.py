@@ -1,14 +1,20 @@
 """The page's tables of strategies and runs, and of the data and software that they used."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from finetune.analysis.by_strategy import StrategySummary, value_of, varied_fields
-from finetune.analysis.comparison import Comparison, num_runs, percent
+from finetune.analysis.comparison import Comparison
+from finetune.analysis.conclusion import num_runs, percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report.markup import Column, code, esc, group_label, table_section
 from finetune.config.field_tables import shown, title
+from finetune.runs.settings import Group
 
 
 def field_columns(
@@ -32,8 +38,9 @@ def strategies(comparison: Comparison) -> str:
         else "Accuracy and macro F1 are those of the best run, which are too optimistic, the more "
         "so the more runs there are. "
     )
+    compared = comparison.compared
     columns = [
-        Column(comparison.group_title, _group_cell, str),
+        Column(comparison.group_title, lambda s: s.group, group_label),
         Column("accuracy", lambda s: s.accuracy, percent),
         Column("macro F1", lambda s: s.macro_f1, percent),
         Column("runs", lambda s: len(s.runs)),
@@ -41,11 +48,9 @@ def strategies(comparison: Comparison) -> str:
         Column("highest", lambda s: _of_several(max, s), percent),
         Column("seeds", lambda s: len(s.chosen)),
         Column("diverged", lambda s: s.num_diverged),
-        *field_columns(comparison.compared, lambda s: s.best),
+        *([] if comparison.about_settings else field_columns(compared, lambda s: s.best)),
         Column("best epoch", lambda s: s.best.finished_result.best_epoch),
-        Column(
-            "minutes", lambda s: s.train_minutes, lambda m: f"{m:.1f}" if m >= 1 else f"{m:.2f}"
-        ),
+        Column("training", lambda s: s.train_seconds, duration),
         Column(
             "trained weights",
             lambda s: s.trainable_parameters,
@@ -53,13 +58,13 @@ def strategies(comparison: Comparison) -> str:
         ),
     ]
     return table_section(
-        comparison.subject.capitalize(), about, columns, comparison.summaries, num_fixed=4
+        comparison.subject.capitalize(),
+        about,
+        columns,
+        comparison.summaries,
+        num_fixed=4,
+        note=lambda summary: "; ".join(summary.caveats),
     )
-
-
-def _group_cell(summary: StrategySummary) -> str:
-    caveats = "".join(f'<span class="caveat">{esc(text)}</span>' for text in summary.caveats)
-    return group_label(summary.group) + caveats
 
 
 def _of_several(extreme: Callable[[list[float]], float], summary: StrategySummary) -> float | None:
@@ -67,39 +72,92 @@ def _of_several(extreme: Callable[[list[float]], float], summary: StrategySummar
     return extreme(accuracies) if len(accuracies) > 1 else None
 
 
-def finished_runs(comparison: Comparison) -> str:
-    runs = comparison.compared
-    columns = [
-        Column("run", lambda run: run.run_id, code),
-        Column(comparison.group_title, lambda run: run.group, group_label),
-        Column("accuracy", lambda run: run.accuracy, percent),
-        Column("macro F1", lambda run: run.macro_f1, percent),
-        Column("loss", lambda run: run.finished_result.best_val_loss, "{:.3f}".format),
-        *field_columns(runs),
-        Column("seed", lambda run: run.finished_result.seed, str),
-        Column("best epoch", lambda run: run.finished_result.best_epoch),
-        Column("epochs", lambda run: run.finished_result.epochs_run),
-        Column("minutes", lambda run: run.finished_result.train_seconds / 60, "{:.2f}".format),
-        Column("pictures/s", lambda run: run.finished_result.images_per_second, "{:.0f}".format),
-    ]
-    rows = sorted(runs, key=lambda run: -run.accuracy)
-    about = f"{num_runs(len(rows))}. "
-    return table_section("Finished runs", about, columns, rows, tall=True, num_fixed=4)
+@dataclass(frozen=True)
+class Places:
+    """Where the page's links lead."""
+
+    runs_dir: Path
+    out: Path
+    """The folder of the page."""
+    project_url: str = ""
+    """Of the W&B project from which the runs are, if they are."""
+
+    def directory(self, run: RunRecord) -> str:
+        """The link to a run's directory, relative to the page."""
+        return quote(os.path.relpath(run.run_dir, self.out))
+
+    def wandb(self, run: RunRecord) -> str | None:
+        """The run's page in W&B, if it was logged online by an entity that is known."""
+        if self.project_url:
+            return f"{self.project_url}/runs/{run.run_id}"
+        entity, project = run.config.get("entity"), run.config.get("project")
+        if not (entity and project and any(run.run_dir.glob("wandb/run-*"))):
+            return None
+        return f"https://wandb.ai/{quote(entity)}/{quote(project)}/runs/{run.run_id}"
 
 
-def excluded_runs(comparison: Comparison) -> str:
+def all_runs(comparison: Comparison, places: Places) -> str:
+    """Every run: the compared ones, the most accurate first, the pruned ones, then the others."""
+
     def state(run: RunRecord) -> str:
-        return "diverged" if run.diverged else run.state if run.result is None else "not compared"
+        if run.diverged:
+            return "diverged"
+        is_apart = run.result is not None and run not in compared
+        return "not compared" if is_apart else run.state
 
+    def of_result(name: str) -> Callable[[RunRecord], Any]:
+        return lambda run: getattr(run.result, name, None)
+
+    def directory(run: RunRecord) -> str:
+        link = f'<a href="{esc(places.directory(run))}">{code(run.run_id)}</a>'
+        url = places.wandb(run)
+        return f'{link} <a href="{esc(url)}">W&amp;B</a>' if url else link
+
+    def group_of(run: RunRecord) -> Group | None:
+        return run.group if run.config else None
+
+    group = Column(comparison.group_title, group_of, group_label)
+    compared = {*comparison.compared}
+    is_scored = compared | {*comparison.pruned}
     columns = [
-        Column("run", lambda run: run.run_id, code),
-        Column(comparison.group_title, lambda run: run.group if run.config else None, group_label),
+        Column("run", lambda run: run, directory),
+        *([] if comparison.about_settings else [group]),
+        Column("accuracy", lambda run: run.accuracy if run in is_scored else None, percent),
         Column("state", state),
-        Column("name", lambda run: run.name),
-        Column("reason", lambda run: run.reason or "see the warnings above"),
+        Column("macro F1", lambda run: run.macro_f1 if run.result else None, percent),
+        Column("loss", of_result("best_val_loss"), "{:.3g}".format),
+        *field_columns(comparison.compared),
+        Column("seed", lambda run: run.config.get("seed")),
+        Column("best epoch", of_result("best_epoch")),
+        Column("epochs", lambda run: len(run.rows)),
+        Column("training", of_result("train_seconds"), duration),
+        Column("pictures/s", of_result("images_per_second"), "{:.0f}".format),
     ]
-    title = "Runs that did not finish or are not compared"
-    return table_section(title, "", columns, comparison.excluded, tall=True)
+    best_first = sorted(comparison.compared, key=lambda run: -run.accuracy)
+    rows = [*best_first, *comparison.pruned, *comparison.excluded]
+    about = (
+        f"{num_runs(len(rows))}. Macro F1 and loss are those of the epoch with the best accuracy. "
+    )
+    return table_section(
+        "All runs",
+        about,
+        columns,
+        rows,
+        tall=True,
+        num_fixed=4,
+        note=lambda run: " ".join(run.reason.split()),
+        with_filter=len(rows) > 8,
+    )
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(0.42), duration(75), duration(600)
+    ('0.4 s', '75 s', '10.0 min')
+    """
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min"
 
 
 def data_and_software(runs: Sequence[RunRecord]) -> str:
@@ -123,4 +181,4 @@ def data_and_software(runs: Sequence[RunRecord]) -> str:
     ]
     rows = [(what, *pair) for what, values in counts.items() for pair in values.most_common(8)]
     about = "Fingerprints and versions that the finished runs recorded."
-    return table_section("Data and software", about, columns, rows)
+    return table_section("Data and software", about, columns, rows, folded=True)

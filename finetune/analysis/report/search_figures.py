@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finetune.analysis.by_strategy import by_group, by_setting, mean_accuracy, value_of
-from finetune.analysis.comparison import percent
+from finetune.analysis.conclusion import percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report.traces import (
     PLAIN_MARGIN,
@@ -32,8 +32,15 @@ _NONE_HEIGHT = -0.07
 _TICK = {"bgcolor": "card", "borderpad": 1, "showarrow": False, "xanchor": "left", "xshift": 5}
 
 
-def _is_continuous(values: Sequence[Any]) -> bool:
-    return len(values) > _MAX_LEVELS and not any(isinstance(value, str) for value in values)
+def _is_continuous(name: str, values: Sequence[Any], finished: Sequence[RunRecord]) -> bool:
+    """Whether a field has too many numbers for equal distances, or was drawn from a range: then
+    hardly two settings have the same value."""
+    if any(isinstance(value, str | bool) for value in values):
+        return False
+    settings = by_setting(run for run in finished if run.result is not None).values()
+    used = [value_of(repeats[0], name) for repeats in settings]
+    is_drawn = len(values) > 3 and len(used) < 1.5 * len({*used})
+    return len(values) > _MAX_LEVELS or is_drawn
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class _Axis:
 
 
 def _field_axis(name: str, values: Sequence[Any], finished: Sequence[RunRecord]) -> _Axis:
-    if is_continuous := _is_continuous(values):
+    if is_continuous := _is_continuous(name, values, finished):
         scale, ticks = _scale(float(values[0]), float(values[-1]))
     else:
         top = max(len(values) - 1, 1)
@@ -84,35 +91,41 @@ def _accuracy_axis(finished: Sequence[RunRecord]) -> _Axis:
 
 def _axes(finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]) -> list[_Axis]:
     strategies = in_order("strategy", {run.strategy for run in finished})
-    models = {name: values for name, values in varied.items() if name == "model"}
-    fields = {**models, "strategy": strategies, **varied}
+    fields = {name: values for name, values in varied.items() if name == "model"}
+    fields |= {"strategy": strategies} if len(strategies) > 1 else {}
+    fields |= varied
     axes = [_field_axis(name, values, finished) for name, values in fields.items()]
     return [*axes, _accuracy_axis(finished)]
 
 
 def parallel_coordinates(
-    finished: Sequence[RunRecord], varied: Mapping[str, Sequence[Any]]
+    finished: Sequence[RunRecord],
+    varied: Mapping[str, Sequence[Any]],
+    pruned: Sequence[RunRecord] = (),
 ) -> Figure:
     """One line per run over its network and strategy, every varied field, and its accuracy.
 
+    The lines of pruned runs are dotted.
+
     The lines are SVG: plotly's own parallel coordinates need WebGL, which not every browser has.
     """
-    axes = _axes(finished, varied)
+    axes = _axes([*finished, *pruned], varied)
     rng = np.random.default_rng(0)
     traces = []
     explained: set[str] = set()
-    for group, runs in by_group(finished).items():
-        strategy = group.strategy
+    for group, runs in [*by_group(finished).items(), *by_group(pruned).items()]:
+        label = group.label
         ys: list[float | None] = []
         for run in runs:
             offset = rng.uniform(-1, 1)  # so that runs of one setting don't hide each other
             ys += [*(round(a.height(run) + a.spread * offset, 4) for a in axes), None]
-        line = {"color": colour_of(strategy), "width": 1.3}
+        dash = "dot" if runs[0].result is None else "solid"
+        line = {"color": colour_of(group), "width": 1.3, "dash": dash}
         opacity = 0.7 if len(finished) <= 200 else 0.3
         xs = [*range(len(axes)), None] * len(runs)
-        shared = {"legendgroup": strategy, "showlegend": strategy not in explained}
-        traces.append(scatter("lines", strategy, xs, ys, line=line, opacity=opacity, **shared))
-        explained.add(strategy)
+        shared = {"legendgroup": label, "showlegend": label not in explained}
+        traces.append(scatter("lines", label, xs, ys, line=line, opacity=opacity, **shared))
+        explained.add(label)
     return figure(
         traces,
         400,
@@ -124,6 +137,7 @@ def parallel_coordinates(
             "fixedrange": True,
         },
         yaxis={"visible": False, "range": [-0.12, 1.1], "fixedrange": True},
+        showlegend=len({run.group.strategy for run in finished}) > 1,
         annotations=[
             {"x": x, "y": y, "text": f"<b>{text(label)}</b>", "font": {"size": 11}, **_TICK}
             for x, a in enumerate(axes)
@@ -137,12 +151,12 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
 
     The mean is over settings: one that was repeated with more seeds has no more weight.
     """
-    continuous = _is_continuous(values)  # then hardly two runs have the same value
+    continuous = _is_continuous(name, values, finished)
     traces = []
     lines: dict[Group, list[RunRecord]] = defaultdict(list)
     for group, runs in by_group(finished).items():
-        is_axis = name == "model"
-        lines[replace(group, model="", model_number=0) if is_axis else group] += runs
+        line = replace(group, setting="", setting_number=0)
+        lines[replace(line, model="", model_number=0) if name == "model" else line] += runs
     for group, runs in lines.items():
         settings: dict[Any, list[Sequence[RunRecord]]] = defaultdict(list)
         for repeats in by_setting(runs).values():
@@ -155,7 +169,7 @@ def marginal_means(finished: Sequence[RunRecord], name: str, values: Sequence[An
             [100 * float(np.mean([*map(mean_accuracy, settings[v])])) for v in found],
             hover="%{x}: %{y:.1f} %, mean of %{text}",
             text=[f"{len(settings[value])} settings" for value in found],
-            line={"color": colour_of(group.strategy), "width": 2, "dash": mark_of(group).dash},
+            line={"color": colour_of(group), "width": 2, "dash": mark_of(group).dash},
             marker={"size": 8, "symbol": mark_of(group).symbol},
         )
         traces += [trace] if found else []

@@ -43,9 +43,10 @@ def mark_of(group: Group) -> Mark:
     return _MARKS[group.model_number % len(_MARKS)]
 
 
-def colour_of(strategy: str) -> str:
-    index = [*STRATEGIES, strategy].index(strategy)
-    return PALETTE[index % len(PALETTE)]
+def colour_of(group: Group) -> str:
+    """That of its strategy, or of its setting where settings are compared."""
+    known = [*STRATEGIES, group.strategy].index(group.strategy)
+    return PALETTE[(group.setting_number if group.setting else known) % len(PALETTE)]
 
 
 def text(value: object) -> str:

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.analysis.comparison import percent
+from finetune.analysis.conclusion import percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report import figures
 from finetune.analysis.report.markup import Column, code, esc, place, table, warning
@@ -28,7 +28,7 @@ NUM_MISTAKES = 12
 _THUMBNAIL_PIXELS = 160
 
 
-def winner_section(winner: RunRecord) -> str:
+def winner_section(winner: RunRecord, varied: Sequence[str]) -> str:
     result = winner.finished_result
     logits, labels, paths = RunDir(winner.run_dir).read_predictions()
     num_classes = logits.shape[1]
@@ -39,7 +39,8 @@ def winner_section(winner: RunRecord) -> str:
     parts = [
         f"<h2>The winner: {esc(winner.name)}</h2>",
         f'<p class="soft">Run {code(winner.run_dir)} at its best epoch ({result.best_epoch}), on '
-        f"its {len(labels)} validation pictures. {esc(_settings(winner))}.</p>",
+        f"its {len(labels)} validation pictures. {esc(_settings(winner, varied))}</p>",
+        f"<details><summary>All its fields</summary><p>{esc(_settings(winner))}</p></details>",
         _evaluations(RunDir(winner.run_dir)),
         f'<div class="columns"><div>{_confusion(counts, names)}</div>',
         f"<div>{_accuracy_per_class(counts, names)}</div></div>",
@@ -48,9 +49,13 @@ def winner_section(winner: RunRecord) -> str:
     return f"<section>{''.join(parts)}</section>"
 
 
-def _settings(winner: RunRecord) -> str:
-    values = {name: winner.config.get(name) for name in (*fields_with_role("searched"), "seed")}
-    return ", ".join(f"{title(k)} {shown(k, v)}" for k, v in values.items() if v is not None)
+def _settings(
+    winner: RunRecord, names: Sequence[str] = (*fields_with_role("searched"), "seed")
+) -> str:
+    """The values of these fields as a sentence; nothing without any."""
+    values = {name: winner.config.get(name) for name in names}
+    said = [f"{title(k)} {shown(k, v)}" for k, v in values.items() if v is not None]
+    return f"{', '.join(said)}." if said else ""
 
 
 def _evaluations(run_dir: RunDir) -> str:
