@@ -90,6 +90,16 @@ class EpochLoader:
             return batches
         return PrefetchedBatches(batches, is_pinned=self._config.accelerator == "cuda")
 
+    def release_memory(self) -> bool:
+        """Free the device's memory of the inputs, for good; whether there were any."""
+        held = [split for split in (self.train, self.val) if split.resident]
+        self.memory.limit_bytes = 0.0
+        for split in held:
+            split.resident.clear()
+        if held:
+            self.log("GPU memory: it is used up; from here on inputs are copied in each epoch")
+        return bool(held)
+
     @contextmanager
     def _memory_errors_explained(self, boundary: str) -> Iterator[None]:
         """A lack of memory as `FinetuneError`: these batches are not of the run's batch size."""

@@ -25,6 +25,7 @@ from finetune.features.split_inputs import network_input
 from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
+from finetune.system.resources import is_out_of_memory
 from finetune.training.solve_head import solve_head
 
 
@@ -124,7 +125,15 @@ class FineTuning(pl.LightningModule):
         return self.loader.val_epoch(self.current_epoch)
 
     def forward(self, batch: Batch, mix: Mix | None = None) -> Tensor:
-        """Logits, float32, (B, K)."""
+        """Logits, float32, (B, K); if memory runs out, without what lives on the device."""
+        try:
+            return self._logits(batch, mix)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and self.loader.release_memory()):
+                raise
+        return self._logits(batch, mix)
+
+    def _logits(self, batch: Batch, mix: Mix | None) -> Tensor:
         boundary = self._open[0]
         with torch.no_grad():
             changed = batch.augmentation
