@@ -159,6 +159,7 @@ COMMANDS: dict[str, Command] = {
         "finetune.sweep.confirmation:confirm",
         _runs_dir("contains finished runs"),
         _count("--seeds", "fresh seeds per setting (default: 5)", dest="num_seeds", default=5),
+        _count("--folds", "instead, one run per setting on each of K folds of train/", metavar="K"),
         _WORKERS,
         _storage("as for sweep (default: RUNS_DIR/confirm/NAME.db)"),
     ),

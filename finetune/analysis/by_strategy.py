@@ -269,9 +269,11 @@ def _origins(run: RunRecord) -> list[tuple[str, object]]:
 
 def _caveats_on_rate(summary: StrategySummary, runs: Iterable[RunRecord]) -> list[str]:
     tried = [run for run in runs if run.result or run.diverged or run.state == "pruned"]
-    rates = {float(run.config["learning_rate"]) for run in tried}
-    rate = float(summary.chosen[0].config["learning_rate"])
-    if len(rates) < 2 or rate not in (min(rates), max(rates)):
+    given = [run.config["learning_rate"] for run in (summary.chosen[0], *tried)]
+    if None in given:  # the strategy has none
+        return []
+    rate, *rates = map(float, given)
+    if len(set(rates)) < 2 or rate not in (min(rates), max(rates)):
         return []
     side = "smallest" if rate == min(rates) else "largest"
     return [f"its best learning rate, {rate:g}, is the {side} that was tried"]
@@ -279,9 +281,9 @@ def _caveats_on_rate(summary: StrategySummary, runs: Iterable[RunRecord]) -> lis
 
 def _caveats(summary: StrategySummary) -> list[str]:
     caveats, chosen = _caveats_on_rate(summary, summary.runs), summary.chosen
-    results = [run.finished_result for run in chosen]
+    results = [run.finished_result for run in chosen if run.config.get("epochs") is not None]
     improving = [result for result in results if result.best_epoch == result.epochs_run - 1]
-    if 2 * len(improving) > len(results):
+    if 2 * len(improving) > len(results) > 0:
         caveats.append("still improving at its last epoch")
     reached = np.mean([max(run.metric("train_acc").values(), default=1.0) for run in chosen])
     if reached < FITTED_TRAIN_ACC:

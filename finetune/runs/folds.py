@@ -4,11 +4,14 @@ Legend: K folds, N pictures of all folds together.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from finetune.runs.run_dir import RunDir
 
 CONFIDENCE = 0.95
 
@@ -22,6 +25,32 @@ class FoldDifference(NamedTuple):
     low: float
     high: float
     p_value: float
+
+
+def describe_folds(groups: Mapping[str, Sequence[Path]]) -> list[str]:
+    """The most accurate group against each other, one line each.
+
+    `groups` has the run directories of each group, one per fold, in the order of the folds. Raises
+    `RunDirError`.
+    """
+    rights = {name: [_right(path) for path in paths] for name, paths in groups.items()}
+    means = {name: float(np.concatenate(right).mean()) for name, right in rights.items()}
+    best = max(means, key=means.__getitem__, default="")
+    lines = []
+    for name in sorted(means.keys() - {best}, key=means.__getitem__, reverse=True):
+        found = fold_difference(rights[best], rights[name], len(means) - 1)
+        verdict = "" if found.p_value < 1 - CONFIDENCE else ", no significant difference"
+        lines.append(
+            f"{best} is {100 * found.estimate:.1f} points better than {name} "
+            f"({100 * found.low:.1f} to {100 * found.high:.1f}), p {found.p_value:.3f}{verdict}"
+        )
+    return lines
+
+
+def _right(run_dir: Path) -> Correct:
+    logits, labels, _ = RunDir(run_dir).read_predictions()
+    right: Correct = logits.argmax(axis=1) == labels
+    return right
 
 
 def fold_difference(
