@@ -153,8 +153,7 @@ class RunConfig(BaseModel):
     )
     cache: types.AutoOrOff = environment(
         "auto",
-        "auto or off; auto keeps decoded pictures and the outputs of the frozen layers, and shares "
-        "them between runs",
+        "auto or off; auto keeps decoded pictures and the frozen layers' outputs for all runs",
         shown={True: "auto", False: "off"},
     )
     cache_dir: types.Directory = environment(Path(".cache"), "directory of the cache")

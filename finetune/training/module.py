@@ -25,6 +25,7 @@ from finetune.features.split_inputs import network_input
 from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
+from finetune.system.resources import is_out_of_memory
 from finetune.training.solve_head import solve_head
 
 
@@ -130,19 +131,23 @@ class FineTuning(pl.LightningModule):
         return self.loader.val_epoch(self.current_epoch)
 
     def forward(self, batch: Batch, mix: Mix | None = None) -> Tensor:
-        """Logits, float32, (B, K)."""
-        boundary, head = self._open[0], self.chain.parts[-1]
+        """Logits, float32, (B, K); if memory runs out, without what lives on the device."""
+        try:
+            return self._logits(batch, mix)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and self.loader.release_memory()):
+                raise
+        return self._logits(batch, mix)
+
+    def _logits(self, batch: Batch, mix: Mix | None) -> Tensor:
+        boundary = self._open[0]
         with torch.no_grad():
             changed = batch.augmentation
             pixels = batch.inputs if changed is None else changed.apply(batch.inputs)
             x = network_input(pixels, batch.flips, self.chain.backbone)
             x = x if mix is None else mix.of(x)
             x = self.chain.forward(x, batch.part, boundary)
-        x = self.chain.forward(x, boundary, head)
-        if self.config.precision == "32-true":
-            return self.chain.forward(x, head, None)
-        with torch.autocast(self.device.type, enabled=False):  # small, and the loss depends on it
-            return self.chain.forward(x.float(), head, None)
+        return self.chain.logits(x, boundary)
 
     def on_train_epoch_start(self) -> None:
         self.open_parts(self.current_epoch)
