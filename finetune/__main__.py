@@ -96,6 +96,9 @@ COMMANDS: dict[str, Command] = {
         ),
         _WORKERS,
         _storage("database URL or journal:PATH, for several processes (default: OUT/NAME.db)"),
+        argument(
+            "--minutes", "start no trial that can't end within N minutes", type=float, metavar="N"
+        ),
         argument("--max_runs", "maximum number of trials, like run_cap in the file", type=int),
         argument("--name", "name of the sweep (default: name in the file, or the file's name)"),
         _path("--out", "for run directories (default: out in the file, or runs)"),
