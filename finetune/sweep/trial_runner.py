@@ -30,6 +30,8 @@ _RESUME = "the sweep has ended; start it again once this is fixed"
 
 @dataclass
 class TrialRunner:
+    """The execution of a sweep by this process."""
+
     spec: Sweep
     queue: TrialQueue
     worker_pool: WorkerPool
