@@ -1,13 +1,15 @@
 # make demo     everything set up in .venv, then the main job on handwritten digits
 # make test     the quick tests; they need neither root nor Chromium nor PostgreSQL
 # make check    lint and all tests but the long ones, as CI runs them
+# make oldest   the quick tests with the oldest packages that requirements.txt allows
 # make long     the long tests: the soak, hundreds of kills, the full demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check long lint bench bench-quick clean
+.PHONY: demo test check oldest long lint bench bench-quick clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
@@ -31,6 +33,12 @@ lint: $(VENV)/.installed
 
 check: lint
 	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=20
+
+oldest: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/>=/==/' requirements.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install -q -r requirements-dev.txt -c $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pytest -n 3 --dist worksteal -m "not slow and not long"
 
 long: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long

@@ -21,9 +21,12 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import plain
 from finetune.model.network import build, normalise
+from finetune.runs.resolve import default_device
+from finetune.system.cuda import synchronise
 from finetune.training.train import train_and_finetune
 
 NUM_CLASSES = 10
+_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def make_pictures(folder: Path, num_train: int, num_val: int, size: tuple[int, int]) -> None:
@@ -58,6 +61,7 @@ class Bench:
 
     def __init__(self, folder: Path, image_size: int, model: str = "resnet18") -> None:
         self.folder, self.image_size, self.model = folder, image_size, model
+        self.accelerator, self.precision = default_device()
         folder.mkdir(exist_ok=True)
         self.weights = folder / f"{model}.pth"
         torch.save(build(model, 1000, image_size, seed=1).network.state_dict(), self.weights)
@@ -90,7 +94,14 @@ class Bench:
         """Images per second of the plain pipeline."""
         run = _silent(
             lambda: plain.train(
-                self.model, data_dir, self.weights, strategy, epochs, self.image_size
+                self.model,
+                data_dir,
+                self.weights,
+                strategy,
+                epochs,
+                self.image_size,
+                accelerator=self.accelerator,
+                precision=self.precision,
             )
         )
         return run.images_per_second
@@ -98,16 +109,25 @@ class Bench:
     def raw(self, strategy: str, num_steps: int) -> float:
         """Images per second of a bare training loop on the complete network, in channels_last."""
         chain = build(self.model, NUM_CLASSES, self.image_size, seed=0)
-        model, backbone = chain.network, chain.backbone
+        device, dtype = torch.device(self.accelerator), _DTYPES.get(self.precision)
+        model, backbone = chain.network.to(device), chain.backbone
         plain.open_parts(model, backbone.parts, plain.NUM_OPEN[strategy])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, fused=True)
-        images = torch.randint(0, 256, (32, self.image_size, self.image_size, 3)).byte()
-        x, y = normalise(images, None, backbone.mean, backbone.std), torch.arange(32) % NUM_CLASSES
+        scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "16-mixed")
+        images = torch.randint(0, 256, (32, self.image_size, self.image_size, 3)).byte().to(device)
+        x = normalise(images, None, backbone.mean, backbone.std)
+        y = torch.arange(32, device=device) % NUM_CLASSES
         started = 0.0
-        for step in range(num_steps + 1):
-            if step == 1:
+        num_warm = 1 if device.type == "cpu" else 20
+        for step in range(num_steps + num_warm):
+            if step == num_warm:
+                synchronise(device)
                 started = time.perf_counter()
             optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()
-            optimizer.step()
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss = cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        synchronise(device)
         return 32 * num_steps / (time.perf_counter() - started)

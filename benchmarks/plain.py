@@ -103,6 +103,8 @@ def train(
     image_size: int,
     batch_size: int = 32,
     learning_rate: float = 0.001,
+    accelerator: str = "cpu",
+    precision: Any = "32-true",
 ) -> PlainRun:
     """Fine-tune on a folder with train/CLASS/* and val/CLASS/*."""
     started = time.perf_counter()
@@ -119,11 +121,14 @@ def train(
         "batch_size": batch_size,
         "num_workers": 2,
         "persistent_workers": True,
+        "pin_memory": accelerator == "cuda",
     }
     module = Plain(model, strategy, weights, len(train_set.classes), learning_rate)
     trainer = pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

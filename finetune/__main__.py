@@ -51,7 +51,10 @@ _DATA_DIR = Path("data/inaturalist_12K")
 _RUN_DIR = argument(
     "run_dir", "the directory of a finished run", metavar="RUN_DIR", type=run_directory
 )
-_WORKERS = _count("--workers", "runs at the same time (default: one per visible GPU, else 1)")
+_WORKERS = _count(
+    "--workers",
+    "runs at the same time (default: one per visible GPU, two per GPU of 40 GB or more, else 1)",
+)
 
 COMMANDS: dict[str, Command] = {
     "demo": (
@@ -107,6 +110,13 @@ COMMANDS: dict[str, Command] = {
     "lr_find": (
         "learning-rate range test of a run's config: prints a curve and a suggestion",
         "finetune.training.lr_find:lr_find",
+        _RUN_FIELDS,
+    ),
+    "show": (
+        "write a picture of the first training batches, as the network sees them",
+        "finetune.training.show:show",
+        _path("--file", "the picture (default: show.png)", default=Path("show.png")),
+        _count("--num_pictures", "of them (default: 32)", default=32),
         _RUN_FIELDS,
     ),
     "gpus": (

@@ -34,7 +34,7 @@ def as_flags(fields: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--strategy=partail"], "must be one of freeze, partial, gradual, lp-ft, scratch"),
+        (["--strategy=partail"], "must be one of probe, freeze, partial, gradual, lp-ft, scratch"),
         (["--lerning-rate=1"], "did you mean learning_rate"),
         (["--learning-rate=-1"], "learning_rate: got '-1'"),
         (["batch_size=0"], "batch_size: got '0'"),

@@ -192,7 +192,8 @@ class StrategySummary:
     @property
     def limitation(self) -> str:
         """What a statement that this group is worse is limited to, if it has caveats."""
-        return f" within {self.best.config['epochs']} epochs" if self.caveats else ""
+        epochs = self.best.config.get("epochs")
+        return f" within {epochs} epochs" if self.caveats and epochs else ""
 
 
 def summarize_strategies(
@@ -269,8 +270,8 @@ def _origins(run: RunRecord) -> list[tuple[str, object]]:
 
 def _caveats_on_rate(summary: StrategySummary, runs: Iterable[RunRecord]) -> list[str]:
     tried = [run for run in runs if run.result or run.diverged or run.state == "pruned"]
-    rates = {float(run.config["learning_rate"]) for run in tried}
-    rate = float(summary.chosen[0].config["learning_rate"])
+    rates = {rate for run in tried if (rate := run.config.get("learning_rate")) is not None}
+    rate = summary.chosen[0].config.get("learning_rate")
     if len(rates) < 2 or rate not in (min(rates), max(rates)):
         return []
     side = "smallest" if rate == min(rates) else "largest"
@@ -279,7 +280,7 @@ def _caveats_on_rate(summary: StrategySummary, runs: Iterable[RunRecord]) -> lis
 
 def _caveats(summary: StrategySummary) -> list[str]:
     caveats, chosen = _caveats_on_rate(summary, summary.runs), summary.chosen
-    results = [run.finished_result for run in chosen]
+    results = [run.finished_result for run in chosen if run.config.get("epochs") is not None]
     improving = [result for result in results if result.best_epoch == result.epochs_run - 1]
     if 2 * len(improving) > len(results):
         caveats.append("still improving at its last epoch")

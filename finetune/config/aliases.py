@@ -7,6 +7,8 @@
 import re
 from collections.abc import Iterable
 
+from finetune.system.text import nearest
+
 ALIASES = {
     "model": "model_name model_type model_arch arch architecture backbone network net base_model",
     "strategy": "finetune_strategy finetuning_strategy freeze_strategy training_strategy",
@@ -89,3 +91,12 @@ def hint(name: str, fields: Iterable[str] = ()) -> str | None:
         return f"the field is {field}"
     reason = _REASON_OF.get(_plain(name))
     return reason and f"there is no such field; {reason}"
+
+
+def unknown_field(name: str, fields: Iterable[str]) -> str:
+    """The message for a name that is not one of the fields, with the field that it may mean."""
+    names = [*fields, *(flags := ("config", "resume"))]
+    known = "it is a flag of agent.py" if name in flags else hint(name, names)
+    if known:
+        return f"unknown field {name!r}: {known}"
+    return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types as at
 from PIL import ImageColor
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 from finetune.config.augmentations import AUGMENTATIONS
 from finetune.system.files import absolute
-from finetune.system.text import nearest
+from finetune.system.text import brief, nearest
 
 Role = Literal["searched", "environment", "label", "seed"]
 """`searched` fields make a setting; `environment` is where and on what a run computes; `label` is
@@ -64,10 +64,12 @@ def one_of(choices: Iterable[str]) -> AfterValidator:
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
     """The values of a field that has few; nothing for the others."""
-    checks = [getattr(entry, "func", None) for entry in field.metadata]
+    options = [field.annotation, *get_args(field.annotation)]  # X, and those of X | None
+    entries = [*field.metadata, *(e for o in options for e in getattr(o, "__metadata__", ()))]
+    checks = [getattr(entry, "func", None) for entry in entries]
     found = [check.choices for check in checks if isinstance(check, _OneOf)]
-    if get_origin(field.annotation) is Literal:
-        found.append(get_args(field.annotation))
+    literals = [get_args(option) for option in options if get_origin(option) is Literal]
+    found += [] if float in options else literals  # auto or a number
     return tuple(map(str, found[0])) if found else ()
 
 
@@ -149,3 +151,14 @@ Precision = Annotated[
     Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
     BeforeValidator(lambda value: "32-true" if str(value) == "32" else value),
 ]
+
+
+def explain(model: type[BaseModel], error: Any) -> str:
+    """A pydantic error as a message: the field, the value found, what is allowed."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    name = next((str(part) for part in error["loc"]), "")
+    if not name:
+        return message
+    message = message.replace("Input should be", "must be")
+    allowed = model.model_fields[name].description
+    return f"{name}: got {brief(error['input'])}; {message[0].lower()}{message[1:]} ({allowed})"

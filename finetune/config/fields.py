@@ -17,7 +17,7 @@ import annotated_types as at
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from finetune.config import field_types as types
-from finetune.config.aliases import hint
+from finetune.config.aliases import unknown_field
 from finetune.config.augmentations import AUGMENTATIONS, Augmentation
 from finetune.config.backbones import (
     BACKBONES,
@@ -30,7 +30,6 @@ from finetune.config.field_types import environment, field, label, one_of, searc
 from finetune.config.optimizers import OPTIMIZERS, ignored_fields
 from finetune.config.strategies import SCHEDULES, STRATEGIES, Plan, plan
 from finetune.system.errors import ConfigError
-from finetune.system.text import brief, nearest
 
 NAMED_FIELDS = ("model", "strategy", "learning_rate", "batch_size", "data_aug")
 """The fields whose values a run's default name has, besides `unfreeze_from` where it is given."""
@@ -57,8 +56,8 @@ class RunConfig(BaseModel):
         "; ".join(f"{name}: {s.summary}" for name, s in STRATEGIES.items()),
         shown={name: name for name in STRATEGIES},
     )
-    epochs: types.Count = searched(10, "maximum number of passes over the training pictures")
-    batch_size: types.Count = searched(
+    epochs: types.Count | None = searched(10, "maximum number of passes over the training pictures")
+    batch_size: types.Count | None = searched(
         32, "pictures per step; a last batch of a single picture is merged with the previous one"
     )
     data_aug: types.Augmentation = searched(
@@ -67,7 +66,7 @@ class RunConfig(BaseModel):
         title="augmentation",
         shown={name: a.title for name, a in AUGMENTATIONS.items()},
     )
-    mixup: Annotated[types.Number, at.Ge(0)] = searched(
+    mixup: Annotated[types.Number, at.Ge(0)] | None = searched(
         0.0,
         "alpha of the Beta distribution from which the share of one of two mixed training pictures "
         "is drawn, once per batch; 0: off (Zhang et al. 2018)",
@@ -76,24 +75,24 @@ class RunConfig(BaseModel):
         "none",
         "balanced: a class's weight in the training loss is inverse to its number of pictures",
     )
-    learning_rate: types.Positive = searched(0.001, "the learning rate of the head")
+    learning_rate: types.Positive | None = searched(0.001, "the learning rate of the head")
     lr_decay: Annotated[types.Positive, at.Le(1)] | None = searched(
         None,
         "factor from a part's learning rate to that of the next part towards the input; default: "
         "0.5 for gradual, else 1.0",
         title="learning rate decay",
     )
-    lr_schedule: Annotated[str, one_of(SCHEDULES)] = searched(
+    lr_schedule: Annotated[str, one_of(SCHEDULES)] | None = searched(
         "constant", f"multiplier of all learning rates: {', '.join(SCHEDULES)}", title="schedule"
     )
-    optimizer: Annotated[str, one_of(OPTIMIZERS)] = searched(
+    optimizer: Annotated[str, one_of(OPTIMIZERS)] | None = searched(
         "sgd", f"one of torch.optim: {', '.join(OPTIMIZERS)}"
     )
     momentum: types.Share | None = searched(None, "SGD's momentum; default: 0.9")
     weight_decay: Annotated[types.Number, at.Ge(0)] | None = searched(
         None, "SGD's L2 penalty, AdamW's weight decay; default: 0"
     )
-    label_smoothing: types.Share = searched(
+    label_smoothing: types.Share | None = searched(
         0.0, "share of the target that is spread over all classes, in training only"
     )
     unfreeze_from: str | None = searched(
@@ -104,8 +103,7 @@ class RunConfig(BaseModel):
     )
     unfreeze_every: types.Count | None = searched(
         None,
-        "gradual: epochs from one unfreezing to the next, default 1; lp-ft: epochs of the head "
-        "alone, default 3",
+        "gradual: epochs from one unfreezing to the next; default: 1",
     )
     image_size: Annotated[types.Integer, at.Ge(32), at.Le(1024)] = searched(
         256, "pixels per side; pictures are resized to a square without keeping their aspect ratio"
@@ -159,8 +157,11 @@ class RunConfig(BaseModel):
     )
     cache_format: Literal["float32", "float16"] = environment(
         "float32",
-        "data type of the frozen layers' outputs in the cache; float32 is exact; float16 needs "
-        "half the space, rounds to 11 bits, and may change an accuracy by one or two pictures",
+        "data type of the frozen layers' outputs in the cache; float32: as computed, exact; "
+        "float16: half the space, 11 bits; an accuracy may change by one or two pictures",
+    )
+    gpu_cache_fraction: types.Share = environment(
+        0.5, "share of a GPU's free memory that pictures and activations may fill; 0: none"
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = environment(
         "auto", "Lightning's accelerator; a run uses one device"
@@ -169,9 +170,7 @@ class RunConfig(BaseModel):
         "auto", "auto: bf16-mixed on CUDA from capability 8.0, 16-mixed on older GPUs, else 32-true"
     )
     out: types.Directory = environment(Path("runs"), "parent of the run directories")
-    keep_last: bool = environment(
-        False, "keep last.ckpt of a finished run, so that it can go on with more epochs"
-    )
+    keep_last: bool = environment(False, "keep last.ckpt of a finished run, to train it further")
     project: str | None = label(None, "W&B's project; default: WANDB_PROJECT, else finetune")
     entity: str | None = label(None, "W&B's entity; default: WANDB_ENTITY")
     group: str | None = label(None, "W&B's group; default: WANDB_RUN_GROUP")
@@ -212,6 +211,9 @@ class RunConfig(BaseModel):
         if not (self.val_fraction == "auto" or 0 <= self.val_fraction <= 0.9):
             raise ValueError(f"val_fraction: got {self.val_fraction}; must be auto or 0 to 0.9")
         try:
+            if self.epochs is None and self.augmentation.transform:
+                reason = f"{self.strategy} solves the head on features of unchanged pictures"
+                raise ConfigError(f"data_aug: got {self.data_aug}; {reason}: pass y or n")
             if backbone := known_backbone(self.model):  # timm's are checked when one is built
                 backbone.check(self.model, self.image_size, self.unfreeze_from)
                 self._check_batch_size(backbone.head)
@@ -233,11 +235,11 @@ class RunConfig(BaseModel):
     def from_fields(cls, given: Mapping[str, Any]) -> Self:
         """The config of these values, in any spelling. Raises `ConfigError` with all errors."""
         if unknown := [name for name in given if name not in cls.model_fields]:
-            raise ConfigError("; ".join(unknown_field(name) for name in unknown))
+            raise ConfigError("; ".join(unknown_field(name, cls.model_fields) for name in unknown))
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            raise ConfigError("; ".join(_explain(cls, e) for e in error.errors())) from None
+            raise ConfigError("; ".join(types.explain(cls, e) for e in error.errors())) from None
 
     def to_fields(self) -> dict[str, Any]:
         """Plain values for YAML, JSON and W&B; the inverse of `from_fields`."""
@@ -260,6 +262,15 @@ class RunConfig(BaseModel):
         return plan(self.strategy, parts, self.unfreeze_from, self.unfreeze_every, self.lr_decay)
 
     @property
+    def num_epochs(self) -> int:
+        """`epochs`, or 1 for a strategy without epochs: the one in which its head is measured."""
+        return self.epochs or 1
+
+    @property
+    def solves_head(self) -> bool:
+        return STRATEGIES[self.strategy].solves_head
+
+    @property
     def pixel_bounds(self) -> tuple[float, float] | None:
         return types.bounds(self.pixel_range)
 
@@ -268,33 +279,13 @@ class RunConfig(BaseModel):
         backbone, deepest = known_backbone(self.model), self.unfreeze_from
         if backbone and deepest == STRATEGIES[self.strategy].deepest(backbone.part_names):
             deepest = None  # the default
+        rate, size = self.learning_rate, self.batch_size
         words = {
             "model": "" if self.model == DEFAULT_MODEL else self.model,
             "strategy": self.strategy,
             "unfreeze_from": deepest and f"from-{deepest}",
-            "learning_rate": f"lr{self.learning_rate:g}",
-            "batch_size": f"bs{self.batch_size}",
+            "learning_rate": rate and f"lr{rate:g}",
+            "batch_size": size and f"bs{size}",
             "data_aug": self.augmentation.label,
         }
         return "-".join(word for name, word in words.items() if word and name in of)
-
-
-def unknown_field(name: str) -> str:
-    """The message for a name that is not a field, with the field that it may mean."""
-    flags = ["config", "resume"]  # that are not fields
-    names = [*RunConfig.model_fields, *flags]
-    known = "it is a flag of agent.py" if name in flags else hint(name, names)
-    if known:
-        return f"unknown field {name!r}: {known}"
-    return f"unknown field {name!r}{nearest(name, names) or ' (see agent.py --help)'}"
-
-
-def _explain(model: type[BaseModel], error: Any) -> str:
-    """A pydantic error as a message: the field, the value found, what is allowed."""
-    message = str(error["msg"]).removeprefix("Value error, ")
-    name = next((str(part) for part in error["loc"]), "")
-    if not name:
-        return message
-    message = message.replace("Input should be", "must be")
-    allowed = model.model_fields[name].description
-    return f"{name}: got {brief(error['input'])}; {message[0].lower()}{message[1:]} ({allowed})"

@@ -6,7 +6,7 @@ Values stay text here; `RunConfig` checks them, however a run is started.
 import argparse
 import json
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 import annotated_types as at
 from pydantic.fields import FieldInfo
 
+from finetune.config.aliases import unknown_field
 from finetune.config.field_types import choices_of, takes_boolean
-from finetune.config.fields import RunConfig, unknown_field
+from finetune.config.fields import RunConfig
 from finetune.system.errors import ConfigError
 
 _SHORT = {"learning_rate": ("--lr",), "batch_size": ("--bs",), "weight_decay": ("--wd",)}
@@ -56,6 +57,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     """The parser of a run's flags; values stay text."""
     made = Parser(
         prog=program,
+        usage=f"{program} [--FIELD VALUE ...] [--config FILE] [--resume RUN_DIR] [--verbose]",
         description="One run: fine-tune a network on a folder of pictures.",
         epilog="A value of None means the default. Exit codes: 0 done, 1 the run failed, "
         "2 the command line or a config is wrong.",
@@ -99,7 +101,7 @@ def given_fields(
     flags, rest = parser(program).parse_known_args(list(_spelled_out(arguments)))
     words = list(_without_internal(rest))
     if unknown := [word.lstrip("-").partition("=")[0] for word in words if word.startswith("-")]:
-        raise ConfigError("; ".join(map(unknown_field, unknown)))
+        raise ConfigError(_unknown(unknown))
     given: dict[str, Any] = {}
     for word in words:
         if assigned := re.fullmatch(r"\+{0,2}(\w[\w.-]*)=(.*)", word, re.DOTALL):
@@ -109,10 +111,14 @@ def given_fields(
         elif word not in swept:
             raise ConfigError(f"unexpected argument {word!r}")
     if unknown := [name for name in given if name not in vars(flags)]:
-        raise ConfigError("; ".join(map(unknown_field, unknown)))
+        raise ConfigError(_unknown(unknown))
     given |= {name: value for name, value in vars(flags).items() if value is not None}
     del given["verbose"]  # it is no field
     return {name: value for name, value in given.items() if value not in (None, "None")}
+
+
+def _unknown(names: Iterable[str]) -> str:
+    return "; ".join(unknown_field(name, RunConfig.model_fields) for name in names)
 
 
 def _spelled_out(arguments: Sequence[str]) -> Iterator[str]:

@@ -24,12 +24,13 @@ def advice(given: Mapping[str, Any], config: RunConfig) -> list[str]:
     lines = []
     ignoring = {
         f"strategy {config.strategy}": STRATEGIES[config.strategy].ignores,
-        f"optimizer {config.optimizer}": ignored_fields(config.optimizer),
     }
+    if config.optimizer is not None:
+        ignoring[f"optimizer {config.optimizer}"] = ignored_fields(config.optimizer)
     for what, ignored in ignoring.items():
         if names := sorted(name for name in ignored if given.get(name) is not None):
             lines.append(f"{', '.join(names)}: no effect with {what}; ignored")
-    if late := config.plan.opened_too_late(config.epochs):
+    if late := config.plan.opened_too_late(config.num_epochs):
         starts = ", ".join(f"{part} at epoch {start}" for part, start in late.items())
         lines.append(
             f"epochs={config.epochs} is too few to unfreeze every part: {starts} would come "

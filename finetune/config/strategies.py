@@ -27,6 +27,8 @@ class Strategy:
     """The epoch at which a part of this depth starts to train, with this `unfreeze_every`."""
     unfreeze_every: int = 1
     lr_decay: float = 1.0
+    solves_head: bool = False
+    """The head is solved before the first epoch (`finetune.training.solve_head`)."""
     ignores: frozenset[str] = frozenset()
 
     def deepest(self, parts: Sequence[str]) -> str:
@@ -34,7 +36,23 @@ class Strategy:
         return parts[0] if self.max_depth is None else parts[max(-len(parts), -1 - self.max_depth)]
 
 
+_OF_STEPS = frozenset(
+    {
+        *("epochs", "batch_size", "mixup", "learning_rate", "lr_decay"),
+        *("lr_schedule", "optimizer", "momentum", "weight_decay", "label_smoothing"),
+        *("unfreeze_from", "unfreeze_every", "patience"),
+    }
+)
+"""The fields that mean something only to training by steps of an optimizer."""
+
 STRATEGIES: Mapping[str, Strategy] = {
+    "probe": Strategy(
+        "only the head, solved by L-BFGS with an L2 penalty that the validation loss chooses; "
+        "no epochs, no learning rate",
+        max_depth=0,
+        solves_head=True,
+        ignores=_OF_STEPS,
+    ),
     "freeze": Strategy(
         "only the head trains, on the frozen network's features",
         max_depth=0,
@@ -52,11 +70,11 @@ STRATEGIES: Mapping[str, Strategy] = {
         lr_decay=0.5,
     ),
     "lp-ft": Strategy(
-        "the head alone for unfreeze_every epochs, then everything from unfreeze_from up "
+        "the head solved as by probe, then everything from unfreeze_from up trains "
         "(Kumar et al. 2022)",
         max_depth=None,
-        start_epoch=lambda depth, every: every if depth else 0,
-        unfreeze_every=3,
+        solves_head=True,
+        ignores=frozenset({"unfreeze_every"}),
     ),
     "scratch": Strategy(
         "random weights, everything trains",

@@ -4,6 +4,7 @@ Legend: B batch, H height, W width.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -28,14 +29,15 @@ def batch_bounds(num_pictures: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def num_at_once(image_size: int, accelerator: str) -> int:
-    """Batch size of inference: on a CPU the activations of a batch should fit into its caches.
+    """Batch size of inference: on a CPU the activations of a batch should fit into its caches, on
+    CUDA a batch should be much work for each kernel.
 
-    The outputs don't depend on it.
+    The outputs don't depend on it, except for rounding on a GPU.
 
     >>> num_at_once(256, "cpu"), num_at_once(64, "cpu"), num_at_once(256, "cuda")
-    (8, 128, 32)
+    (8, 128, 128)
     """
-    num_pixels = 2**19 if accelerator == "cpu" else 2**21
+    num_pixels = {"cpu": 2**19, "cuda": 2**23}.get(accelerator, 2**21)
     return max(2, num_pixels // image_size**2)
 
 
@@ -45,7 +47,7 @@ class Batch(NamedTuple):
     inputs: Tensor
     """uint8 pictures, (B, H, W, 3), if `part` is the network's first part; else activations."""
     flips: Tensor | None
-    """Positions in the batch of the pictures that are still to be flipped, int64."""
+    """Which pictures are still to be flipped, bool, (B,)."""
     labels: Tensor
     """int64, (B,)."""
     part: str
@@ -84,3 +86,32 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class PrefetchedBatches:
+    """The batches of one epoch, each prepared in a thread while the one before is used.
+
+    In pinned memory, which a GPU reads on its own while the host goes on.
+    """
+
+    batches: EpochBatches
+    is_pinned: bool
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        with ThreadPoolExecutor(1) as thread:
+            following = [thread.submit(self._prepare, 0)]
+            for i in range(len(self)):
+                batch = following.pop().result()
+                if i + 1 < len(self):
+                    following.append(thread.submit(self._prepare, i + 1))
+                yield batch
+
+    def _prepare(self, index: int) -> Batch:
+        batch = self.batches[index]
+        if not self.is_pinned:
+            return batch
+        return batch._replace(inputs=batch.inputs.pin_memory(), labels=batch.labels.pin_memory())

@@ -29,7 +29,11 @@ def open_picture(path: Path) -> Image.Image:
     try:
         return Image.open(path, formats=_known_formats())
     except UnidentifiedImageError:
-        if not _is_heif(first_bytes(path, _SIGNATURE_BYTES)):
+        start = first_bytes(path, _SIGNATURE_BYTES)
+        if _is_avif(start) and "AVIF" not in _known_formats():
+            advice = "to read them: pip install 'pillow>=11.3'"
+            raise ValueError(f"it is an AVIF picture; {advice}") from None
+        if not _is_heif(start):
             raise
     try:
         import pillow_heif
@@ -41,6 +45,10 @@ def open_picture(path: Path) -> Image.Image:
 
 def _is_heif(start: bytes) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
+
+
+def _is_avif(start: bytes) -> bool:
+    return start[4:12] in (b"ftypavif", b"ftypavis")
 
 
 def first_bytes(path: Path, count: int) -> bytes:
@@ -62,10 +70,9 @@ def has_picture_content(path: Path) -> bool:
     """
     start = first_bytes(path, _SIGNATURE_BYTES)
     is_tiff = start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-    is_iso = start[4:8] == b"ftyp" and start[8:12] in (*_HEIF_BRANDS, b"avif", b"avis")
     starts = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
-    return start.startswith(starts) or is_tiff or is_iso or is_webp
+    return start.startswith(starts) or is_tiff or is_webp or _is_heif(start) or _is_avif(start)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -8,17 +8,21 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 
 from finetune.config.fields import RunConfig
-from finetune.data.batches import EpochBatches, Inputs, num_at_once
+from finetune.data.batches import EpochBatches, Inputs, PrefetchedBatches, num_at_once
 from finetune.data.decode import Preprocessing
 from finetune.data.images import open_images
 from finetune.data.pictures import Indices, Pictures
 from finetune.data.seeding import epoch_augment_seeds, epoch_flips, epoch_order
 from finetune.data.splits import Splits
-from finetune.features.prefix_cache import PrefixCache, SplitInputs
+from finetune.features.device_memory import DeviceMemory
+from finetune.features.prefix_cache import PrefixCache
+from finetune.features.split_inputs import SplitInputs
 from finetune.model.chain import Chain
 from finetune.system.array_store import Cache
+from finetune.system.cuda import free_bytes
 from finetune.system.progress import bar
 
 
@@ -34,13 +38,14 @@ class EpochLoader:
     ) -> None:
         """Decodes the pictures, or opens them in the cache. Raises `DataError`."""
         started = time.perf_counter()
-        self._config, self._log, self._cache = config, log, cache
+        self._config, self.log, self._cache = config, log, cache
         self.unreadable: list[str] = []  # left out, as SPLIT/CLASS/FILE
         self.train = self._open(splits.train, is_flipped=config.augmentation.flips)
         self.val = self._open(splits.val, is_flipped=False)
         if names := self.unreadable:
             log(f"continuing without {len(names)} unreadable pictures: {names[0]} ...")
         self.timings: dict[str, float] = {}  # of `PrefixCache`
+        self.memory = DeviceMemory(torch.device("cpu"), 0.0, log)
         self.cache_seconds = time.perf_counter() - started
 
     def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
@@ -50,7 +55,7 @@ class EpochLoader:
         self.unreadable += [f"{split.name}/{name}" for name in unreadable]
         return SplitInputs(images, config.backbone.part_names, is_flipped)
 
-    def train_epoch(self, epoch: int) -> EpochBatches:
+    def train_epoch(self, epoch: int) -> EpochBatches | PrefetchedBatches:
         config, split, pictures = self._config, self.train, self.train.pictures
         part = split.last_stored_part(config.plan.first_trainable(epoch))
         flips = epoch_flips(pictures, config.seed, epoch) & config.augmentation.flips
@@ -62,7 +67,17 @@ class EpochLoader:
             return *split.batch(part, indices, flips[indices]), drawn
 
         order = epoch_order(pictures, config.seed, epoch)
-        return EpochBatches(pictures, order, config.batch_size, part, fetch)
+        batch_size = config.batch_size or self.num_at_once
+        return self._on_gpu(EpochBatches(pictures, order, batch_size, part, fetch), split)
+
+    def _on_gpu(
+        self, batches: EpochBatches, split: SplitInputs
+    ) -> EpochBatches | PrefetchedBatches:
+        """Batches that a GPU doesn't wait for; on a CPU the batches themselves."""
+        self.memory.place((self.train, self.val), split, batches.part)
+        if self._config.accelerator == "cpu" or batches.part in split.resident:
+            return batches
+        return PrefetchedBatches(batches, is_pinned=self._config.accelerator == "cuda")
 
     @property
     def _transform(self) -> Any:
@@ -72,20 +87,26 @@ class EpochLoader:
         module, _, class_name = name.partition(":")
         return getattr(import_module(module), class_name)
 
-    def val_epoch(self, epoch: int) -> EpochBatches:
+    @property
+    def num_at_once(self) -> int:
+        """The batch size of inference."""
+        return num_at_once(self._config.image_size, self._config.accelerator)
+
+    def val_epoch(self, epoch: int) -> EpochBatches | PrefetchedBatches:
         """Every validation picture once, ordered by name."""
         config, split = self._config, self.val
-        batch_size = max(config.batch_size, num_at_once(config.image_size, config.accelerator))
+        batch_size = max(config.batch_size or 0, self.num_at_once)
         part = split.last_stored_part(config.plan.first_trainable(epoch))
         order = np.arange(len(split.pictures))
         no_flips = np.zeros(len(order), dtype=bool)
-        return EpochBatches(
+        batches = EpochBatches(
             split.pictures,
             order,
             batch_size,
             part,
             lambda i: (*split.batch(part, i, no_flips[i]), None),
         )
+        return self._on_gpu(batches, split)
 
     def prepare(
         self,
@@ -98,18 +119,27 @@ class EpochLoader:
         The network has the source weights, is on its device and in eval mode.
         """
         config = self._config
-        if self._cache is None or config.augmentation.transform or config.mixup:
+        if config.accelerator == "cuda":
+            device = next(chain.network.parameters()).device
+            limit_bytes = config.gpu_cache_fraction * free_bytes()
+            self.memory = DeviceMemory(device, limit_bytes, self.log)
+        num_epochs = Counter[str]()
+        if not (config.augmentation.transform or config.mixup):
+            opening = map(config.plan.first_trainable, range(first_epoch, config.num_epochs))
+            num_epochs.update(opening)
+        if config.solves_head and first_epoch == 0:
+            num_epochs[chain.parts[-1]] += 1
+        if self._cache is None or not num_epochs:
             return
         started = time.perf_counter()
         if config.cache_format != "float32":
-            self._log(
+            self.log(
                 f"cache_format {config.cache_format}: half the disk space, but not exact; "
                 "accuracies may change by a picture or two"
             )
-        num_epochs = Counter(map(config.plan.first_trainable, range(first_epoch, config.epochs)))
-        shared = (config, self._cache, (self.train, self.val), chain, precision, self._log)
+        shared = (config, self._cache, (self.train, self.val), chain, precision, self.log)
         for boundary in chain.parts[1:]:  # in order: each is computed from the one before
             if boundary in num_epochs:
-                prefix_cache = PrefixCache(boundary, *shared, self.timings)
+                prefix_cache = PrefixCache(boundary, *shared, self.timings, self.memory.limit_bytes)
                 prefix_cache.open_or_fill(num_epochs[boundary])
         self.cache_seconds += time.perf_counter() - started

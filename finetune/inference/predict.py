@@ -51,7 +51,7 @@ class Predictor:
     @property
     def batch_size(self) -> int:
         default: int = RunConfig.model_fields["batch_size"].default
-        return self.config.batch_size if self.config else default
+        return (self.config and self.config.batch_size) or default
 
     @torch.inference_mode()
     def logits(self, images_BHWC: Tensor) -> Logits:

@@ -142,15 +142,16 @@ Channels = tuple[float, float, float]
 def normalise(images_BHWC: Tensor, flips: Tensor | None, mean: Channels, std: Channels) -> Tensor:
     """uint8 pictures -> normalised float32, (B, 3, H, W) in channels_last.
 
-    The pictures at the positions `flips` are flipped. To the bit torchvision's ToTensor and
-    Normalize, but computed over rows of W x 3 values, which is faster than over single channels.
+    The pictures for which `flips`, bool, (B,), is true are flipped. To the bit torchvision's
+    ToTensor and Normalize, but computed over rows of W x 3 values, which is faster than over single
+    channels.
     """
     device = images_BHWC.device
-    if flips is not None and device.type != "cpu":
-        images_BHWC = images_BHWC.index_copy(0, flips, images_BHWC[flips].flip(2))
+    if flips is not None and device.type != "cpu":  # fixed shapes: nothing waits for the device
+        images_BHWC = torch.where(flips[:, None, None, None], images_BHWC.flip(2), images_BHWC)
     elif flips is not None:
         images_BHWC = images_BHWC.clone()
-        for i in flips.tolist():  # on a CPU several times faster than index_copy
+        for i in flips.nonzero()[:, 0].tolist():  # on a CPU several times faster than `where`
             images_BHWC[i] = images_BHWC[i].flip(1)
     batch, height, width, _ = images_BHWC.shape
     means, stds = _repeated(mean, width, device), _repeated(std, width, device)

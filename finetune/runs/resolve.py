@@ -69,7 +69,7 @@ def _resumed(run_dir: RunDir, given: Mapping[str, Any], log: Callable[[str], Non
     if "accelerator" in changed:
         changed.setdefault("precision", "auto")
     changes = differences(recorded, {k: v for k, v in given.items() if k not in changed})
-    if changes.get("epochs", (0, 0))[1] > recorded.epochs:
+    if changes.get("epochs", (0, 0))[1] > recorded.num_epochs:
         changed["epochs"] = changes.pop("epochs")[1]
     if changes:
         listed = ", ".join(f"{k} is {old}, given {new}" for k, (old, new) in changes.items())
@@ -127,6 +127,12 @@ def resolve(
         "cache_gb": cache_gb,
     }
     return config.model_copy(update=resolved), splits, cache
+
+
+def default_device() -> tuple[str, str]:
+    """The accelerator and the precision that `auto` means on this machine."""
+    accelerator = _accelerator("auto")
+    return accelerator, _precision(accelerator)
 
 
 def _unfreeze_from(config: RunConfig) -> str | None:

@@ -64,6 +64,8 @@ class RunResult(BaseModel):
     """The most at any epoch."""
     start_epochs: dict[str, int] = Field(default_factory=dict)
     """The epoch at which each part starts to train; nothing from version 1."""
+    head_penalty: float | None = None
+    """The L2 penalty that the head was solved with (`finetune.training.solve_head`), if it was."""
     class_names: list[str] = Field(default_factory=list)
     num_train: int = 0
     num_val: int = 0
@@ -128,8 +130,13 @@ class RunResult(BaseModel):
 
 
 def best_epoch(rows: Sequence[Row]) -> int:
-    """The first epoch with the highest validation accuracy."""
-    return max(range(len(rows)), key=lambda epoch: rows[epoch]["val_acc"])
+    """The epoch with the highest validation accuracy, among equals the least validation loss."""
+    return max(range(len(rows)), key=lambda i: (*epoch_rank(rows[i]), -i))
+
+
+def epoch_rank(row: Row) -> tuple[float, float]:
+    """The better an epoch, the higher."""
+    return row["val_acc"], -row["val_loss"]
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:

@@ -124,7 +124,7 @@ class RunDir:
                 "is finished; start a new run. More epochs would need its last.ckpt, which is kept "
                 "only if a run is started with --keep_last"
             )
-        elif config.epochs <= _num_epochs(result):
+        elif config.num_epochs <= _num_epochs(result):
             reason = "is finished; resume it with a larger --epochs, or start a new run"
         elif result.stopped_early:
             reason = "stopped early by its patience; more epochs would not change that"
@@ -216,7 +216,7 @@ def _macro_f1(record: Mapping[str, Any]) -> float | None:
 
 def _num_epochs(result: RunResult) -> int:
     """The `epochs` that a finished run had."""
-    return int(result.config.get("epochs", result.epochs_run))
+    return int(result.config.get("epochs") or result.epochs_run)
 
 
 def read_metrics(path: Path) -> list[Row]:

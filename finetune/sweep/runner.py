@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, RunResult, best_epoch, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.sweep.checks import check_places
@@ -23,7 +24,7 @@ from finetune.sweep.trial_queue import MAX_CRASHES, Claim, TrialQueue
 from finetune.sweep.trials import RECORD_FIELDS, TrialResult
 from finetune.sweep.worker import Event, Job, TrialEnded
 from finetune.sweep.worker_pool import Worker, WorkerPool
-from finetune.system.devices import visible_devices
+from finetune.system.devices import worker_devices
 from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage, Stopped
 from finetune.system.shutdown import stoppable
 from finetune.system.text import command_line, this_command
@@ -53,8 +54,8 @@ def run_sweep(
     `sweep` is a sweep.yaml, a mapping with the same content, or a `Sweep`. Run directories go to
     `out` (default: the sweep's own `out`, else runs/), and so does the database NAME.db unless
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
-    The default of `workers` is the number of visible GPUs, or 1. With `keep_best` only so many of
-    the best trials, and each strategy's best, keep their checkpoints.
+    The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
+    `keep_best` only so many of the best trials, and each strategy's best, keep their checkpoints.
 
     Raises `ConfigError` for an invalid sweep, `DataError` or `WeightsError` if the data or weights
     of all trials are missing, `FinetuneError` if the first trials all fail, and
@@ -71,7 +72,7 @@ def run_sweep(
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
         live_table = LiveTable(num_trials, spec.metric.name, console)
-        worker_pool = WorkerPool(workers or max(1, len(visible_devices())))
+        worker_pool = WorkerPool(workers or max(1, len(worker_devices())))
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):
                 live_table.log(f"trials to run again: {num_requeued}")
@@ -173,20 +174,30 @@ class _Runner:
         if end := _unrecorded_end(run_dir):
             self._end(claim, *end)
             return
-        for row in _rows(run_dir):  # of an earlier attempt
-            self.queue.report(claim, *self._logged_value(row), judge=False)
         config = self.spec.config(claim.values, group=self.spec.name)
+        for row in _rows(run_dir):  # of an earlier attempt
+            self._report(claim, config, row, judge=False)
         self.live_table.started(claim.run_id, config)  # the first process takes a while to start
         job = Job(config, run_dir, self.spec.early_termination is not None)
         self._claims[self.worker_pool.start(job)] = claim
 
-    def _logged_value(self, row: Row) -> tuple[int, float]:
-        """The iteration, counted from 1 as in W&B, and the metric. Raises `ConfigError`."""
+    def _report(self, claim: Claim, config: RunConfig, row: Row, judge: bool) -> str | None:
+        """Report an epoch to the queue; returns why the trial should end, or None.
+
+        An epoch counts as an iteration once every part that will train is training, so that each
+        strategy is judged after the same number of epochs of its complete training.
+        """
+        iteration = int(row["epoch"]) + 1 - config.plan.all_open_epoch
+        value = self._logged_value(row)
+        return self.queue.report(claim, iteration, value, judge) if iteration > 0 else None
+
+    def _logged_value(self, row: Row) -> float:
+        """The sweep's metric. Raises `ConfigError`."""
         name = self.spec.metric.name
         if name not in row:
             logged = ", ".join(row)
             raise ConfigError(f"metric.name: got {name!r}; must be one that the run logs: {logged}")
-        return int(row["epoch"]) + 1, row[name]
+        return row[name]
 
     def _handle(self, worker: Worker, event: Event) -> None:
         if isinstance(event, TrialEnded):
@@ -198,9 +209,8 @@ class _Runner:
             return
         claim, config = self._claims[worker], worker.job.config
         self.live_table.epoch_ended(claim.run_id, config, event)
-        iteration, value = self._logged_value(event)
-        judge = config.plan.all_open_epoch < iteration < config.epochs
-        reason = self.queue.report(claim, iteration, value, judge)
+        is_last = event["epoch"] + 1 == config.num_epochs
+        reason = self._report(claim, config, event, judge=not is_last)
         if worker.job.is_judged:
             worker.answer(reason)
 
@@ -249,7 +259,7 @@ class _Runner:
         f1 = best["val_macro_f1"]
         return replace(
             result,
-            value=None if result.state == "failed" else self._logged_value(rows[-1])[1],
+            value=None if result.state == "failed" else self._logged_value(rows[-1]),
             best_val_acc=best["val_acc"],
             best_val_macro_f1=None if math.isnan(f1) else f1,
             best_epoch=best_epoch(rows),

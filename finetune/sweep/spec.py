@@ -63,7 +63,8 @@ DEFAULT_METRIC = Metric(name="best_val_acc", goal="maximize")
 class EarlyTermination(BaseModel, extra="forbid"):
     """Successive halving: judges at min_iter, min_iter*eta, ... iterations; 1 in eta continues.
 
-    An iteration is one logged value of the metric, which is one epoch; iterations count from 1.
+    An iteration is one epoch. In W&B's sweeps all epochs count, here those in which every part that
+    will train is training; iterations count from 1.
     `max_iter` and `s` are W&B's other way to give `min_iter`.
     """
 
@@ -96,6 +97,8 @@ class Sweep:
     early_termination: EarlyTermination | None = None
     listed: tuple[Mapping[str, Value], ...] | None = None
     """A grid's cells, where they are not the product of dimensions."""
+    remarks: tuple[str, ...] = ()
+    """What a user should know about the sweep as a whole."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """Identifies the sweep: two sweeps with equal sources are the same."""
 
@@ -150,13 +153,13 @@ class Sweep:
         words = [f"{self.name}: {self.method}, {cells}, {self.metric.goal} {self.metric.name}"]
         words += [f"at most {num(self.run_cap, 'run')}"] if self.run_cap else []
         if rule := self.early_termination:
-            words.append(f"1 in {rule.eta} continues after {num(rule.min_iter, 'epoch')}")
+            words.append(f"1 in {rule.eta} continues after {num(rule.min_iter, 'iteration')}")
         return ", ".join(words)
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about the dimensions."""
-        return [dimension.note for dimension in self.dimensions if dimension.note]
+        """What a user should know, one line each."""
+        return [*(dimension.note for dimension in self.dimensions if dimension.note), *self.remarks]
 
     def cells(self) -> Iterator[dict[str, Value]]:
         """A grid's cells in a fixed order; the first parameter changes most slowly."""

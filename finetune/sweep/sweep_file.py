@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +11,10 @@ import annotated_types as at
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from finetune.config.aliases import field_of
+from finetune.config.aliases import field_of, unknown_field
 from finetune.config.field_tables import NUMERIC_FIELDS, TIMING_FIELDS
 from finetune.config.field_types import Count, one_of
-from finetune.config.fields import RunConfig, unknown_field
+from finetune.config.fields import RunConfig
 from finetune.config.given_values import read_mapping
 from finetune.sweep.command import PROGRAM, Values, fields_of_command
 from finetune.sweep.distributions import Constant, Dimension, Value, read_parameter
@@ -108,10 +109,11 @@ class _Reader:
             early_termination=file.early_terminate,
             source={key: content[key] for key in content if key not in _NOT_IN_SOURCE},
         )
-        for check in (self._check_grid, self._check_configs):
-            check(sweep)
-            self._raise_faults(sweep.notes)
-        return sweep
+        self._check_grid(sweep)
+        self._raise_faults(sweep.notes)
+        configs = self._check_configs(sweep)
+        self._raise_faults(sweep.notes)
+        return replace(sweep, remarks=_remarks(sweep, configs))
 
     def _raise_faults(self, notes: Iterable[str] = ()) -> None:
         if faults := list(dict.fromkeys(self.faults)):
@@ -182,25 +184,35 @@ class _Reader:
         if (num_cells := sweep.num_cells or 0) > _MAX_CELLS:
             self.faults.append(f"parameters: got {num_cells} cells; must be at most {_MAX_CELLS}")
 
-    def _check_configs(self, sweep: Sweep) -> None:
-        """Values must make valid configs, whose parts all train before the run may be judged."""
-        configs, rule = [], sweep.early_termination
+    def _check_configs(self, sweep: Sweep) -> list[RunConfig]:
+        """The configs of some or all values, all of which must be valid."""
+        configs = []
         for values in sample_values(sweep):
             try:
                 configs.append(sweep.config(values))
             except ConfigError as error:
                 self.faults.append(f"parameters: {error}")
-        if self.faults or rule is None:
-            return
-        latest = max(configs, key=lambda config: config.plan.all_open_epoch)
-        last_start = latest.plan.all_open_epoch
-        if rule.min_iter <= last_start:
-            varied = [name for name in TIMING_FIELDS if name == "strategy" or name in sweep.varied]
-            setting = ", ".join(f"{name} {getattr(latest, name)}" for name in varied)
-            self.faults.append(
-                f"early_terminate: min_iter: got {rule.min_iter}, but with {setting} the last part "
-                f"starts to train at epoch {last_start}; min_iter must be >= {last_start + 1}"
-            )
+        return configs
+
+
+def _remarks(sweep: Sweep, configs: Iterable[RunConfig]) -> tuple[str, ...]:
+    """Where W&B's early termination judges other epochs than the local one, one line."""
+    rule = sweep.early_termination
+    latest = max(configs, key=lambda config: config.plan.all_open_epoch)
+    last_start = latest.plan.all_open_epoch
+    if rule is None or not last_start:
+        return ()
+    varied = [name for name in TIMING_FIELDS if name == "strategy" or name in sweep.varied]
+    setting = ", ".join(f"{name} {getattr(latest, name)}" for name in varied)
+    if rule.min_iter <= last_start:
+        judged = f"judges after {rule.min_iter} of all epochs, before that; min_iter must be >= "
+        judged += f"{last_start + 1} for it"
+    else:
+        judged = "counts all epochs"
+    return (
+        f"early_terminate: with {setting} the last part starts to train at epoch {last_start}, and "
+        f"epochs count from there; W&B {judged}",
+    )
 
 
 def _fault(error: Any) -> str:
@@ -229,7 +241,7 @@ def _read_field(name: str, entry: object) -> Dimension | Constant:
     if isinstance(entry, dict) and "parameters" in entry:
         raise ConfigError(f"{name}: {_nested(entry)}")
     if name not in RunConfig.model_fields and name != "config":
-        raise ConfigError(unknown_field(name))
+        raise ConfigError(unknown_field(name, RunConfig.model_fields))
     read = read_parameter(name, entry, name in NUMERIC_FIELDS)
     if isinstance(read, Dimension) and name in ("config", "out", "group"):
         raise ConfigError(f"{name}: must have the same value in all trials")
@@ -245,7 +257,7 @@ def _nested(entry: Mapping[str, Any]) -> str:
             text = yaml.dump(inner, default_flow_style=True, width=200, sort_keys=False)
             lines.append(f"    {field}: {text.strip()}")
         else:
-            message += f"; {unknown_field(name)}"
+            message += f"; {unknown_field(name, RunConfig.model_fields)}"
     if not lines:
         return message
     return "\n    ".join([f"{message}; write instead:", "parameters:", *lines])

@@ -57,7 +57,7 @@ class LiveTable:
 
     def epoch_ended(self, run_id: str, config: RunConfig, row: Row) -> None:
         scores = f"val_acc {row['val_acc']:.4f}  f1 {row['val_macro_f1']:.4f}"
-        progress = f"epoch {row['epoch']:.0f}/{config.epochs - 1}  {scores}"
+        progress = f"epoch {row['epoch']:.0f}/{config.num_epochs - 1}  {scores}"
         progress += f"  best {row['best_val_acc']:.4f}"
         self._running[run_id] = one_line(config.name), progress
         if not self._is_live:

@@ -24,7 +24,6 @@ from finetune.sweep.distributions import Value
 from finetune.sweep.spec import Sweep
 from finetune.sweep.study import join_study
 from finetune.sweep.trials import TrialGroup, TrialResult, enqueue_copy, group_trials
-from finetune.system.text import num
 
 MAX_CRASHES = 3
 """A trial whose worker has crashed this often has failed."""
@@ -194,7 +193,7 @@ class TrialQueue:
     def report(self, claim: Claim, iteration: int, value: float, judge: bool) -> str | None:
         """Record a value of the metric; if `judge`, return why the trial should end, or None.
 
-        An iteration is one logged value; as in W&B, they count from 1.
+        Iterations count from 1. A trial is judged by those of other trials.
         """
         try:
             self._storage.set_trial_intermediate_value(claim.trial_id, iteration, value)
@@ -205,8 +204,7 @@ class TrialQueue:
             return None
         if not self._study.pruner.prune(self._study, self._storage.get_trial(claim.trial_id)):
             return None
-        after = num(iteration, "epoch")
-        return f"{name} {value:.4f} after {after} is not among the best 1 in {rule.eta}"
+        return f"{name} {value:.4f} at iteration {iteration} is not among the best 1 in {rule.eta}"
 
     def finish(self, claim: Claim, state: str, value: float | None, record: dict[str, Any]) -> bool:
         """Record that a claimed trial is `finished`, `pruned` or `failed`.

@@ -50,8 +50,14 @@ class TrialEnded:
 Event = Row | TrialEnded  # the metrics of each epoch, then the end
 
 
-def work(connection: Connection, job: Job, environment: dict[str, str], num_workers: int) -> None:
-    """The main function of a child process."""
+def work(
+    connection: Connection,
+    job: Job,
+    environment: dict[str, str],
+    num_workers: int,
+    num_sharing: int = 1,
+) -> None:
+    """The main function of a child process; `num_sharing` of them use its GPU."""
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_DFL)  # the fork server ignores them
     os.setpgid(0, 0)  # on Ctrl-C, the parent stops its workers
@@ -64,14 +70,14 @@ def work(connection: Connection, job: Job, environment: dict[str, str], num_work
             # A child process ends without Python's exit handlers, which remove temporary files.
             with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as place:
                 tempfile.tempdir = place
-                _run(connection, job, num_workers)
+                _run(connection, job, num_workers, num_sharing)
             end = TrialEnded("finished")
         except (Stopped, Exception) as error:
             end = _end_by(error)
     _send(connection, end)
 
 
-def _run(connection: Connection, job: Job, num_workers: int) -> None:
+def _run(connection: Connection, job: Job, num_workers: int, num_sharing: int) -> None:
     answers = _receive_answers(connection)
 
     def on_epoch(row: Row) -> None:
@@ -81,9 +87,12 @@ def _run(connection: Connection, job: Job, num_workers: int) -> None:
 
     import torch
 
+    from finetune.system.cuda import use_share_of_memory
     from finetune.training.train import run
 
     show_details()
+    if num_sharing > 1 and job.config.accelerator != "cpu":
+        use_share_of_memory(num_sharing)
     if num_workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
     run(job.config, RunDir(job.run_dir, wait_seconds=_LOCK_SECONDS), on_epoch)

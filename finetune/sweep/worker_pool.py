@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from finetune.sweep.worker import OUTPUT_NAME, Event, Job, TrialEnded, work
-from finetune.system.devices import visible_devices
+from finetune.system.devices import worker_devices
 from finetune.system.resources import require_handles
 from finetune.system.shutdown import STOP_SIGNALS
 
@@ -51,7 +51,7 @@ class WorkerPool:
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
-        self._devices = visible_devices()
+        self._devices = worker_devices()
         self._slots = list(range(num_workers))
         self._workers: dict[int, Worker] = {}
         self._exiting: list[ForkServerProcess] = []
@@ -73,11 +73,14 @@ class WorkerPool:
         environment = dict(os.environ)
         # The W&B service of this process would keep the run of a killed trial open.
         environment.pop("WANDB_SERVICE", None)
+        num_sharing = 1
         if self._devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
+            used = [self._devices[i % len(self._devices)] for i in range(self.num_workers)]
+            environment["CUDA_VISIBLE_DEVICES"] = used[slot]
+            num_sharing = used.count(used[slot])
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("forkserver").Process(
-            target=work, args=(theirs, job, environment, self.num_workers), daemon=True
+            target=work, args=(theirs, job, environment, self.num_workers, num_sharing), daemon=True
         )
         with _without_main_module():
             process.start()

@@ -5,6 +5,7 @@ lock, renamed into place when complete, and memory-mapped once its hash has been
 recently used arrays are deleted first, never one that a process has open.
 
     CACHE_DIR/KIND-KEY/{data.npy, manifest.json}     an array; the manifest is written last
+    CACHE_DIR/KIND-KEY/checked.json                  the state of data.npy whose hash was right
     CACHE_DIR/locks/KIND-KEY                         shared by readers, exclusive to the builder
 """
 
@@ -25,10 +26,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from finetune.system.files import write_atomically
+
 FORMAT = 2
 """Part of every key: increase it when the same description would give other bytes."""
 
 _ZEROS_BYTES = 1 << 22  # written at once
+_SETTLED_SECONDS = 2.0
+"""A file that was changed more recently could be changed again at the same time stamp."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Description = Mapping[str, Any]
@@ -143,14 +148,13 @@ class Cache:
         except ValueError:
             manifest = None
         data_path = place / "data.npy"
-        notes: Any = manifest.get("notes") if isinstance(manifest, dict) else None
-        if manifest != _manifest(data_path, notes):
+        if not _is_intact(data_path, manifest):
             self.log(f"cache: {place} is damaged; it is deleted and built again")
             self._delete(place)
             return None
         os.utime(place / "manifest.json")
         # Copy-on-write: torch wants a writable array, and the file must not change.
-        stored = StoredArray(np.load(data_path, mmap_mode="c"), notes, lock)
+        stored = StoredArray(np.load(data_path, mmap_mode="c"), manifest["notes"], lock)
         self._opened[name] = stored
         return stored
 
@@ -243,6 +247,37 @@ def _manifest(data_path: Path, notes: object) -> dict[str, Any]:
     except FileNotFoundError:
         xxh3 = None
     return {"xxh3": xxh3, "notes": notes, "notes_digest": digest(notes)}
+
+
+def _is_intact(data_path: Path, manifest: Any) -> bool:
+    """Whether an array is the one of its manifest.
+
+    Its content is hashed once for each state of the file and each start of the machine: whatever a
+    process writes changes the state, and a power failure may lose what was written.
+    """
+    notes = manifest.get("notes") if isinstance(manifest, dict) else None
+    record = data_path.with_name("checked.json")
+    found = {"state": _file_state(data_path), "manifest": manifest}
+    with suppress(OSError, ValueError):
+        if json.loads(record.read_text()) == found:
+            return True
+    if manifest != _manifest(data_path, notes):
+        return False
+    _, _, changed_ns, *_ = found["state"]
+    if time.time() - changed_ns / 1e9 > _SETTLED_SECONDS:
+        with suppress(OSError):  # the next process hashes it again
+            write_atomically(record, json.dumps(found).encode(), sync=False)
+    return True
+
+
+def _file_state(path: Path) -> list[Any] | None:
+    """What a write or another file in its place changes, and the start of this machine."""
+    try:
+        found, boot = path.stat(), Path("/proc/sys/kernel/random/boot_id")
+    except FileNotFoundError:
+        return None
+    started = boot.read_text() if boot.exists() else ""
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, started]
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap[Any, Any]:

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import suppress
 
 import torch
 
@@ -39,6 +40,29 @@ def explain_cuda_error(text: str) -> str:
             help_line += f", or pip install --force-reinstall torch torchvision --index-url {index}"
         return f"the driver is too old for torch {torch.__version__}: {help_line}"
     return " ".join(text.split())[:200]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def use_share_of_memory(num_sharing: int) -> None:
+    """Leave the others of so many processes their share of the GPU's memory."""
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):  # a GPU that can't be used is reported where it is needed
+            torch.cuda.set_per_process_memory_fraction(1 / num_sharing)
+
+
+def free_bytes() -> float:
+    """The memory of the current GPU that this process may still fill."""
+    free, total = torch.cuda.mem_get_info()
+    kept = torch.cuda.memory_reserved()
+    share = torch.cuda.get_per_process_memory_fraction()
+    return min(free, share * total - kept) + kept - torch.cuda.memory_allocated()
 
 
 def check_architecture() -> None:

@@ -7,6 +7,9 @@ import subprocess
 
 from finetune.system.errors import ConfigError
 
+_LARGE_MEBIBYTES = 38_000
+"""Two runs share a GPU with more memory: those sold as 40 GB report 39,000 to 41,000."""
+
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -34,15 +37,37 @@ def visible_devices() -> list[str]:
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked is not None:
         return [device.strip() for device in asked.split(",") if device.strip()]
-    if not shutil.which("nvidia-smi"):
-        return []
+    return list_devices(_nvidia_smi("--list-gpus"))
+
+
+def _nvidia_smi(*options: str) -> str:
+    """What it prints; nothing if it is missing or fails."""
+    command = ["nvidia-smi", *options]
+    if not shutil.which(command[0]):
+        return ""
     try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
+def worker_devices() -> list[str]:
+    """The device of each of the runs that should run at once: all GPUs, then the large ones again.
+
+    An instance of MIG has one run.
+    """
+    devices = visible_devices()
+    if not devices:
         return []
-    return list_devices(listed)
+    table = _nvidia_smi("--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits")
+    large = [
+        (index, uuid)
+        for index, uuid, size in re.findall(r"^(\d+), (GPU-\S+), (\d+)$", table, re.M)
+        if int(size) >= _LARGE_MEBIBYTES
+    ]
+    again = [d for d in devices if any(d == index or uuid.startswith(d) for index, uuid in large)]
+    return devices + again
 
 
 def list_devices(listed: str) -> list[str]:

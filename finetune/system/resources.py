@@ -1,7 +1,11 @@
 """Resources that a process can run out of: memory, disk space, file handles."""
 
 import errno
+import math
 import os
+import re
+from contextlib import suppress
+from pathlib import Path
 
 from finetune.system.errors import FinetuneError, Shortage
 
@@ -41,6 +45,14 @@ def require_handles(count: int) -> None:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def free_memory() -> float:
+    """Bytes that the system has for the content of files; infinite where it doesn't tell."""
+    with suppress(OSError):
+        if found := re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(found[1]) * 1024
+    return math.inf
 
 
 _OUT_OF_MEMORY = (

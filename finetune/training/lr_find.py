@@ -71,8 +71,11 @@ def lr_find(fields: Mapping[str, Any]) -> int:
     given = with_file(fields)
     if "resume" in given:
         raise ConfigError("resume: lr_find starts anew; pass --config RUN_DIR/config.yaml instead")
+    config = RunConfig.from_fields(given)
+    if config.learning_rate is None:
+        raise ConfigError(f"strategy: {config.strategy} has no learning rate to find")
     with stoppable():
-        found = range_test(RunConfig.from_fields(given))
+        found = range_test(config)
     print("\n".join(describe(found)))
     return 0
 
@@ -84,6 +87,7 @@ def range_test(config: RunConfig) -> RangeTest:
     config = config.model_copy(update=at_once)
     chain, _ = build_from(config, len(splits.class_names), log)
     loader = EpochLoader(config, splits, cache, log)
+    assert config.learning_rate is not None
     module, rising = FineTuning(chain, config, loader), _RisingRate(config.learning_rate)
     trainer = make_trainer(config, Path.cwd(), rising, max_steps=NUM_STEPS, limit_val_batches=0)
     trainer.fit(module)

@@ -18,13 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from finetune.config.fields import RunConfig
 from finetune.config.optimizers import OPTIMIZERS
 from finetune.config.strategies import SCHEDULES
-from finetune.data.batches import Batch, EpochBatches
+from finetune.data.batches import Batch, EpochBatches, PrefetchedBatches
 from finetune.data.seeding import step_generator
 from finetune.features.loader import EpochLoader
-from finetune.features.prefix_cache import network_input
+from finetune.features.split_inputs import network_input
 from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
+from finetune.training.solve_head import solve_head
 
 
 class Mix(NamedTuple):
@@ -44,7 +45,7 @@ class Mix(NamedTuple):
         return self.share * x + (1 - self.share) * self.permuted(x)
 
     def permuted(self, x: Tensor) -> Tensor:
-        return x[self.order.to(x.device)]
+        return x[self.order.to(x.device, non_blocking=True)]
 
 
 class FineTuning(pl.LightningModule):
@@ -62,11 +63,14 @@ class FineTuning(pl.LightningModule):
         self.first_epoch = first_epoch  # Lightning restores its own after `on_fit_start`
         self.strict_loading = False  # last.ckpt leaves out the parts that never train
         self._open = chain.parts
-        self._class_weights = _class_weights(config, loader)
+        self._class_weights: Tensor | None
+        self.register_buffer("_class_weights", _class_weights(config, loader), persistent=False)
         self._totals: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "val": []}
         """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
         self._rates: dict[str, float] = {}
+        self.head_penalty: float | None = None
+        """The L2 penalty with which the head was solved, if it was."""
 
     def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in eval mode, whatever `mode` is."""
@@ -85,20 +89,20 @@ class FineTuning(pl.LightningModule):
         self.train()
 
     def configure_optimizers(self) -> Any:
-        config, rate = self.config, self.config.learning_rate
+        config, rate = self.config, self.config.learning_rate or 0.0
         shares = config.plan.rate_shares
         groups = [
             {"params": self.chain.parameters(part), "lr": rate * shares[part], "name": part}
             for part in self.chain.parts
         ]
-        entry = OPTIMIZERS[config.optimizer]
-        options = {name: getattr(config, name) for name in sorted(entry.fields)}
+        entry = OPTIMIZERS[config.optimizer or "sgd"]
+        options = {name: getattr(config, name) or 0.0 for name in sorted(entry.fields)}
         fused = self.device.type in ("cpu", "cuda")
         optimizer = getattr(torch.optim, entry.name)(groups, lr=rate, fused=fused, **options)
-        if config.lr_schedule == "constant":
+        if config.lr_schedule in (None, "constant"):
             return optimizer
         multiplier = SCHEDULES[config.lr_schedule]
-        num_steps = config.epochs * len(self.loader.train_epoch(0))
+        num_steps = config.num_epochs * len(self.loader.train_epoch(0))
         scheduler = LambdaLR(optimizer, lambda step: multiplier(min(1.0, step / num_steps)))
         by_step = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": by_step}
@@ -107,23 +111,32 @@ class FineTuning(pl.LightningModule):
         precision = self.trainer.precision_plugin.forward_context
         self.network.eval()
         self.loader.prepare(self.chain, self.first_epoch, precision)
+        if self.config.solves_head and self.first_epoch == 0:
+            self.head_penalty, line = solve_head(
+                self.chain, self.loader, precision, self._class_weights
+            )
+            self.loader.log(line)
 
-    def train_dataloader(self) -> EpochBatches:
+    def train_dataloader(self) -> EpochBatches | PrefetchedBatches:
         return self.loader.train_epoch(self.current_epoch)
 
-    def val_dataloader(self) -> EpochBatches:
+    def val_dataloader(self) -> EpochBatches | PrefetchedBatches:
         return self.loader.val_epoch(self.current_epoch)
 
     def forward(self, batch: Batch, mix: Mix | None = None) -> Tensor:
-        """Logits, (B, K), in the dtype of the run's precision."""
-        boundary = self._open[0]
+        """Logits, float32, (B, K)."""
+        boundary, head = self._open[0], self.chain.parts[-1]
         with torch.no_grad():
             changed = batch.augmentation
             pixels = batch.inputs if changed is None else changed.apply(batch.inputs)
             x = network_input(pixels, batch.flips, self.chain.backbone)
             x = x if mix is None else mix.of(x)
             x = self.chain.forward(x, batch.part, boundary)
-        return self.chain.forward(x, boundary, None)
+        x = self.chain.forward(x, boundary, head)
+        if self.config.precision == "32-true":
+            return self.chain.forward(x, head, None)
+        with torch.autocast(self.device.type, enabled=False):  # small, and the loss depends on it
+            return self.chain.forward(x.float(), head, None)
 
     def on_train_epoch_start(self) -> None:
         self.open_parts(self.current_epoch)
@@ -161,12 +174,11 @@ class FineTuning(pl.LightningModule):
         return loss
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        weights = self._class_weights
         return cross_entropy(
             logits,
             labels,
-            weight=None if weights is None else weights.to(logits),
-            label_smoothing=self.config.label_smoothing,
+            weight=self._class_weights,
+            label_smoothing=self.config.label_smoothing or 0.0,
         )
 
     def on_validation_epoch_start(self) -> None:
@@ -174,7 +186,7 @@ class FineTuning(pl.LightningModule):
 
     @torch.inference_mode()
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        logits = self(batch).float()
+        logits = self(batch)
         loss_sum = cross_entropy(logits, batch.labels, reduction="sum")
         self._totals["val"].append((loss_sum, (logits.argmax(dim=1) == batch.labels).sum()))
         self._val_logits.append(logits)
@@ -209,7 +221,7 @@ def _class_weights(config: RunConfig, loader: EpochLoader) -> Tensor | None:
         return None
     pictures = loader.train.pictures
     counts = np.bincount(pictures.labels, minlength=len(pictures.class_names))
-    return torch.from_numpy(len(pictures) / (len(counts) * counts.clip(min=1)))
+    return torch.from_numpy(len(pictures) / (len(counts) * counts.clip(min=1))).float()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from finetune.config.fields import RunConfig
 from finetune.config.strategies import epochs_since_best
 from finetune.model.network import load_best
 from finetune.model.weights import FORMAT_VERSION, read_checkpoint, write_checkpoint
-from finetune.runs.result import Row, best_epoch
+from finetune.runs.result import Row, epoch_rank
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import Diverged, RunDirError, WeightsError
 from finetune.system.shutdown import defer_stop
@@ -75,16 +75,25 @@ class Recorder(pl.Callback):
     on_epoch: EpochCallback | None = None
     log_row: EpochCallback | None = None
     rows: list[Row] = field(default_factory=list)
+    best_epoch: int = 0
+    """That of best.ckpt: the first with the highest `epoch_rank`."""
+    head_penalty: float | None = None
     train_seconds: float = 0.0
     _epoch_started: float = 0.0
 
     state_key = STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "train_seconds": self.train_seconds}
+        names = ("rows", "best_epoch", "head_penalty", "train_seconds")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
+        # 0.1 took the first epoch with the highest accuracy, and best.ckpt is that one's.
+        accuracies = [row["val_acc"] for row in self.rows]
+        first = accuracies.index(max(accuracies))
+        self.best_epoch = int(state_dict.get("best_epoch", first))
+        self.head_penalty = state_dict.get("head_penalty")
         self.train_seconds = float(state_dict.get("train_seconds", 0.0))
 
     def restore(self) -> Path | None:
@@ -132,7 +141,7 @@ class Recorder(pl.Callback):
 
     @property
     def is_complete(self) -> bool:
-        return len(self.rows) >= self.config.epochs or self.out_of_patience
+        return len(self.rows) >= self.config.num_epochs or self.out_of_patience
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._epoch_started = time.perf_counter()
@@ -143,7 +152,7 @@ class Recorder(pl.Callback):
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise Diverged(
                 f"diverged in epoch {row['epoch']:.0f} at learning_rate "
-                f"{self.config.learning_rate:g}: train_loss is {row['train_loss']}, val_loss is "
+                f"{self.config.learning_rate}: train_loss is {row['train_loss']}, val_loss is "
                 f"{row['val_loss']}; pass a smaller --learning_rate"
             )
         num_pictures = len(loader.train.pictures) + len(loader.val.pictures)
@@ -161,10 +170,12 @@ class Recorder(pl.Callback):
         An epoch that was written but not logged is logged by the tracker when the run is resumed.
         """
         self.rows.append(row)
-        best = self.rows[best_epoch(self.rows)]
-        row["best_val_acc"] = best["val_acc"]
-        if best is row:
+        if len(self.rows) == 1 or epoch_rank(row) > epoch_rank(self.rows[self.best_epoch]):
+            self.best_epoch = len(self.rows) - 1
             self._write_best(row, module)
+        row["best_val_acc"] = self.rows[self.best_epoch]["val_acc"]
+        if module.head_penalty is not None:
+            self.head_penalty = module.head_penalty
         self.run_dir.write_metrics(self.rows)
         self.train_seconds += time.perf_counter() - self._epoch_started
         trainer.save_checkpoint(self.run_dir.last_path)
@@ -175,7 +186,7 @@ class Recorder(pl.Callback):
             for loss in (row["train_loss"], row["val_loss"])
         )
         self.log_line(
-            f"epoch {row['epoch']:>2.0f}/{self.config.epochs - 1}  train {train_loss} "
+            f"epoch {row['epoch']:>2.0f}/{self.config.num_epochs - 1}  train {train_loss} "
             f"acc {row['train_acc']:.3f}  val {val_loss} acc {row['val_acc']:.3f} "
             f"f1 {row['val_macro_f1']:.3f}  best {row['best_val_acc']:.3f}"
         )

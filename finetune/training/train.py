@@ -25,7 +25,7 @@ from finetune.data.splits import Splits
 from finetune.features.loader import EpochLoader
 from finetune.model.network import build_from, load_best
 from finetune.runs.resolve import prepare_run, resolve
-from finetune.runs.result import RunResult, best_epoch, failure_of
+from finetune.runs.result import RunResult, failure_of
 from finetune.runs.run_dir import RunDir
 from finetune.runs.summary import summary
 from finetune.system.array_store import Cache
@@ -122,7 +122,7 @@ class _Execution:
             run_dir.move_predictions(loader.val.pictures.paths)
         if not recorder.is_complete:
             module = FineTuning(chain, config, loader, first_epoch=len(recorder.rows))
-            trainer = make_trainer(config, run_dir.path, recorder, max_epochs=config.epochs)
+            trainer = make_trainer(config, run_dir.path, recorder, max_epochs=config.num_epochs)
             trainer.fit(module, ckpt_path=checkpoint_path)
         result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir, log)
@@ -160,6 +160,7 @@ def make_trainer(
         accelerator=config.accelerator,
         devices=1,
         precision=precision,
+        benchmark=True if config.accelerator == "cuda" else None,
         logger=False,  # Lightning's log on rank 0 only, and Slurm's tasks have ranks
         callbacks=[callback],
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
@@ -174,7 +175,7 @@ def make_trainer(
 
 def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResult:
     config, rows, train_seconds = recorder.config, recorder.rows, recorder.train_seconds
-    best = rows[best_epoch(rows)]
+    best = rows[recorder.best_epoch]
     num_train, num_val = len(loader.train.pictures), len(loader.val.pictures)
     return RunResult(
         run_id=recorder.run_dir.path.name,
@@ -183,10 +184,10 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         best_val_acc=best["val_acc"],
         best_val_loss=best["val_loss"],
         best_val_macro_f1=best.get("val_macro_f1"),
-        best_epoch=best_epoch(rows),
+        best_epoch=recorder.best_epoch,
         last_val_acc=rows[-1]["val_acc"],
         epochs_run=len(rows),
-        stopped_early=len(rows) < config.epochs,
+        stopped_early=len(rows) < config.num_epochs,
         num_threads=torch.get_num_threads(),
         device=device_name(config.accelerator),
         train_seconds=train_seconds,
@@ -194,6 +195,7 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         images_per_second=len(rows) * (num_train + num_val) / train_seconds,
         trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
         start_epochs=dict(config.plan.start_epochs),
+        head_penalty=recorder.head_penalty,
         class_names=list(splits.class_names),
         num_train=num_train,
         num_val=num_val,
@@ -211,9 +213,10 @@ def _with_advice(error: BaseException, config: RunConfig, run_dir: RunDir) -> Ba
     if not isinstance(error, Exception):
         return error
     if is_out_of_memory(error):
+        gpu = " or --gpu_cache_fraction" if config.accelerator == "cuda" else ""
         return FinetuneError(
             f"out of memory at batch_size {config.batch_size} and image_size "
-            f"{config.image_size}; pass a smaller --batch_size"
+            f"{config.image_size}; pass a smaller --batch_size{gpu}"
         )
     if short := shortage(error):
         return short

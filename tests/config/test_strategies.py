@@ -32,11 +32,12 @@ def test_gradual_unfreezes_part_by_part_with_smaller_learning_rates() -> None:
     assert [shares[p] for p in ("fc", "layer4", "layer3", "layer2")] == [1, 0.5, 0.25, 0.125]
 
 
-def test_lp_ft_trains_the_head_alone_and_then_everything() -> None:
-    probed = plan("lp-ft", unfreeze_every=2)
-    assert [probed.trainable_parts(epoch) for epoch in range(3)] == [("fc",), ("fc",), PARTS]
-    assert plan("lp-ft", unfreeze_from="layer4").trainable_parts(3) == ("layer4", "fc")
-    assert plan("lp-ft").all_open_epoch == STRATEGIES["lp-ft"].unfreeze_every == 3
+def test_probe_and_lp_ft_solve_the_head_and_lp_ft_trains_everything_from_the_start() -> None:
+    solving = [name for name, entry in STRATEGIES.items() if entry.solves_head]
+    assert solving == ["probe", "lp-ft"]
+    assert plan("probe").trainable_parts(0) == ("fc",)
+    assert plan("lp-ft").trainable_parts(0) == PARTS
+    assert plan("lp-ft", unfreeze_from="layer4").trainable_parts(0) == ("layer4", "fc")
 
 
 def test_unfreeze_every_sets_the_epochs_between_unfreezings() -> None:

@@ -182,7 +182,7 @@ def test_pictures_of_any_ending_are_read_and_others_counted(tmp_path: Path) -> N
     for i, suffix in enumerate((".jfif", ".JPE", "", ".jpg_large", ".dat")):
         (tmp_path / f"train/cat/more{i}{suffix}").write_bytes(jpeg(i))
     Image.new("RGB", (9, 9)).save(tmp_path / "train/cat/x.gif")
-    Image.new("RGB", (9, 9)).save(tmp_path / "train/cat/x.avif")
+    Image.new("RGB", (9, 9)).save(tmp_path / "train/cat/x.avif", "GIF")
     for name in ("a.txt", "b.txt", "README", "clip.mp4"):
         (tmp_path / "train/cat" / name).write_text("not a picture")
     (tmp_path / "train/loose.jpg").write_bytes(jpeg(99))

@@ -84,6 +84,20 @@ def test_float16_takes_half_the_disk_space_and_gives_nearly_the_same_losses(
     assert capsys.readouterr().out.count("not exact") == 1
 
 
+@pytest.mark.parametrize("strategy", ["freeze", "partial"])
+def test_with_mixed_precision_activations_are_stored_as_they_are_computed(
+    strategy: str, train: Train, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"strategy": strategy, "precision": "bf16-mixed", "epochs": 8}
+    runs = [train(cache=cache, **given) for cache in ("off", "auto", "auto")]
+    rows = [[[row[k] for k in COMPARED] for row in read_metrics(r.metrics_path)] for r in runs]
+    assert rows[1] == rows[2]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-2)
+    stored = [np.load(path) for path in (tmp_path / "cache").glob("activations-*/data.npy")]
+    assert stored or strategy == "partial"  # which depends on the machine's speed
+    assert {array.itemsize for array in stored} <= {2}
+
+
 def test_activations_too_large_for_float16_are_refused(
     train: Train, weights: Path, tmp_path: Path
 ) -> None:

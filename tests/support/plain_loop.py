@@ -92,11 +92,10 @@ def start_epochs(config: RunConfig) -> dict[str, float]:
     deepest = 0
     if config.strategy == "scratch":
         deepest = len(parts) - 1
-    elif config.strategy != "freeze":
+    elif config.strategy not in ("freeze", "probe"):
         deepest = parts.index(str(config.unfreeze_from))
-    delay = {"gradual": lambda depth: depth * every, "lp-ft": lambda depth: every * (depth > 0)}
-    starts = delay.get(config.strategy, lambda depth: 0)
-    return {p: starts(d) if d <= deepest else math.inf for d, p in enumerate(parts)}
+    every = every if config.strategy == "gradual" else 0
+    return {p: d * every if d <= deepest else math.inf for d, p in enumerate(parts)}
 
 
 def part_of(model: str, name: str) -> str | None:
@@ -111,32 +110,36 @@ def run(config: RunConfig, network: nn.Module) -> list[dict[str, float]]:
     """Train the network, which has its first weights; one row per epoch."""
     network = network.to(memory_format=torch.channels_last)
     splits, model = find_splits(config), config.model
-    x_train, x_val = _pixels(splits.train, config), _pixels(splits.val, config)
+    x_train, x_val = pixels(splits.train, config), pixels(splits.val, config)
     y_train, y_val = torch.tensor(splits.train.labels), torch.tensor(splits.val.labels)
     starts = start_epochs(config)
     decay = 1.0 if config.lr_decay is None else config.lr_decay
     groups = [
         {
             "params": [p for n, p in network.named_parameters() if part_of(model, n) == part],
-            "lr": config.learning_rate * decay**depth,
+            "lr": (config.learning_rate or 0.0) * decay**depth,
         }
         for depth, part in enumerate(PARTS[model])
     ]
     assert sum(len(g["params"]) for g in groups) == len(list(network.parameters()))  # type: ignore[arg-type]
     optimizer: torch.optim.Optimizer
+    # fused, as a run's: torch 2.9 rounds the other one differently, and a network with BatchNorm
+    # over few pictures amplifies that to 1e-3 within three epochs.
     if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay or 0.0)
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay or 0.0, fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, momentum=config.momentum or 0.0)
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum or 0.0, fused=True)
     counts = torch.bincount(y_train)
     weights = len(y_train) / (len(counts) * counts) if config.class_weights != "none" else None
     rows = []
-    for epoch in range(config.epochs):
+    for epoch in range(config.num_epochs):
         _open(network, model, {part for part, start in starts.items() if start <= epoch})
         order = epoch_order(splits.train, config.seed, epoch)
         flips = torch.from_numpy(epoch_flips(splits.train, config.seed, epoch))
         total = 0.0
-        for step, (start, end) in enumerate(batch_bounds(len(order), config.batch_size)):
+        for step, (start, end) in enumerate(
+            batch_bounds(len(order), config.batch_size or len(order))
+        ):
             chosen = order[start:end]
             x = x_train[chosen]
             x[flips[chosen]] = x[flips[chosen]].flip(3)
@@ -169,7 +172,8 @@ def run(config: RunConfig, network: nn.Module) -> list[dict[str, float]]:
     return rows
 
 
-def _pixels(pictures: Pictures, config: RunConfig) -> Tensor:
+def pixels(pictures: Pictures, config: RunConfig) -> Tensor:
+    """Normalised pictures, (N, 3, H, W)."""
     size = Preprocessing(config.image_size)
     images: Any = [decode(pictures.path(i), size).image for i in range(len(pictures))]
     x = torch.stack(images).permute(0, 3, 1, 2) / 255

@@ -51,6 +51,7 @@ def write_run(
     paths = [str(pictures[i % len(pictures)]) if pictures else f"/data/train/{classes[label]}/{i:05}.jpg" for i, label in enumerate(labels)]  # noqa: E501  # fmt: skip
     np.savez(run_dir.predictions_path, logits=logits, labels=labels, paths=np.array(paths))
     unfreezing = _plan(config, parts)
+    best_epoch = min(best_epoch, config.num_epochs - 1)
     rows = _rows(config, unfreezing, found, best_epoch, train_acc)
     run_dir.write_config(config)
     run_dir.write_metrics(rows)
@@ -67,7 +68,7 @@ def write_run(
             best_epoch=best_epoch,
             last_val_acc=rows[-1]["val_acc"],
             epochs_run=len(rows),
-            stopped_early=len(rows) < config.epochs,
+            stopped_early=len(rows) < config.num_epochs,
             num_threads=2,
             train_seconds=float(60 * len(rows) * chance.uniform(0.9, 1.1)),
             cache_seconds=3.0,
@@ -112,11 +113,12 @@ def _rows(
     config: RunConfig, unfreezing: Plan, accuracy: float, best_epoch: int, train_acc: float
 ) -> list[dict[str, float]]:
     rows = []
-    for epoch in range(config.epochs):
-        share = (epoch + 1) / config.epochs
+    for epoch in range(config.num_epochs):
+        share = (epoch + 1) / config.num_epochs
         val_acc = accuracy - 0.02 * abs(epoch - best_epoch)
         open_parts = unfreezing.trainable_parts(epoch)
-        rates = {part: config.learning_rate * (part in open_parts) for part in unfreezing.parts}
+        rate = config.learning_rate or 0.0
+        rates = {part: rate * (part in open_parts) for part in unfreezing.parts}
         rows.append(
             {
                 "epoch": epoch,

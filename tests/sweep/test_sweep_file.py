@@ -218,13 +218,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"program": "train.py"}, "program: got 'train.py'; must be agent.py"),
     ({"command": ["bash", "x.sh"]}, "'bash' is not supported"),
     ({"command": ["python", "${program}", "--epcohs", "2"]}, "unknown field 'epcohs'"),
-    (
-        {
-            "parameters": {"strategy": {"values": ["freeze", "gradual"]}},
-            "early_terminate": {"type": "hyperband", "min_iter": 3},
-        },
-        "with strategy gradual the last part starts to train at epoch 3; min_iter must be >= 4",
-    ),
 ]
 
 
@@ -441,3 +434,21 @@ def test_max_iter_and_s_give_wandb_s_first_bracket() -> None:
         early_termination.min_iter,
         early_termination.eta,
     ) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("min_iter", "what"),
+    [
+        (3, "judges after 3 of all epochs, before that; min_iter must be >= 4 for it"),
+        (4, "counts all epochs"),
+    ],
+)
+def test_a_note_says_where_wandb_judges_other_epochs(min_iter: int, what: str) -> None:
+    early = {"type": "hyperband", "min_iter": min_iter}
+    strategies = {"strategy": {"values": ["freeze", "gradual"]}}
+    assert sweep(early_terminate=early, parameters=strategies).notes == [
+        "early_terminate: with strategy gradual the last part starts to train at epoch 3, and "
+        f"epochs count from there; W&B {what}"
+    ]
+    strategies = {"strategy": {"values": ["freeze", "partial", "scratch"]}}
+    assert not sweep(early_terminate=early, parameters=strategies).notes

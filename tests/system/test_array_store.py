@@ -58,11 +58,43 @@ def test_writing_to_an_opened_array_leaves_the_file_alone(tmp_path: Path) -> Non
     assert found(ask(tmp_path, build=forbidden)).array[0, 1] == 1
 
 
+def check_and_record(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open the array as a process does that finds it unchanged for some time."""
+    with monkeypatch.context() as patched:
+        patched.setattr(array_store, "_SETTLED_SECONDS", 0.02)
+        time.sleep(0.04)
+        found(ask(place, build=forbidden))
+    assert list(place.glob("rows-*/checked.json"))
+
+
+def test_an_unchanged_array_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found(ask(tmp_path))
+    assert not list(tmp_path.glob("rows-*/checked.json"))  # it could change at the same time stamp
+    check_and_record(tmp_path, monkeypatch)
+    hashed, manifest = [], array_store._manifest
+    monkeypatch.setattr(
+        array_store, "_manifest", lambda *given: hashed.append(given) or manifest(*given)
+    )
+    found(ask(tmp_path, build=forbidden))
+    assert not hashed
+    (data_path,) = tmp_path.glob("rows-*/data.npy")
+    os.utime(data_path)
+    found(ask(tmp_path, build=forbidden))
+    assert len(hashed) == 1
+
+
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["new", "checked"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "list", "notes", "gone"])
 def test_a_damaged_array_is_reported_and_built_again(
-    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str,
+    is_recorded: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found(ask(tmp_path))
+    if is_recorded:
+        check_and_record(tmp_path, monkeypatch)
     (data_path,) = tmp_path.glob("rows-*/data.npy")
     if damage == "flip":
         content = bytearray(data_path.read_bytes())

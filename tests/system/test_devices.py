@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from finetune.config.fields import RunConfig
 from finetune.runs.resolve import resolve
 from finetune.sweep import worker_pool
 from finetune.system import cuda
-from finetune.system.devices import list_devices, visible_devices
+from finetune.system.devices import list_devices, visible_devices, worker_devices
 from finetune.system.errors import ConfigError, DeviceError
 from finetune.system.resources import is_out_of_memory
+from tests.conftest import ROOT
 
 ONE = "GPU 0: Tesla T4 (UUID: GPU-5c89852c-d268-c3f3-1b07-005d5ae1dc3f)\n"
 MIXED = """\
@@ -46,6 +50,34 @@ def test_devices_are_uuids_and_an_instance_of_mig_replaces_its_gpu(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible_devices() == devices
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (None, ["GPU-small", "GPU-large", "GPU-large"]),
+        ("1", ["1", "1"]),
+        ("GPU-lar,GPU-small", ["GPU-lar", "GPU-small", "GPU-lar"]),
+        ("MIG-b", ["MIG-b"]),
+        ("", []),
+    ],
+)
+def test_a_large_gpu_has_two_workers(
+    asked: str | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --list-gpus ]; then\n'
+        'echo "GPU 0: T4 (UUID: GPU-small)"; echo "GPU 1: H100 (UUID: GPU-large)"\n'
+        'else echo "0, GPU-small, 15360"; echo "1, GPU-large, 81559"; fi\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+    assert worker_devices() == expected
 
 
 def test_a_broken_nvidia_smi_means_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +151,29 @@ def test_a_card_without_kernels_is_refused_before_the_first_one(
     else:
         with pytest.raises(DeviceError, match=r"Tesla V100 has compute capability .*kernels for"):
             cuda.check_architecture()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_the_fork_server_s_imports_leave_cuda_untouched(tmp_path: Path) -> None:
+    """A process that is forked after cuInit can't use CUDA."""
+    library, log = tmp_path / "libcuda.so.1", tmp_path / "log"
+    source = ROOT / "tests" / "support" / "fake_cuda.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    log.touch()
+    program = (
+        "import finetune.sweep.preload, pathlib, sys, torch\n"
+        "log = pathlib.Path(sys.argv[1])\n"
+        "print(repr(log.read_text()), torch.cuda.is_available(), repr(log.read_text()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, log],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "FAKE_CUDA_LOG": str(log)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["''", "False", r"'cuInit\n'"]
 
 
 def ignore_everything(started: object) -> None:

@@ -69,7 +69,8 @@ def test_an_offline_run_is_complete_and_quiet_without_a_usable_home(
         assert f"W&B: the home directory can't be written; {client} is used" in place.output()
         assert any(client.glob("artifacts/staging/*"))
     cache = str(place.path / "cache-of-sync")
-    sync = place.start("-m", "wandb", "sync", str(log.parent), WANDB_CACHE_DIR=cache)
+    folders = {"WANDB_CACHE_DIR": cache, "WANDB_DATA_DIR": cache}  # `sync` needs a home too
+    sync = place.start("-m", "wandb", "sync", str(log.parent), **folders)
     assert sync.wait(120) == 0
     run = the_run(place.server)
     assert_history_is_complete(run, place.run_dir(run))

@@ -24,7 +24,7 @@ def as_flags(fields: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in fields.items()]
 
 
-@pytest.mark.parametrize("strategy", ["partial", "gradual", "lp-ft", "scratch"])
+@pytest.mark.parametrize("strategy", ["partial", "gradual", "scratch"])
 def test_the_rates_rise_and_the_suggestion_is_where_the_loss_falls(
     strategy: str, fields: dict[str, Any]
 ) -> None:
@@ -142,6 +142,7 @@ def test_missing_data_and_weights_exit_with_1(field: str, fields: dict[str, Any]
         (["--resume", "runs/a"], "lr_find starts anew"),
         (["--learning_rat", "1"], "unknown field 'learning_rat'; did you mean learning_rate"),
         (["--epochs", "0"], "epochs: got '0'"),
+        (["--strategy", "probe"], "strategy: probe has no learning rate to find"),
         (["--strategy"], "expected one argument; see agent.py --help"),
     ],
 )

@@ -63,7 +63,8 @@ def test_graduals_parts_start_one_by_one_at_halved_rates(train: Train) -> None:
 @pytest.mark.real_network
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_equals_a_plain_loop(strategy: str, train: Train, fields: dict[str, Any]) -> None:
-    settings = {"strategy": strategy, "learning_rate": 0.001}
+    # More would amplify the last bits, which differ between processors.
+    settings = {"strategy": strategy, "learning_rate": 0.0001}
     ours = read_metrics(train(**settings).metrics_path)
     config = RunConfig.from_fields(fields | settings)
     network = plain_loop.create(config.model, 5, config.image_size)

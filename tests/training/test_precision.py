@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.plugins import MixedPrecision
 
 from finetune.config.fields import RunConfig
@@ -59,3 +60,26 @@ def test_an_overflow_at_the_first_steps_leaves_no_garbage_in_momentum(
     for key, value in weights.items():
         assert torch.isfinite(value).all(), key
         assert value.abs().max() <= 2 * plain[key].abs().max() + 1, key
+
+
+@pytest.mark.parametrize("data_aug", ["y", "strong"])
+def test_a_whole_step_leaves_no_tensor_on_the_cpu(data_aug: str, fields: dict[str, Any]) -> None:
+    """On the meta device, which refuses to compute with a tensor of the CPU."""
+    strong: dict[str, Any] = {"mixup": 0.4, "class_weights": "balanced", "label_smoothing": 0.1}
+    given = {"data_aug": data_aug, "strategy": "partial", "lr_schedule": "cosine"}
+    config, splits, cache = resolve(RunConfig.from_fields(fields | given | strong))
+    chain, _ = build_from(config, 5, print)
+    module = FineTuning(chain, config, EpochLoader(config, splits, cache)).to("meta")
+    module.open_parts(0)
+    optimizer = module.configure_optimizers()["optimizer"]
+    module._start_momentum(optimizer)
+    batch = next(iter(module.train_dataloader()))
+    assert batch.flips is not None or data_aug == "strong"
+    loss = module.training_step(move_data_to_device(batch, "meta"), 0)
+    loss.backward()
+    optimizer.step()
+    module.validation_step(move_data_to_device(next(iter(module.val_dataloader())), "meta"), 0)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    totals = [value for pairs in module._totals.values() for pair in pairs for value in pair]
+    tensors = [*states, *totals, *module.parameters(), *module.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

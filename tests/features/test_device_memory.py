@@ -1,0 +1,116 @@
+"""Inputs that live on the device give the batches of the host, to the bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.config.fields import RunConfig
+from finetune.data.batches import Batch, EpochBatches, PrefetchedBatches
+from finetune.features.device_memory import DeviceMemory
+from finetune.features.loader import EpochLoader
+from tests.features.test_prefix_cache import prepared
+
+CPU = torch.device("cpu")
+
+
+def epochs(loader: EpochLoader) -> list[Batch]:
+    return [
+        batch
+        for epoch in (0, 1)
+        for batches in (loader.train_epoch(epoch), loader.val_epoch(epoch))
+        for batch in batches
+    ]
+
+
+def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
+    assert len(ours) == len(expected)
+    for batch, other in zip(ours, expected, strict=True):
+        assert batch.part == other.part
+        for name in ("inputs", "flips", "labels"):
+            value, wanted = getattr(batch, name), getattr(other, name)
+            assert (value is None) == (wanted is None), name
+            assert value is None or (value.dtype == wanted.dtype and torch.equal(value, wanted))
+        assert str(batch.augmentation) == str(other.augmentation)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "data_aug", "resident"),
+    [
+        ("freeze", "y", "fc"),
+        ("freeze", "n", "fc"),
+        ("gradual", "y", "layer4"),
+        ("scratch", "y", "stem"),
+        ("partial", "strong", "stem"),
+    ],
+)
+def test_batches_gathered_on_the_device_equal_those_of_the_host(
+    strategy: str, data_aug: str, resident: str, fields: dict[str, Any]
+) -> None:
+    given = {"strategy": strategy, "data_aug": data_aug, "epochs": 40, "unfreeze_every": 1}
+    loader = prepared(RunConfig.from_fields(fields | given))
+    host = epochs(loader)
+    loader.memory = DeviceMemory(CPU, math.inf, print)
+    assert_equal(epochs(loader), host)
+    held = loader.train.resident
+    assert list(held) == [host[-1].part]
+    if strategy != "gradual":  # what it has stored there depends on the machine's speed
+        assert list(held) == [resident]
+
+
+def test_what_does_not_fit_is_read_from_the_host_and_said_once(
+    fields: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    loader = prepared(RunConfig.from_fields(fields | {"strategy": "scratch"}))
+    host = epochs(loader)
+    train_bytes = len(loader.train.pictures) * 64 * 64 * 3
+    loader.memory = DeviceMemory(CPU, train_bytes + 1.0, print)
+    assert_equal(epochs(loader), host)
+    assert (len(loader.train.resident), len(loader.val.resident)) == (1, 0)
+    assert capsys.readouterr().out.count("for val/ need") == 1
+
+
+def test_a_full_device_is_no_error(
+    fields: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    loader = prepared(RunConfig.from_fields(fields | {"strategy": "freeze"}))
+    host = epochs(loader)
+    loader.memory = DeviceMemory(CPU, math.inf, print)
+    monkeypatch.setattr(torch, "empty", full)
+    assert_equal(epochs(loader), host)
+    assert capsys.readouterr().out.count("they are copied in each epoch") == 2
+
+
+def test_without_a_cache_pictures_are_decoded_each_time(fields: dict[str, Any]) -> None:
+    loader = prepared(RunConfig.from_fields(fields | {"cache": "off"}))
+    loader.memory = DeviceMemory(CPU, math.inf, print)
+    assert len(epochs(loader)) and not loader.train.resident
+
+
+def test_prefetched_batches_are_the_same_in_the_same_order(fields: dict[str, Any]) -> None:
+    batches = prepared(RunConfig.from_fields(fields)).train_epoch(0)
+    assert isinstance(batches, EpochBatches)
+    prefetched = PrefetchedBatches(batches, is_pinned=False)
+    assert len(prefetched) == len(batches) > 1
+    assert_equal(list(prefetched), list(batches))
+
+
+def test_an_error_in_the_prefetching_thread_is_raised(fields: dict[str, Any]) -> None:
+    batches = prepared(RunConfig.from_fields(fields)).train_epoch(0)
+    assert isinstance(batches, EpochBatches)
+
+    def fetch(indices: Any) -> Any:
+        if batches.order[-1] in np.asarray(indices):
+            raise OSError("the last batch")
+        return batches.fetch(indices)
+
+    broken = EpochBatches(batches.pictures, batches.order, 5, batches.part, fetch)
+    with pytest.raises(OSError, match="the last batch"):
+        list(PrefetchedBatches(broken, is_pinned=False))
