@@ -5,6 +5,7 @@ Each command is one entry of `COMMANDS`. Its module is imported when the command
 """
 
 import argparse
+import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -209,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int | None:
     """Call a command's function with its arguments; returns the exit code."""
     given = parse(arguments)
     module, _, name = given.pop("function").partition(":")
+    if sys.stderr.isatty() and module.split(".")[1] in ("inference", "training"):
+        print("loading PyTorch", file=sys.stderr)
     code: int | None = getattr(import_module(module), name)(**given)
     return code
 

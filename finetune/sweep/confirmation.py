@@ -52,7 +52,7 @@ def confirm(
     several = len({setting.get("model") for setting in settings}) > 1
     what = "pairs of network and strategy" if several else "strategies"
     console.print(f"{len(settings)} {what}, {num_seeds} fresh seeds each: {sweep.out_dir}")
-    for line in _described(sweep):
+    for line in described(sweep):
         console.print(line, soft_wrap=True)
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
     code = conclude(outcomes, sweep.metric.name, console)
@@ -62,7 +62,7 @@ def confirm(
     return code
 
 
-def _described(sweep: Sweep) -> list[str]:
+def described(sweep: Sweep) -> list[str]:
     """What is repeated, one line for each group: the fields that are not the run's defaults."""
     lines = []
     for group, setting in sweep.source["settings"].items():

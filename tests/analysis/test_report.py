@@ -206,6 +206,15 @@ def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
         main(["report", str(tmp_path)])
 
 
+def test_trials_that_failed_before_their_first_epoch_are_named(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "output.log").write_text("error: no weights")
+    said = "2 trials failed before the first epoch; the reason is in .*runs/a/output.log"
+    with pytest.raises(RunDirError, match=said):
+        main(["report", str(tmp_path / "runs")])
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(locked: Path) -> None:
     write_run(locked.parent, "there")
     with pytest.raises(RunDirError, match="locked can't be read: Permission denied"):
