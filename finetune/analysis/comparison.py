@@ -33,7 +33,7 @@ _CHANGES_NUMBERS = ("accelerator", "precision", "cache_format")
 """Fields of the environment that can change a run's accuracy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What the page and the terminal show."""
 
@@ -53,6 +53,9 @@ class Comparison:
     """Runs that early termination ended, on the same pictures as the compared ones."""
     excluded: tuple[RunRecord, ...]
     """Other runs that did not finish, or can't be compared with the others."""
+
+    def __repr__(self) -> str:
+        return f"Comparison({self.headline})"
 
     @property
     def winner(self) -> RunRecord | None:
