@@ -83,7 +83,7 @@ class Places:
 
     def directory(self, run: RunRecord) -> str:
         """The link to a run's directory, relative to the page."""
-        return quote(os.path.relpath(run.run_dir, self.out))
+        return quote(os.fsencode(os.path.relpath(run.run_dir, self.out)))
 
     def wandb(self, run: RunRecord) -> str | None:
         """The run's page in W&B, if it was logged online by an entity that is known."""
