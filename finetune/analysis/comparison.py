@@ -72,6 +72,11 @@ class Comparison:
         return bool(self.summaries and self.summaries[0].group.setting)
 
     @property
+    def has_long_names(self) -> bool:
+        """Whether the names of two groups may not fit on one line."""
+        return self.about_networks or self.about_settings
+
+    @property
     def subject(self) -> str:
         """What is compared."""
         if self.about_settings:

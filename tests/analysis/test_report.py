@@ -343,7 +343,7 @@ def test_importances_are_shown_only_if_the_search_was_not_a_grid(tmp_path: Path)
     assert field_importances(read_runs(tmp_path / "random")) == shares
 
 
-def test_an_ablation_of_one_strategy_shows_what_varied(tmp_path: Path) -> None:
+def test_an_ablation_of_one_strategy_shows_what_varied(browser: Browser, tmp_path: Path) -> None:
     for rate, size, aug in product((0.01, 0.1), (32, 64), "yn"):
         fields = {"learning_rate": rate, "batch_size": size, "data_aug": aug}
         write_run(tmp_path, f"r{rate}{size}{aug}", 0.8 - rate, strategy="partial", **fields)
@@ -358,6 +358,11 @@ def test_an_ablation_of_one_strategy_shows_what_varied(tmp_path: Path) -> None:
     figure = search_figures.parallel_coordinates(*_search_of(tmp_path))
     titles = ["batch<br>size", "augmentation", "learning<br>rate", "accuracy"]
     assert figure["layout"]["xaxis"]["ticktext"] == titles  # without the strategy
+    for width in (390, 1280):
+        browser.open(tmp_path / "report.html", width, 900)
+        assert browser.run(EMPTY_FIGURES) == []
+        assert browser.run(CLIPPED_TEXTS) == []
+        assert browser.run("document.documentElement.scrollWidth") <= width
 
 
 def _search_of(runs_dir: Path) -> tuple[list[RunRecord], dict[str, list[Any]]]:
