@@ -97,6 +97,9 @@ COMMANDS: dict[str, Command] = {
         ),
         _WORKERS,
         _storage("database URL or journal:PATH, for several processes (default: OUT/NAME.db)"),
+        argument(
+            "--minutes", "start no trial that can't end within N minutes", type=float, metavar="N"
+        ),
         argument("--max_runs", "maximum number of trials, like run_cap in the file", type=int),
         argument("--name", "name of the sweep (default: name in the file, or the file's name)"),
         _path("--out", "for run directories (default: out in the file, or runs)"),
@@ -133,6 +136,11 @@ COMMANDS: dict[str, Command] = {
         _path("--out", "for report.html and runs.csv (default: RUNS_DIR)", metavar="DIR"),
         argument("--wandb", "report on this W&B sweep instead", metavar="ENTITY/PROJECT/SWEEP"),
     ),
+    "refit": (
+        "train a run's setting once more, on its training and validation pictures together",
+        "finetune.training.refit:refit",
+        _RUN_DIR,
+    ),
     "predict": (
         "predict the classes of pictures with a run's best model",
         "finetune.inference.predict:predict",
@@ -167,6 +175,7 @@ COMMANDS: dict[str, Command] = {
         "finetune.sweep.confirmation:confirm",
         _runs_dir("contains finished runs"),
         _count("--seeds", "fresh seeds per setting (default: 5)", dest="num_seeds", default=5),
+        _count("--folds", "instead, one run per setting on each of K folds of train/", metavar="K"),
         _WORKERS,
         _storage("as for sweep (default: RUNS_DIR/confirm/NAME.db)"),
     ),

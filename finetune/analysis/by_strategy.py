@@ -282,7 +282,7 @@ def _caveats(summary: StrategySummary) -> list[str]:
     caveats, chosen = _caveats_on_rate(summary, summary.runs), summary.chosen
     results = [run.finished_result for run in chosen if run.config.get("epochs") is not None]
     improving = [result for result in results if result.best_epoch == result.epochs_run - 1]
-    if 2 * len(improving) > len(results):
+    if 2 * len(improving) > len(results) > 0:
         caveats.append("still improving at its last epoch")
     reached = np.mean([max(run.metric("train_acc").values(), default=1.0) for run in chosen])
     if reached < FITTED_TRAIN_ACC:

@@ -187,6 +187,12 @@ def _corrected(candidates: Sequence[tuple[RunRecord, str]]) -> Corrected | None:
 def _comparable(finished: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
     """The largest set of runs on the same validation pictures, and warnings."""
     warnings = []
+    if folds := [run for run in finished if run.config.get("fold")]:
+        finished = [run for run in finished if run not in folds]
+        warnings.append(
+            f"{_named(folds)}: validated on folds, so not compared here; "
+            "python -m finetune confirm RUNS_DIR --folds K compares them"
+        )
     if without := [run for run in finished if not run.correct.size]:
         warnings.append(f"{_named(without)}: no predictions.npz, so not compared")
     groups: dict[tuple[str, str, bytes], list[RunRecord]] = defaultdict(list)

@@ -16,9 +16,9 @@ from finetune.config.augmentations import AUGMENTATIONS
 from finetune.system.files import absolute
 from finetune.system.text import brief, nearest
 
-Role = Literal["searched", "environment", "label", "seed"]
+Role = Literal["searched", "environment", "label", "repeat"]
 """`searched` fields make a setting; `environment` is where and on what a run computes; `label` is
-how it is named and filed; the seed makes a repeat of the same setting."""
+how it is named and filed; the seed and the fold make a repeat of the same setting."""
 
 
 def field(
@@ -126,6 +126,26 @@ def bounds(pixel_range: str) -> tuple[float, float] | None:
     return found
 
 
+def fold_of(text: str) -> tuple[int, int]:
+    """Number and count of a fold. Raises `ValueError`.
+
+    >>> fold_of("2/5")
+    (2, 5)
+    """
+    number, _, count = text.partition("/")
+    found = int(number), int(count)
+    if not 1 <= found[0] <= found[1] or found[1] < 2:
+        raise ValueError
+    return found
+
+
+def _fold(value: str) -> str:
+    try:
+        return "{}/{}".format(*fold_of(value))
+    except ValueError:
+        raise ValueError("must be K/N with 1 <= K <= N and N >= 2, such as 2/5") from None
+
+
 def _pixel_range(value: object) -> str:
     try:
         bounds(str(value))
@@ -145,6 +165,7 @@ Directory = Annotated[Path, AfterValidator(absolute)]
 Augmentation = Annotated[str, BeforeValidator(_augmentation), one_of(AUGMENTATIONS)]
 AutoOrOff = Annotated[bool, BeforeValidator(lambda value: True if value == "auto" else value)]
 Colour = Annotated[str, AfterValidator(_colour)]
+Fold = Annotated[str, AfterValidator(_fold)]
 PixelRange = Annotated[str, BeforeValidator(_pixel_range)]
 Weights = Annotated[str, BeforeValidator(_weights)]
 Precision = Annotated[

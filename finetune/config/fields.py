@@ -142,13 +142,18 @@ class RunConfig(BaseModel):
         "stop after this many epochs without a better val_loss, counted from the epoch at which "
         "every part that will train is training; 0: never; default: 3, with a schedule 0",
     )
+    fold: types.Fold | None = field(
+        "repeat",
+        None,
+        "K/N, such as 2/5: of N stratified folds of train/, the K-th validates; instead of "
+        "val_fraction",
+    )
     seed: Annotated[types.Integer, at.Ge(0), at.Lt(2**32)] = field(
-        "seed", 42, "seed of the new layers, the order of the pictures and their augmentation"
+        "repeat", 42, "seed of the new layers, the order of the pictures and their augmentation"
     )
     cache: types.AutoOrOff = environment(
         "auto",
-        "auto or off; auto keeps decoded pictures and the outputs of the frozen layers, and shares "
-        "them between runs",
+        "auto or off; auto keeps decoded pictures and the frozen layers' outputs for all runs",
         shown={True: "auto", False: "off"},
     )
     cache_dir: types.Directory = environment(Path(".cache"), "directory of the cache")
@@ -279,13 +284,13 @@ class RunConfig(BaseModel):
         backbone, deepest = known_backbone(self.model), self.unfreeze_from
         if backbone and deepest == STRATEGIES[self.strategy].deepest(backbone.part_names):
             deepest = None  # the default
-        rate, size = self.learning_rate, self.batch_size
         words = {
             "model": "" if self.model == DEFAULT_MODEL else self.model,
             "strategy": self.strategy,
             "unfreeze_from": deepest and f"from-{deepest}",
-            "learning_rate": rate and f"lr{rate:g}",
-            "batch_size": size and f"bs{size}",
+            "learning_rate": self.learning_rate and f"lr{self.learning_rate:g}",
+            "batch_size": self.batch_size and f"bs{self.batch_size}",
             "data_aug": self.augmentation.label,
+            "fold": self.fold and f"fold{self.fold.replace('/', 'of')}",
         }
         return "-".join(word for name, word in words.items() if word and name in of)

@@ -30,6 +30,8 @@ def advice(given: Mapping[str, Any], config: RunConfig) -> list[str]:
     for what, ignored in ignoring.items():
         if names := sorted(name for name in ignored if given.get(name) is not None):
             lines.append(f"{', '.join(names)}: no effect with {what}; ignored")
+    if config.fold and given.get("val_fraction") not in (None, "auto"):
+        lines.append("val_fraction: no effect with fold; ignored")
     if late := config.plan.opened_too_late(config.num_epochs):
         starts = ", ".join(f"{part} at epoch {start}" for part, start in late.items())
         lines.append(

@@ -3,7 +3,8 @@
 Legend: B batch, H height, W width, C=3 channels (RGB), N pictures of a folder.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,12 @@ class Images:
     preprocessing: Preprocessing
     stored: Any | None
     """The pictures of `pictures.whole` from the cache, (N, H, W, 3)."""
+    source: Pictures
+    """The readable pictures of `pictures.whole` if they are stored, else `pictures`."""
+
+    @property
+    def of_source(self) -> "Images":
+        return replace(self, pictures=self.source)
 
     def batch(self, indices: Indices) -> Tensor:
         """uint8, (B, H, W, 3). Raises `DataError` if a picture can't be read."""
@@ -71,12 +78,19 @@ def open_images(
         more = f" (and {len(affected) - 1} more)" if len(affected) > 1 else ""
         raise DataError(f"{unreadable[affected[0]]}{more}; {_ADVICE}")
     if affected:
-        pictures = pictures.subset(np.flatnonzero([n not in unreadable for n in pictures.names]))
+        pictures = _without(pictures, unreadable)
         read = set(pictures.labels.tolist())
         if empty := [name for i, name in enumerate(pictures.class_names) if i not in read]:
             names = ", ".join(empty)
             raise DataError(f"{pictures.folder}: no picture of these classes can be read: {names}")
-    return Images(pictures, preprocessing, stored), affected
+    source = pictures if stored is None else _without(pictures.whole, unreadable)
+    return Images(pictures, preprocessing, stored, source), affected
+
+
+def _without(pictures: Pictures, unreadable: Collection[str]) -> Pictures:
+    if not unreadable:
+        return pictures
+    return pictures.subset(np.flatnonzero([n not in unreadable for n in pictures.names]))
 
 
 def picture_hashes(

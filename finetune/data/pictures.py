@@ -64,6 +64,19 @@ class Pictures:
         labels, rows = self.labels[indices], self.rows[indices]
         return replace(self, files=files, labels=labels, rows=rows, parent=self)
 
+    def together_with(self, other: "Pictures") -> "Pictures":
+        """These and the others, which have the same classes."""
+        if other.whole is self.whole:
+            return self.whole.subset(np.union1d(self.rows, other.rows))
+        folder = Path(os.path.commonpath([self.folder, other.folder]))
+        both = (self, other)
+        files = [path.relative_to(folder).as_posix() for each in both for path in each.paths]
+        labels = np.concatenate([each.labels for each in both])
+        rows = np.arange(len(files))
+        return replace(
+            self, folder=folder, files=tuple(files), labels=labels, rows=rows, parent=None
+        )
+
     @cached_property
     def keys(self) -> Keys:
         """A number for each picture that depends on its name alone."""

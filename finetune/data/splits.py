@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.config.field_types import fold_of
 from finetune.config.fields import RunConfig
 from finetune.data.bit_depth import find_range
 from finetune.data.decode import Preprocessing
+from finetune.data.division import split_folds, split_stratified
 from finetune.data.images import picture_hashes
 from finetune.data.labels import read_labels
 from finetune.data.layout import find_layout, nfc, subfolders
-from finetune.data.pictures import Indices, Pictures, find_pictures
-from finetune.data.seeding import mixed
+from finetune.data.pictures import Pictures, find_pictures
 from finetune.system.array_store import Cache, digest
 from finetune.system.errors import DataError
 from finetune.system.progress import StartProgress, no_progress
@@ -43,6 +44,9 @@ class Splits:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.train.class_names
+
+    def with_val_in_training(self) -> "Splits":
+        return replace(self, train=self.train.together_with(self.val))
 
     @property
     def dataset_fingerprint(self) -> str:
@@ -94,10 +98,15 @@ def make_splits(
     source = sources.get("all") or sources["train"]
     train, val, test = source, sources.get("val"), _test_of(sources, fraction)
     if fraction > 0:
-        train, val = _hold_out(source, fraction, hashes)
-        if "all" in sources:
-            rest = [hashes[row] for row in train.rows]
-            train, test = _hold_out(train, fraction / (1 - fraction), rest)
+        train, val, test = _held_out(source, fraction, hashes, test)
+    if config.fold:
+        if test is not None and test.whole is source:  # the same test pictures for every fold
+            kept = np.setdiff1d(np.arange(len(source)), test.rows)
+            source, hashes = source.subset(kept), [hashes[row] for row in kept]
+        number, count = fold_of(config.fold)
+        is_val = split_folds(source, count, hashes) == number
+        train = source.subset(np.flatnonzero(~is_val))
+        val = source.subset(np.flatnonzero(is_val))
     assert val is not None
     if not len(val):
         raise DataError(
@@ -109,7 +118,7 @@ def make_splits(
         *_note_on_copies(hashes),
         *_note_on_classes(val, "validation"),
         *(_note_on_classes(test, "test") if test else []),
-        _summary(train, val, test, sources, fraction),
+        _summary(train, val, test, sources, fraction, config.fold),
     ]
     return Splits(train, val, test, fraction, config.pixel_range, tuple(lines))
 
@@ -198,7 +207,12 @@ def _note_on_classes(pictures: Pictures, what: str) -> list[str]:
 
 
 def resolve_fraction(config: RunConfig, sources: dict[str, Pictures]) -> float:
-    """`val_fraction` without auto. Raises `DataError` if 0 leaves nothing to validate on."""
+    """`val_fraction` without auto. Raises `DataError` if 0 leaves nothing to validate on.
+
+    For folds, it is that by which pictures without splits are divided to find the test pictures.
+    """
+    if config.fold:
+        return AUTO_VAL_FRACTION
     asked = config.val_fraction
     if "val" not in sources and asked == 0:
         raise DataError(
@@ -220,6 +234,7 @@ def _summary(
     test: Pictures | None,
     sources: dict[str, Pictures],
     fraction: float,
+    fold: str | None,
 ) -> str:
     """The size and origin of each split, in one line."""
     counts = f"{num(len(train), 'picture')} train"
@@ -227,6 +242,7 @@ def _summary(
         tested = len(test) if test else 0
         return f"{counts}, {len(val)} validate and {tested} are kept for the test, by class"
     what = f"{fraction:.0%} of train/ validates" if fraction > 0 else "val/ validates"
+    what = f"fold {fold} of train/ validates" if fold else what
     kept = f"{test.name}/ is kept for the test ({num(len(test), 'picture')})" if test else ""
     unused = "; test/ is not used" if test and test.name == "val" and "test" in sources else ""
     kept = (kept or "nothing is kept for the test") + unused
@@ -246,45 +262,19 @@ def _note_on_copies(hashes: Sequence[str | None]) -> list[str]:
     return [f"{num(count, 'picture')} equal to others; equal ones stay on one side of the split"]
 
 
+def _held_out(
+    source: Pictures, fraction: float, hashes: Sequence[str | None], test: Pictures | None
+) -> tuple[Pictures, Pictures, Pictures | None]:
+    """Training, validation and test pictures; the latter from `source` if it has no splits."""
+    train, val = _hold_out(source, fraction, hashes)
+    if source.name == "all":
+        rest = [hashes[row] for row in train.rows]
+        train, test = _hold_out(train, fraction / (1 - fraction), rest)
+    return train, val, test
+
+
 def _hold_out(
     pictures: Pictures, fraction: float, hashes: Sequence[str | None]
 ) -> tuple[Pictures, Pictures]:
     kept, held_out = split_stratified(pictures, fraction, hashes)
     return pictures.subset(kept), pictures.subset(held_out)
-
-
-def split_stratified(
-    pictures: Pictures, fraction: float, hashes: Sequence[str | None] = ()
-) -> tuple[Indices, Indices]:
-    """Indices (kept, held out): the same share of each class, rounded to whole pictures.
-
-    Pictures of equal hashes, in whatever class, are on the same side. At least one picture of each
-    class is kept, and of a class of two or more, one is held out.
-    """
-    group_of = _groups(hashes, len(pictures))
-    group_keys = mixed(pictures.keys, 0x5B117)[group_of]
-    side: dict[int, bool] = {}  # by group: whether it is held out
-    for label in range(len(pictures.class_names)):
-        members = np.flatnonzero(pictures.labels == label)
-        ranked = members[np.argsort(group_keys[members], kind="stable")]
-        sizes = Counter(group_of[ranked].tolist())
-        missing = num_held_out(len(members), fraction)
-        missing -= sum(size for group, size in sizes.items() if side.get(group))
-        for group, size in sizes.items():  # in the order of their keys
-            if group not in side:
-                side[group] = 0 < size <= missing
-                missing -= size * side[group]
-    held_out = np.array([side[group] for group in group_of.tolist()], dtype=bool)
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def _groups(hashes: Sequence[str | None], count: int) -> Indices:
-    """For each picture the first one with its hash, or itself."""
-    first: dict[str, int] = {}
-    known = list(hashes) or [None] * count
-    return np.array([i if h is None else first.setdefault(h, i) for i, h in enumerate(known)])
-
-
-def num_held_out(num_pictures: int, fraction: float) -> int:
-    """The number of a class's pictures that `split_stratified` holds out, without copies."""
-    return min(max(1, round(num_pictures * fraction)), max(0, num_pictures - 1))

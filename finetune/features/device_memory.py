@@ -21,14 +21,14 @@ class DeviceMemory:
     device: torch.device
     limit_bytes: float
     log: Callable[[str], None]
-    _refused: set[tuple[str, str]] = field(default_factory=set)
+    _refused: set[tuple[int, str]] = field(default_factory=set)
 
     def place(self, splits: Sequence[SplitInputs], split: SplitInputs, part: str) -> None:
         """Copy the input of `part` to the device, in place of this split's other one, if it fits.
 
         Batches of it are gathered there from now on. What doesn't fit is said once.
         """
-        key = (split.pictures.name, part)
+        key = (id(split), part)
         takes_pictures = part == split.parts[0]
         is_decoded_each_time = takes_pictures and split.images.stored is None
         if not self.limit_bytes or part in split.resident or key in self._refused:

@@ -2,8 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +23,9 @@ from finetune.features.split_inputs import SplitInputs
 from finetune.model.chain import Chain
 from finetune.system.array_store import Cache
 from finetune.system.cuda import free_bytes
+from finetune.system.errors import FinetuneError
 from finetune.system.progress import bar
+from finetune.system.resources import is_out_of_memory
 
 
 class EpochLoader:
@@ -41,19 +43,28 @@ class EpochLoader:
         self._config, self.log, self._cache = config, log, cache
         self.unreadable: list[str] = []  # left out, as SPLIT/CLASS/FILE
         self.train = self._open(splits.train, is_flipped=config.augmentation.flips)
-        self.val = self._open(splits.val, is_flipped=False)
+        self.val = self._open(splits.val, is_flipped=False, other=self.train.source)
         if names := self.unreadable:
             log(f"continuing without {len(names)} unreadable pictures: {names[0]} ...")
         self.timings: dict[str, float] = {}  # of `PrefixCache`
         self.memory = DeviceMemory(torch.device("cpu"), 0.0, log)
         self.cache_seconds = time.perf_counter() - started
 
-    def _open(self, split: Pictures, is_flipped: bool) -> SplitInputs:
+    def _open(
+        self, split: Pictures, is_flipped: bool, other: SplitInputs | None = None
+    ) -> SplitInputs:
+        """The inputs of a split; `other`: a source that may be its own."""
         config = self._config
         preprocessing, skip = Preprocessing.of(config), config.skip_unreadable
         images, unreadable = open_images(split, preprocessing, skip, self._cache, bar)
         self.unreadable += [f"{split.name}/{name}" for name in unreadable]
-        return SplitInputs(images, config.backbone.part_names, is_flipped)
+        parts, source = config.backbone.part_names, images.source
+        if other is None or (other.pictures.folder, other.pictures.names) != (
+            source.folder,
+            source.names,
+        ):
+            other = SplitInputs(images.of_source, parts, is_flipped)
+        return SplitInputs(images, parts, is_flipped, other)
 
     def train_epoch(self, epoch: int) -> EpochBatches | PrefetchedBatches:
         config, split, pictures = self._config, self.train, self.train.pictures
@@ -78,6 +89,30 @@ class EpochLoader:
         if self._config.accelerator == "cpu" or batches.part in split.resident:
             return batches
         return PrefetchedBatches(batches, is_pinned=self._config.accelerator == "cuda")
+
+    def release_memory(self) -> bool:
+        """Free the device's memory of the inputs, for good; whether there were any."""
+        held = [split for split in (self.train, self.val) if split.resident]
+        self.memory.limit_bytes = 0.0
+        for split in held:
+            split.resident.clear()
+        if held:
+            self.log("GPU memory: it is used up; from here on inputs are copied in each epoch")
+        return bool(held)
+
+    @contextmanager
+    def _memory_errors_explained(self, boundary: str) -> Iterator[None]:
+        """A lack of memory as `FinetuneError`: these batches are not of the run's batch size."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise FinetuneError(
+                f"out of memory while {self.num_at_once} pictures at once were computed up to "
+                f"{boundary}, at image_size {self._config.image_size}; pass a smaller --image_size "
+                "or --cache off"
+            ) from None
 
     @property
     def _transform(self) -> Any:
@@ -141,5 +176,6 @@ class EpochLoader:
         for boundary in chain.parts[1:]:  # in order: each is computed from the one before
             if boundary in num_epochs:
                 prefix_cache = PrefixCache(boundary, *shared, self.timings, self.memory.limit_bytes)
-                prefix_cache.open_or_fill(num_epochs[boundary])
+                with self._memory_errors_explained(boundary):
+                    prefix_cache.open_or_fill(num_epochs[boundary])
         self.cache_seconds += time.perf_counter() - started

@@ -63,24 +63,30 @@ class PrefixCache:
     def open_or_fill(self, num_epochs: int) -> None:
         """Add the activations to the splits if that saves time over `num_epochs` epochs."""
         missing = [
-            (split, is_flipped)
-            for split in self.splits
-            for is_flipped in split.variants
-            if self.cache.open("activations", self._description(split, is_flipped)) is None
+            source
+            for source in self._sources
+            for is_flipped in source.variants
+            if self.cache.open("activations", self._description(source, is_flipped)) is None
         ]
-        num_missing = sum(len(split.pictures) for split, _ in missing)
+        num_missing = sum(len(source.pictures) for source in missing)
         is_small = self.boundary == self.chain.parts[-1]  # then storing always saves time
         if num_missing and not is_small and not self._saves_time(num_epochs, num_missing):
             return
-        for split in self.splits:
-            entries = [self._open_or_build(split, flip) for flip in split.variants]
+        for source in self._sources:
+            entries = [self._open_or_build(source, flip) for flip in source.variants]
             arrays = [entry.array for entry in entries if entry]
             if len(arrays) == len(entries):
-                split.dtypes[self.boundary] = self._dtype
-                split.stored[self.boundary] = arrays
+                source.dtypes[self.boundary] = self._dtype
+                source.stored[self.boundary] = arrays
+
+    @property
+    def _sources(self) -> list[SplitInputs]:
+        """One, if both splits are of the same folder."""
+        train, val = (split.source for split in self.splits)
+        return [train] if val is train else [train, val]
 
     def _saves_time(self, num_epochs: int, num_missing: int) -> bool:
-        num_rows = sum(len(split.pictures) * len(split.variants) for split in self.splits)
+        num_rows = sum(len(source.pictures) * len(source.variants) for source in self._sources)
         row_bytes = math.prod(self._shape) * self._format.itemsize
         try:
             compute_ms, read_ms = self._time_one_picture(num_rows * row_bytes > free_memory())
@@ -145,26 +151,26 @@ class PrefixCache:
             "code": _version_of(self.chain.backbone.build),
         }
 
-    def _description(self, split: SplitInputs, is_flipped: bool) -> dict[str, Any]:
+    def _description(self, source: SplitInputs, is_flipped: bool) -> dict[str, Any]:
         """Everything that the stored bytes depend on."""
         exact = self.config.cache_format == "float32"
         return self._description_of_network | {
-            "files": split.pictures.identity,
-            "names": digest(split.pictures.names),
+            "files": source.pictures.identity,
+            "names": digest(source.pictures.names),
             "image_size": self.config.image_size,
             "flip": int(is_flipped),
             "precision": self.config.precision,
             "dtype": str(self._dtype).removeprefix("torch.") if exact else self.config.cache_format,
         }
 
-    def _open_or_build(self, split: SplitInputs, is_flipped: bool) -> StoredArray | None:
-        num_pictures, description = len(split.pictures), self._description(split, is_flipped)
-        what = f"{'flipped ' * is_flipped}{split.pictures.name}/ up to {self.boundary}"
+    def _open_or_build(self, source: SplitInputs, is_flipped: bool) -> StoredArray | None:
+        num_pictures, description = len(source.pictures), self._description(source, is_flipped)
+        what = f"{'flipped ' * is_flipped}{source.pictures.name}/ up to {self.boundary}"
 
         def build(rows: Array) -> dict[str, Any]:
             done = bar(f"computing {what}", num_pictures)
             for start, end in batch_bounds(num_pictures, self._num_at_once):
-                computed = self._activations(split, np.arange(start, end), is_flipped)
+                computed = self._activations(source, np.arange(start, end), is_flipped)
                 rows[start:end] = self._rows(computed)
                 for _ in range(start, end):
                     done()

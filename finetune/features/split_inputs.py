@@ -20,18 +20,31 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class SplitInputs:
-    """What a split feeds into the network: its pictures, or stored activations by part."""
+    """What a split feeds into the network: its pictures, or stored activations by part.
 
-    def __init__(self, images: Images, parts: Sequence[str], is_flipped: bool) -> None:
+    Activations are stored for the source, all pictures of the folder, whatever its division.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        parts: Sequence[str],
+        is_flipped: bool,
+        source: "SplitInputs | None" = None,
+    ) -> None:
+        """`source`: the inputs of `images.source`; None if these are they."""
         self.images = images
+        self.source = source or self
+        self.rows = np.searchsorted(images.source.rows, images.pictures.rows)
+        """The index of each picture in the source."""
         self.parts = tuple(parts)
         """Of the network, from input to output; the first takes pictures."""
         self.pictures = images.pictures
         self.variants = (False, True) if is_flipped else (False,)
-        """The flips for which activations are stored."""
-        self.stored: dict[str, list[Array]] = {}
-        """The input of a part: per variant an array, with one row per picture."""
-        self.dtypes: dict[str, torch.dtype] = {}
+        """The flips that it has."""
+        self.stored: dict[str, list[Array]] = {} if source is None else source.stored
+        """The input of a part: per variant of the source an array, with one row per picture."""
+        self.dtypes: dict[str, torch.dtype] = {} if source is None else source.dtypes
         """In which the stored input of a part was computed."""
         self.resident: dict[str, Tensor] = {}
         """The input of a part on the device, the rows of all variants one after the other."""
@@ -52,12 +65,12 @@ class SplitInputs:
         still_to_flip = torch.from_numpy(flips) if takes_pictures and flips.any() else None
         if (resident := self.resident.get(part)) is not None:
             rows = torch.from_numpy(indices + (0 if takes_pictures else len(self.pictures) * flips))
-            return resident.index_select(
-                0, rows.to(resident.device, non_blocking=True)
-            ), still_to_flip
+            rows = rows.to(resident.device, non_blocking=True)
+            return resident.index_select(0, rows), still_to_flip
         if takes_pictures:
             return self.images.batch(indices), still_to_flip
-        stored = as_tensor(gathered(self.stored[part], self.variants, indices, flips))
+        arrays, variants = self.stored[part], self.source.variants
+        stored = as_tensor(gathered(arrays, variants, self.rows[indices], flips))
         return stored.to(self.dtypes[part]), None
 
 

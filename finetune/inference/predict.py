@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune.config.backbones import find_backbone
 from finetune.config.fields import RunConfig
 from finetune.data.batches import batch_bounds
 from finetune.data.decode import Preprocessing, decode
 from finetune.data.layout import by_suffix, is_picture
+from finetune.model.chain import Chain
 from finetune.model.network import load_best, normalise
 from finetune.runs.predictions import softmax
 from finetune.runs.run_dir import RunDir
@@ -58,11 +61,18 @@ class Predictor:
         """The logits of uint8 pictures, (B, K)."""
         model: Any = self.model
         x = normalise(images_BHWC.to(self.device), None, model.mean, model.std)
-        enabled = self.autocast_dtype is not None
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=enabled):
+        if self.autocast_dtype is None:
             logits_BK = model(x)
-        logits: Logits = logits_BK.float().cpu().numpy()
+        else:  # in parts, as in training
+            with torch.autocast(self.device.type, self.autocast_dtype):
+                logits_BK = self._chain.logits(x, self._chain.parts[0])
+        logits: Logits = logits_BK.cpu().numpy()
         return logits
+
+    @cached_property
+    def _chain(self) -> Chain:
+        model: Any = self.model
+        return Chain(model, find_backbone(model.model_name))
 
 
 def load_predictor(run_dir: Path) -> Predictor:

@@ -15,6 +15,7 @@ from inspect import signature
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from finetune.config.backbones import Backbone
@@ -56,6 +57,18 @@ class Chain:
         for part in self.parts[self.parts.index(start) : end]:
             x = self._functions[part](x)
         return x
+
+    def logits(self, x: Tensor, start: str) -> Tensor:
+        """The logits, float32, (B, K), from the input of a part.
+
+        Under autocast the head computes in float32 too: it is small, and the loss depends on it.
+        """
+        kind, head = x.device.type, self.parts[-1]
+        x = self.forward(x, start, head)
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return self.forward(x, head, None)
+        with torch.autocast(kind, enabled=False):
+            return self.forward(x.float(), head, None)
 
     def parts_before(self, boundary: str) -> tuple[str, ...]:
         return self.parts[: self.parts.index(boundary)]

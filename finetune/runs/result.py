@@ -73,6 +73,8 @@ class RunResult(BaseModel):
     dataset_fingerprint: str = ""
     split_fingerprint: str = ""
     weights_fingerprint: str | None = None
+    refit_of: str | None = None
+    """The run of whose setting this is a refit; `best_val_acc` is then that of the setting."""
     versions: dict[str, str] = Field(default_factory=dict)
     git_commit: str | None = None
     prefix_timings: dict[str, float] = Field(default_factory=dict)

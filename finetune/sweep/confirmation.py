@@ -16,7 +16,9 @@ from typing import Any
 from rich.table import Column, Table
 
 from finetune.config.field_tables import fields_with_role, shown, title
+from finetune.config.field_types import fold_of
 from finetune.config.fields import NAMED_FIELDS, RunConfig
+from finetune.runs.folds import describe_folds
 from finetune.runs.result import RunResult
 from finetune.runs.settings import (
     Group,
@@ -40,23 +42,36 @@ _NO_SETTING_IN_0_1_0 = ("seed", "out", "name", "group", "cache_gb")
 
 
 def confirm(
-    runs_dir: Path, num_seeds: int = 5, workers: int | None = None, storage: str | None = None
+    runs_dir: Path,
+    num_seeds: int = 5,
+    folds: int | None = None,
+    workers: int | None = None,
+    storage: str | None = None,
 ) -> int:
     """Repeat each group's best setting and print its accuracies; returns the exit code.
 
     The runs go to RUNS_DIR/confirm. The same call resumes them; a larger `num_seeds` adds runs.
-    Raises `ConfigError` and what `run_sweep` raises.
+    With `folds`, each setting has one run per fold of train/ instead, in RUNS_DIR/folds. Raises
+    `ConfigError` and what `run_sweep` raises.
     """
-    sweep, console = confirmation(runs_dir, num_seeds), open_console()
+    if folds == 1:
+        raise ConfigError("folds: got 1; must be an integer >= 2")
+    sweep = over_folds(runs_dir, folds) if folds else confirmation(runs_dir, num_seeds)
+    console = open_console()
     settings = sweep.source["settings"].values()
     several = len({setting.get("model") for setting in settings}) > 1
     what = "pairs of network and strategy" if several else "strategies"
-    console.print(f"{len(settings)} {what}, {num_seeds} fresh seeds each: {sweep.out_dir}")
+    repeats = f"{folds} folds" if folds else f"{num_seeds} fresh seeds"
+    console.print(f"{len(settings)} {what}, {repeats} each: {sweep.out_dir}")
     for line in described(sweep):
         console.print(line, soft_wrap=True)
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
     code = conclude(outcomes, sweep.metric.name, console)
-    console.print(spread_table(outcomes))
+    console.print(spread_table(outcomes, "folds" if folds else "seeds"))
+    if folds:
+        for line in describe_folds(_complete_folds(outcomes, folds)):
+            console.print(line, soft_wrap=True)
+        return code
     words = ("-m", "finetune", "report", runs_dir)
     console.print(f"next: {command_line(*words)}", soft_wrap=True)
     return code
@@ -88,23 +103,57 @@ def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
     if not any(out_dir.glob(f"{_name(described)}*")):  # the database, or runs
         best = _best_runs(results)
         described = {str(group): _setting(group, runs) for group, runs in best.items()}
-    settings = [_setting(group, runs) for group, runs in best.items()]
     name = _name(described)
     first_seed = _first_seed(runs_dir, name)
-    seeds = [(first_seed + i) % 2**32 for i in range(num_seeds)]
+    repeats = [{"seed": (first_seed + i) % 2**32} for i in range(num_seeds)]
+    source = {"settings": described, "first_seed": first_seed}
+    return _repeated(best, name, repeats, out_dir, source)
+
+
+def over_folds(runs_dir: Path, num_folds: int) -> Sweep:
+    """The sweep that has one run per fold of the best settings of `confirmation`, with one seed."""
+    best = _best_runs(_results(runs_dir))
+    described = {str(group): _setting(group, runs) for group, runs in best.items()}
+    name = _name(described, f"folds{num_folds}")
+    seed = _first_seed(runs_dir, name)
+    repeats = [{"fold": f"{i}/{num_folds}", "seed": seed} for i in range(1, num_folds + 1)]
+    source = {"settings": described, "num_folds": num_folds, "seed": seed}
+    return _repeated(best, name, repeats, runs_dir / "folds", source)
+
+
+def _repeated(
+    best: Mapping[Group, Sequence[RunResult]],
+    name: str,
+    repeats: Sequence[Mapping[str, Any]],
+    out_dir: Path,
+    source: Mapping[str, Any],
+) -> Sweep:
+    """Each setting with each of these values; all settings with one before the next."""
+    settings = [_setting(group, runs) for group, runs in best.items()]
     return Sweep(
         name=name,
         method="grid",
         dimensions=(),
         fixed=_environment([*chain(*best.values())]) | {"out": str(out_dir)},
-        listed=tuple({**s, "seed": seed} for seed, s in product(seeds, settings)),
-        source={"settings": described, "first_seed": first_seed},
+        listed=tuple({**s, **repeat} for repeat, s in product(repeats, settings)),
+        source=source,
     )
 
 
-def _name(settings: Mapping[str, Any]) -> str:
+def _complete_folds(outcomes: Iterable[TrialResult], num_folds: int) -> dict[str, list[Path]]:
+    """The run directories of the groups of which all folds have finished, in their order."""
+    trials = [trial for trial in outcomes if trial.state == "finished"]
+    groups = groups_of([{**trial.setting, "strategy": trial.strategy} for trial in trials])
+    found: dict[str, dict[int, Path]] = defaultdict(dict)
+    for trial, group in zip(trials, groups, strict=True):
+        found[str(group)][fold_of(str(trial.setting["fold"]))[0]] = trial.run_dir
+    complete = {name: paths for name, paths in found.items() if len(paths) == num_folds}
+    return {name: [paths[i] for i in sorted(paths)] for name, paths in complete.items()}
+
+
+def _name(settings: Mapping[str, Any], prefix: str = "confirm") -> str:
     text = json.dumps(settings, sort_keys=True)
-    return f"confirm-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
+    return f"{prefix}-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
 
 
 def _first_seed(runs_dir: Path, name: str) -> int:
@@ -195,8 +244,8 @@ def _existing(paths: Iterable[str]) -> str:
     return next((path for path in candidates if Path(path).exists()), candidates[0])
 
 
-def spread_table(outcomes: Iterable[TrialResult]) -> Table:
-    """Each group's best_val_acc and mean macro F1 over its seeds, the best mean first."""
+def spread_table(outcomes: Iterable[TrialResult], repeats: str = "seeds") -> Table:
+    """Each group's best_val_acc and mean macro F1 over its repeats, the best mean first."""
     all_trials = list(outcomes)
     groups = groups_of([{**trial.setting, "strategy": trial.strategy} for trial in all_trials])
     found: dict[Group, list[float]] = defaultdict(list)
@@ -206,7 +255,7 @@ def spread_table(outcomes: Iterable[TrialResult]) -> Table:
             found[group].append(outcome.best_val_acc)
             if outcome.best_val_macro_f1 is not None:
                 scores[group].append(outcome.best_val_macro_f1)
-    headings = ("seeds", "mean", "standard deviation", "lowest", "highest", "macro F1")
+    headings = (repeats, "mean", "standard deviation", "lowest", "highest", "macro F1")
     columns = [Column(heading, justify="right") for heading in headings]
     title = "network, strategy" if any(group.model for group in groups) else "strategy"
     table = Table(title, *columns, box=None, pad_edge=False)

@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -128,22 +129,34 @@ class TrialQueue:
         reached = self.sweep.metric.reached
         return any(reached(group.value) for group in self._groups.values())
 
-    def claim(self) -> Claim | None:
-        """Claim the next trial; None if there is nothing to claim."""
+    def claim(self, accepts: Callable[[dict[str, Value]], bool] = lambda _: True) -> Claim | None:
+        """Claim the next trial whose values it accepts; None if there is none.
+
+        Where values are drawn, they are drawn once: if they are not accepted, there is none.
+        """
         if self._is_target_reached():
             return None
-        if claim := self._claim_waiting():
+        if claim := self._claim_waiting(accepts):
             return claim
         if self.sweep.method == "grid":
             self.refresh()
         else:
             self.refresh_if_due()
-        return self._claim_waiting() or self._draw()
+        if (claim := self._claim_waiting(accepts)) or self._trials("waiting"):
+            return claim
+        claim = self._draw()
+        if claim is None or accepts(claim.values):
+            return claim
+        self.requeue(claim)
+        return None
 
-    def _claim_waiting(self) -> Claim | None:
+    def _claim_waiting(self, accepts: Callable[[dict[str, Value]], bool]) -> Claim | None:
         for key, group in self._groups.items():
             trial = group.decisive
-            if trial.state == TrialState.WAITING and self._try_claim(trial):
+            is_known = len(group.values) == len(self.sweep.dimensions)
+            if trial.state != TrialState.WAITING or (is_known and not accepts(group.values)):
+                continue
+            if self._try_claim(trial):
                 return self._claimed_trial(key, trial)
         return None
 

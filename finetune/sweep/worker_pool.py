@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from finetune.sweep.worker import OUTPUT_NAME, Event, Job, TrialEnded, work
-from finetune.system.devices import worker_devices
+from finetune.system.devices import assigned_device, worker_devices
 from finetune.system.resources import require_handles
 from finetune.system.shutdown import STOP_SIGNALS
 
@@ -75,9 +75,8 @@ class WorkerPool:
         environment.pop("WANDB_SERVICE", None)
         num_sharing = 1
         if self._devices:
-            used = [self._devices[i % len(self._devices)] for i in range(self.num_workers)]
-            environment["CUDA_VISIBLE_DEVICES"] = used[slot]
-            num_sharing = used.count(used[slot])
+            device, num_sharing = assigned_device(self._devices, self.num_workers, slot)
+            environment["CUDA_VISIBLE_DEVICES"] = device
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("forkserver").Process(
             target=work, args=(theirs, job, environment, self.num_workers, num_sharing), daemon=True

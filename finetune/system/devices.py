@@ -70,6 +70,16 @@ def worker_devices() -> list[str]:
     return devices + again
 
 
+def assigned_device(devices: list[str], num_workers: int, worker: int) -> tuple[str, int]:
+    """The device of a worker, and how many of the workers share it.
+
+    >>> [assigned_device(["a", "b"], 3, worker) for worker in range(3)]
+    [('a', 2), ('b', 1), ('a', 2)]
+    """
+    used = [devices[i % len(devices)] for i in range(num_workers)]
+    return used[worker], used.count(used[worker])
+
+
 def list_devices(listed: str) -> list[str]:
     """The UUIDs in the output of `nvidia-smi --list-gpus`.
 

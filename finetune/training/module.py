@@ -25,6 +25,7 @@ from finetune.features.split_inputs import network_input
 from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
+from finetune.system.resources import is_out_of_memory
 from finetune.training.solve_head import solve_head
 
 
@@ -52,9 +53,15 @@ class FineTuning(pl.LightningModule):
     """The frozen prefix in eval mode without gradients; one parameter group per part."""
 
     def __init__(
-        self, chain: Chain, config: RunConfig, loader: EpochLoader, first_epoch: int = 0
+        self,
+        chain: Chain,
+        config: RunConfig,
+        loader: EpochLoader,
+        first_epoch: int = 0,
+        penalty: float | None = None,
     ) -> None:
-        """`first_epoch`: the one at which a resumed run goes on."""
+        """`first_epoch`: the one at which a resumed run goes on. `penalty`: the L2 penalty with
+        which the head is solved; None: the validation loss chooses it."""
         super().__init__()
         self.network = chain.network  # its name is part of last.ckpt's keys
         self.chain = chain
@@ -69,7 +76,7 @@ class FineTuning(pl.LightningModule):
         """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
         self._rates: dict[str, float] = {}
-        self.head_penalty: float | None = None
+        self.head_penalty = penalty
         """The L2 penalty with which the head was solved, if it was."""
 
     def train(self, mode: bool = True) -> Self:
@@ -113,7 +120,7 @@ class FineTuning(pl.LightningModule):
         self.loader.prepare(self.chain, self.first_epoch, precision)
         if self.config.solves_head and self.first_epoch == 0:
             self.head_penalty, line = solve_head(
-                self.chain, self.loader, precision, self._class_weights
+                self.chain, self.loader, precision, self._class_weights, self.head_penalty
             )
             self.loader.log(line)
 
@@ -124,19 +131,23 @@ class FineTuning(pl.LightningModule):
         return self.loader.val_epoch(self.current_epoch)
 
     def forward(self, batch: Batch, mix: Mix | None = None) -> Tensor:
-        """Logits, float32, (B, K)."""
-        boundary, head = self._open[0], self.chain.parts[-1]
+        """Logits, float32, (B, K); if memory runs out, without what lives on the device."""
+        try:
+            return self._logits(batch, mix)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and self.loader.release_memory()):
+                raise
+        return self._logits(batch, mix)
+
+    def _logits(self, batch: Batch, mix: Mix | None) -> Tensor:
+        boundary = self._open[0]
         with torch.no_grad():
             changed = batch.augmentation
             pixels = batch.inputs if changed is None else changed.apply(batch.inputs)
             x = network_input(pixels, batch.flips, self.chain.backbone)
             x = x if mix is None else mix.of(x)
             x = self.chain.forward(x, batch.part, boundary)
-        x = self.chain.forward(x, boundary, head)
-        if self.config.precision == "32-true":
-            return self.chain.forward(x, head, None)
-        with torch.autocast(self.device.type, enabled=False):  # small, and the loss depends on it
-            return self.chain.forward(x.float(), head, None)
+        return self.chain.logits(x, boundary)
 
     def on_train_epoch_start(self) -> None:
         self.open_parts(self.current_epoch)
@@ -192,15 +203,21 @@ class FineTuning(pl.LightningModule):
         self._val_logits.append(logits)
 
     def epoch_metrics(self) -> Row:
-        """The finished epoch's mean losses, accuracies, macro F1 and learning rates."""
+        """The finished epoch's mean losses, accuracies, macro F1 and learning rates.
+
+        Without those of validation if there was none.
+        """
         row: Row = {"epoch": self.current_epoch}
         for name, split in {"train": self.loader.train, "val": self.loader.val}.items():
+            if not self._totals[name]:  # there is no validation
+                continue
             loss_sums, nums_correct = zip(*self._totals[name], strict=True)
             row[f"{name}_loss"] = float(sum(loss_sums)) / len(split.pictures)
             row[f"{name}_acc"] = int(sum(nums_correct)) / len(split.pictures)
-        labels, logits = self.loader.val.pictures.labels, self.val_logits().numpy()
-        counts = confusion_counts(labels, logits.argmax(axis=1), logits.shape[1])
-        row["val_macro_f1"] = macro_f1(counts)
+        if self._val_logits:
+            labels, logits = self.loader.val.pictures.labels, self.val_logits().numpy()
+            counts = confusion_counts(labels, logits.argmax(axis=1), logits.shape[1])
+            row["val_macro_f1"] = macro_f1(counts)
         parameters = self.network.parameters()
         row["trainable_parameters"] = sum(p.numel() for p in parameters if p.requires_grad)
         return row | {f"{RATE}{part}": rate for part, rate in self._rates.items()}

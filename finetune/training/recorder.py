@@ -172,7 +172,10 @@ class Recorder(pl.Callback):
         self.rows.append(row)
         if len(self.rows) == 1 or epoch_rank(row) > epoch_rank(self.rows[self.best_epoch]):
             self.best_epoch = len(self.rows) - 1
-            self._write_best(row, module)
+            epoch, val_acc = self.best_epoch, row["val_acc"]
+            write_best(self.run_dir, self.config, module, epoch, val_acc)
+            logits, pictures = module.val_logits().numpy(), module.loader.val.pictures
+            self.run_dir.write_predictions(logits, pictures.labels, pictures.paths)
         row["best_val_acc"] = self.rows[self.best_epoch]["val_acc"]
         if module.head_penalty is not None:
             self.head_penalty = module.head_penalty
@@ -197,22 +200,22 @@ class Recorder(pl.Callback):
         checkpoint["format_version"] = FORMAT_VERSION
         checkpoint.update(self.fingerprints)
 
-    def _write_best(self, row: Row, module: FineTuning) -> None:
-        """best.ckpt, the complete network with its classes and preprocessing; predictions.npz."""
-        pictures = module.loader.val.pictures
-        content = {
-            "format_version": FORMAT_VERSION,
-            "model": self.config.model,
-            "state_dict": {k: v.cpu() for k, v in module.network.state_dict().items()},
-            "class_names": list(pictures.class_names),
-            "image_size": self.config.image_size,
-            "background": self.config.background,
-            "pixel_range": self.config.pixel_range,
-            "mean": list(self.config.backbone.mean),
-            "std": list(self.config.backbone.std),
-            "epoch": row["epoch"],
-            "val_acc": row["val_acc"],
-        }
-        write_checkpoint(content, self.run_dir.best_path)
-        logits, paths = module.val_logits().numpy(), pictures.paths
-        self.run_dir.write_predictions(logits, pictures.labels, paths)
+
+def write_best(
+    run_dir: RunDir, config: RunConfig, module: FineTuning, epoch: int, val_acc: float
+) -> None:
+    """best.ckpt, the complete network with its classes and preprocessing."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "model": config.model,
+        "state_dict": {k: v.cpu() for k, v in module.network.state_dict().items()},
+        "class_names": list(module.loader.train.pictures.class_names),
+        "image_size": config.image_size,
+        "background": config.background,
+        "pixel_range": config.pixel_range,
+        "mean": list(config.backbone.mean),
+        "std": list(config.backbone.std),
+        "epoch": epoch,
+        "val_acc": val_acc,
+    }
+    write_checkpoint(content, run_dir.best_path)

@@ -69,8 +69,9 @@ def solve_head(
         linear.weight.copy_(solution.weight)
         linear.bias.copy_(solution.bias)
     solving = time.perf_counter() - started - seconds
+    chosen = f", val_loss {solution.val_loss:.3f}" if penalty is None else ""
     return solution.penalty, (
-        f"head solved: L2 penalty {solution.penalty:.2g}, val_loss {solution.val_loss:.3f} "
+        f"head solved: L2 penalty {solution.penalty:.2g}{chosen} "
         f"({solving:.1f} s, features {seconds:.1f} s)"
     )
 

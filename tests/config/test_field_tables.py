@@ -22,7 +22,7 @@ from finetune.system.errors import ConfigError
 def test_every_field_has_one_role() -> None:
     names = [name for role in get_args(Role) for name in fields_with_role(role)]
     assert sorted(names) == sorted(RunConfig.model_fields)
-    assert fields_with_role("seed") == ("seed",)
+    assert fields_with_role("repeat") == ("fold", "seed")
     assert {"data_dir", "cache_dir", "cache_gb", "accelerator", "precision", "out"} <= set(
         fields_with_role("environment")
     )

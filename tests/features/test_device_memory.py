@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import Batch, EpochBatches, PrefetchedBatches
 from finetune.features.device_memory import DeviceMemory
 from finetune.features.loader import EpochLoader
-from tests.features.test_prefix_cache import prepared
+from finetune.features.prefix_cache import PrefixCache
+from finetune.model.chain import Chain
+from finetune.training.module import FineTuning
+from finetune.training.train import make_trainer
+from tests.features.test_prefix_cache import prepared, unprepared
 
 CPU = torch.device("cpu")
 
@@ -86,6 +92,55 @@ def test_a_full_device_is_no_error(
     monkeypatch.setattr(torch, "empty", full)
     assert_equal(epochs(loader), host)
     assert capsys.readouterr().out.count("they are copied in each epoch") == 2
+
+
+def test_memory_that_runs_out_in_a_step_is_taken_from_the_inputs(
+    fields: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig.from_fields(fields | {"strategy": "scratch"})
+    loader, chain = unprepared(config)
+    module, host = FineTuning(chain, config, loader).eval(), epochs(loader)
+    expected = module(host[0])
+    loader.memory = DeviceMemory(CPU, math.inf, print)
+    assert_equal(epochs(loader)[:1], host[:1])
+    original = chain.logits
+
+    def limited(*given: Any) -> torch.Tensor:
+        if loader.train.resident:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(*given)
+
+    monkeypatch.setattr(chain, "logits", limited)
+    assert torch.equal(module(host[0]), expected)
+    assert capsys.readouterr().out.count("GPU memory: it is used up") == 1
+    assert_equal(epochs(loader), host)
+    assert not loader.train.resident and not loader.val.resident
+
+
+@pytest.mark.parametrize("kind", ["resident", "prefetched"])
+def test_a_training_has_the_weights_of_one_with_batches_of_the_host(
+    kind: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PrefixCache, "_saves_time", lambda *given: True)
+    given = {"strategy": "gradual", "epochs": 3, "precision": "32-true"}
+    config = RunConfig.from_fields(fields | given)
+    expected = trained_weights(*unprepared(config), config, tmp_path)
+    loader, chain = unprepared(config)
+    if kind == "resident":
+        loader.memory = DeviceMemory(CPU, math.inf, print)
+    else:
+        monkeypatch.setattr(loader, "_on_gpu", lambda b, split: PrefetchedBatches(b, False))
+    weights = trained_weights(loader, chain, config, tmp_path)
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    assert bool(loader.train.resident) == (kind == "resident")
+
+
+def trained_weights(
+    loader: EpochLoader, chain: Chain, config: RunConfig, place: Path
+) -> dict[str, torch.Tensor]:
+    trainer = make_trainer(config, place, pl.Callback(), max_epochs=config.epochs)
+    trainer.fit(FineTuning(chain, config, loader))
+    return dict(chain.network.state_dict())
 
 
 def test_without_a_cache_pictures_are_decoded_each_time(fields: dict[str, Any]) -> None:

@@ -12,23 +12,31 @@ import torch
 
 import finetune
 from finetune.config.fields import RunConfig
+from finetune.features import prefix_cache
+from finetune.features.device_memory import DeviceMemory
 from finetune.features.loader import EpochLoader
+from finetune.features.prefix_cache import PrefixCache
+from finetune.model.chain import Chain
 from finetune.model.network import build_from
 from finetune.runs.resolve import resolve
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import read_metrics
-from finetune.system.errors import ConfigError
+from finetune.system.errors import ConfigError, FinetuneError
 from tests.conftest import Train
 from tests.support.tiny_network import tiny
 
 COMPARED = ("train_loss", "train_acc", "val_loss", "val_acc")
 
 
-def prepared(config: RunConfig) -> EpochLoader:
+def unprepared(config: RunConfig) -> tuple[EpochLoader, Chain]:
     config, splits, cache = resolve(config)
     chain, _ = build_from(config, 5, print)
     chain.network.eval()
-    loader = EpochLoader(config, splits, cache)
+    return EpochLoader(config, splits, cache), chain
+
+
+def prepared(config: RunConfig) -> EpochLoader:
+    loader, chain = unprepared(config)
     loader.prepare(chain, 0)
     return loader
 
@@ -180,6 +188,46 @@ def test_both_timings_of_a_boundary_are_recorded(train: Train) -> None:
     result = RunResult.load(train(strategy="partial").path)
     assert set(result.prefix_timings) == {"layer3/recompute_ms", "layer3/read_ms"}
     assert all(value > 0 for value in result.prefix_timings.values())
+
+
+def test_activations_that_the_memory_cannot_hold_are_timed_from_the_disk(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: dropped.append(given))
+    train(strategy="partial", epochs=1)
+    assert not dropped
+    monkeypatch.setattr(prefix_cache, "free_memory", lambda: 0)
+    train(strategy="partial", epochs=1, image_size=48)
+    assert [given[1:] for given in dropped] == [(0, 0, os.POSIX_FADV_DONTNEED)]
+
+
+@pytest.mark.parametrize("is_on_device", [True, False])
+def test_activations_on_the_device_are_read_once(
+    is_on_device: bool, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then they are stored although reading takes longer than computing."""
+    monkeypatch.setattr(PrefixCache, "_time_one_picture", lambda self, is_cold: (1.0, 2.0))
+    loader, chain = unprepared(
+        RunConfig.from_fields(fields | {"strategy": "partial", "epochs": 30})
+    )
+    if is_on_device:
+        loader.memory = DeviceMemory(torch.device("cpu"), 1e9, print)
+    loader.prepare(chain, 0)
+    assert list(loader.train.stored) == (["layer3"] if is_on_device else [])
+
+
+def test_a_lack_of_memory_for_activations_does_not_name_the_batch_size(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(PrefixCache, "_activations", full)
+    with pytest.raises(
+        FinetuneError, match=r"128 pictures at once were computed up to fc.*--cache"
+    ):
+        train(strategy="freeze")
 
 
 def test_a_run_continues_without_a_cache_if_disk_space_is_short(

@@ -90,6 +90,18 @@ def test_logits_equal_those_in_predictions_npz(run: RunDir) -> None:
     np.testing.assert_allclose(np.stack(found), logits, atol=1e-4)  # type: ignore[arg-type]
 
 
+def test_with_mixed_precision_predict_computes_as_the_validation_did(train: Train) -> None:
+    run = train(strategy="partial", epochs=1, precision="bf16-mixed")
+    with np.load(run.predictions_path) as recorded:
+        logits, paths = recorded["logits"], recorded["paths"]
+    predictor = load_predictor(run.path)
+    assert predictor.autocast_dtype == torch.bfloat16
+    found = np.stack(predict_logits(predictor, [Path(path) for path in paths]))  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    bits = torch.from_numpy(logits).view(torch.int32)
+    assert (bits & 0xFFFF).any()  # the head's are not rounded to bfloat16
+
+
 def test_a_bad_picture_is_reported_and_the_others_are_predicted(
     run: RunDir, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,8 +94,13 @@ def test_an_online_run_is_complete_without_a_usable_home(
 def test_the_key_in_a_read_only_home_is_used(
     place: Place, fields: dict[str, Any], read_only_home: Path
 ) -> None:
-    host = place.server.url.removeprefix("http://")  # with the port, as W&B's client writes it
-    (read_only_home / ".netrc").write_text(f"machine {host} login user password {KEY}")
+    host = place.server.url.removeprefix("http://")
+    hosts = (
+        host,
+        host.partition(":")[0],
+    )  # the client's version 0.21 looks for it without the port
+    lines = [f"machine {name} login user password {KEY}\n" for name in hosts]
+    (read_only_home / ".netrc").write_text("".join(lines))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         del place.environment[name]
     flags = as_flags(fields | {"strategy": "freeze", "epochs": 1})

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,9 @@ def test_a_killed_and_resumed_run_has_a_complete_history(
     assert_history_is_complete(run, place.run_dir(run))
 
 
+@pytest.mark.skipif(
+    version("wandb").startswith("0.21."), reason="its sync replaces an earlier attempt's rows"
+)
 def test_a_resumed_offline_run_is_synced_completely(place: Place, fields: dict[str, Any]) -> None:
     flags = as_flags(fields | {"epochs": 12, "patience": 0, "group": "apart"})
     interrupted = place.start("agent.py", *flags, WANDB_MODE="offline")
