@@ -5,6 +5,7 @@ Each command is one entry of `COMMANDS`. Its module is imported when the command
 """
 
 import argparse
+import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -129,6 +130,13 @@ COMMANDS: dict[str, Command] = {
         "finetune.training.lr_find:lr_find",
         _RUN_FIELDS,
     ),
+    "show": (
+        "write a picture of the first training batches, as the network sees them",
+        "finetune.training.show:show",
+        _path("--file", "the picture (default: show.png)", default=Path("show.png")),
+        _count("--num_pictures", "of them (default: 32)", default=32),
+        _RUN_FIELDS,
+    ),
     "gpus": (
         "start one W&B agent on each visible GPU, or a single agent without a GPU",
         "finetune.tracking.gpus:gpus",
@@ -225,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int | None:
     """Call a command's function with its arguments; returns the exit code."""
     given = parse(arguments)
     module, _, name = given.pop("function").partition(":")
+    if sys.stderr.isatty() and module.split(".")[1] in ("inference", "training"):
+        print("loading PyTorch", file=sys.stderr)
     code: int | None = getattr(import_module(module), name)(**given)
     return code
 

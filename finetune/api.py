@@ -20,12 +20,17 @@ def report(runs_dir: Place = "runs", out: Place | None = None) -> Comparison:
     return write_report(Path(runs_dir), Path(out or runs_dir))
 
 
-def confirm(runs_dir: Place, num_seeds: int = 5, workers: int | None = None) -> list[TrialResult]:
-    """Repeat each strategy's best setting with fresh seeds; every repeat, the best first."""
-    from finetune.sweep.confirmation import confirmation
+def confirm(
+    runs_dir: Place, num_seeds: int = 5, folds: int | None = None, workers: int | None = None
+) -> list[TrialResult]:
+    """Repeat each strategy's best setting with fresh seeds, or over `folds` folds of train/; every
+    repeat, the best first."""
+    from finetune.sweep.confirmation import confirmation, over_folds
     from finetune.sweep.runner import run_sweep
 
-    return run_sweep(confirmation(Path(runs_dir), num_seeds), workers=workers)
+    place = Path(runs_dir)
+    sweep = over_folds(place, folds) if folds else confirmation(place, num_seeds)
+    return run_sweep(sweep, workers=workers)
 
 
 def evaluate(run_dir: Place, folder: Place | None = None) -> dict[str, Any]:

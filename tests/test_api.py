@@ -95,7 +95,9 @@ def test_the_commands_are_functions(run_dir: RunDir, digits: Path, tmp_path: Pat
     assert [result.state for result in found] == ["finished", "finished"]
     assert found[0].setting.keys() == {"learning_rate"}
     assert [one.state for one in finetune.confirm(tmp_path, num_seeds=1)] == ["finished"]
-    assert [*finetune.report(tmp_path).varied] == ["learning_rate"]
+    comparison = finetune.report(tmp_path)
+    assert [*comparison.varied] == ["learning_rate"]
+    assert repr(comparison) == f"Comparison({comparison.headline})"
     assert (tmp_path / "report.html").exists()
     assert finetune.evaluate(found[0].run_dir)["num_pictures"] == 15
     with pytest.raises(FinetuneError, match="does not exist"):

@@ -192,7 +192,8 @@ class StrategySummary:
     @property
     def limitation(self) -> str:
         """What a statement that this group is worse is limited to, if it has caveats."""
-        return f" within {self.best.config['epochs']} epochs" if self.caveats else ""
+        epochs = self.best.config.get("epochs")
+        return f" within {epochs} epochs" if self.caveats and epochs else ""
 
 
 def summarize_strategies(
@@ -269,11 +270,9 @@ def _origins(run: RunRecord) -> list[tuple[str, object]]:
 
 def _caveats_on_rate(summary: StrategySummary, runs: Iterable[RunRecord]) -> list[str]:
     tried = [run for run in runs if run.result or run.diverged or run.state == "pruned"]
-    given = [run.config["learning_rate"] for run in (summary.chosen[0], *tried)]
-    if None in given:  # the strategy has none
-        return []
-    rate, *rates = map(float, given)
-    if len(set(rates)) < 2 or rate not in (min(rates), max(rates)):
+    rates = {rate for run in tried if (rate := run.config.get("learning_rate")) is not None}
+    rate = summary.chosen[0].config.get("learning_rate")
+    if len(rates) < 2 or rate not in (min(rates), max(rates)):
         return []
     side = "smallest" if rate == min(rates) else "largest"
     return [f"its best learning rate, {rate:g}, is the {side} that was tried"]

@@ -33,7 +33,7 @@ _CHANGES_NUMBERS = ("accelerator", "precision", "cache_format")
 """Fields of the environment that can change a run's accuracy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What the page and the terminal show."""
 
@@ -54,6 +54,9 @@ class Comparison:
     excluded: tuple[RunRecord, ...]
     """Other runs that did not finish, or can't be compared with the others."""
 
+    def __repr__(self) -> str:
+        return f"Comparison({self.headline})"
+
     @property
     def winner(self) -> RunRecord | None:
         return self.summaries[0].best if self.summaries else None
@@ -67,6 +70,11 @@ class Comparison:
     def about_settings(self) -> bool:
         """Whether the groups are settings of a single strategy."""
         return bool(self.summaries and self.summaries[0].group.setting)
+
+    @property
+    def has_long_names(self) -> bool:
+        """Whether the names of two groups may not fit on one line."""
+        return self.about_networks or self.about_settings
 
     @property
     def subject(self) -> str:

@@ -64,10 +64,12 @@ def one_of(choices: Iterable[str]) -> AfterValidator:
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
     """The values of a field that has few; nothing for the others."""
-    checks = [getattr(entry, "func", None) for entry in field.metadata]
+    options = [field.annotation, *get_args(field.annotation)]  # X, and those of X | None
+    entries = [*field.metadata, *(e for o in options for e in getattr(o, "__metadata__", ()))]
+    checks = [getattr(entry, "func", None) for entry in entries]
     found = [check.choices for check in checks if isinstance(check, _OneOf)]
-    if get_origin(field.annotation) is Literal:
-        found.append(get_args(field.annotation))
+    literals = [get_args(option) for option in options if get_origin(option) is Literal]
+    found += [] if float in options else literals  # auto or a number
     return tuple(map(str, found[0])) if found else ()
 
 

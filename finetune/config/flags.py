@@ -57,6 +57,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     """The parser of a run's flags; values stay text."""
     made = Parser(
         prog=program,
+        usage=f"{program} [--FIELD VALUE ...] [--config FILE] [--resume RUN_DIR] [--verbose]",
         description="One run: fine-tune a network on a folder of pictures.",
         epilog="A value of None means the default. Exit codes: 0 done, 1 the run failed, "
         "2 the command line or a config is wrong.",

@@ -28,7 +28,7 @@ def summary(result: RunResult, logits: Array, labels: Array) -> list[str]:
     counts = confusion_counts(labels, logits.argmax(axis=1), num_classes)
     totals = counts.sum(axis=1)
     largest, share = names[totals.argmax()], totals.max() / totals.sum()
-    lines.append(f"to compare: naming all of them {largest}, the largest class, gives {share:.4f}")
+    lines.append(f"to compare: always predicting {largest}, the largest class, gives {share:.4f}")
     return lines + _recalls(names, class_accuracies(counts)) + _confused(names, counts)
 
 

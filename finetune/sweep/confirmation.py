@@ -63,7 +63,7 @@ def confirm(
     what = "pairs of network and strategy" if several else "strategies"
     repeats = f"{folds} folds" if folds else f"{num_seeds} fresh seeds"
     console.print(f"{len(settings)} {what}, {repeats} each: {sweep.out_dir}")
-    for line in _described(sweep):
+    for line in described(sweep):
         console.print(line, soft_wrap=True)
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
     code = conclude(outcomes, sweep.metric.name, console)
@@ -77,7 +77,7 @@ def confirm(
     return code
 
 
-def _described(sweep: Sweep) -> list[str]:
+def described(sweep: Sweep) -> list[str]:
     """What is repeated, one line for each group: the fields that are not the run's defaults."""
     lines = []
     for group, setting in sweep.source["settings"].items():

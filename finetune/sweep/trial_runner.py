@@ -30,7 +30,7 @@ _RESUME = "the sweep has ended; start it again once this is fixed"
 
 @dataclass
 class TrialRunner:
-    """The execution of a sweep by this process."""
+    """Runs a sweep's trials in worker processes until all are done."""
 
     spec: Sweep
     queue: TrialQueue

@@ -260,6 +260,15 @@ def test_the_headline_on_one_confirmed_strategy_is_the_mean_of_its_fresh_seeds(
     assert comparison.headline == f"{found}{mean}."
 
 
+def test_a_strategy_without_epochs_and_rates_has_no_caveats_on_them(tmp_path: Path) -> None:
+    for rate in (0.01, 0.1):
+        write_run(tmp_path, f"p{rate}", 0.8, strategy="partial", learning_rate=rate)
+    write_run(tmp_path, "probe", 0.5, strategy="probe", train_acc=0.8)
+    _, probe = compared(tmp_path).summaries
+    assert probe.caveats == ("training accuracy stayed at 80%",)
+    assert "within" not in compared(tmp_path).headline
+
+
 def test_settings_with_several_seeds_are_compared_over_seeds(tmp_path: Path) -> None:
     for aug, accuracy in (("y", 0.8), ("n", 0.7)):
         for seed in range(3):

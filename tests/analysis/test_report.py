@@ -206,6 +206,15 @@ def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
         main(["report", str(tmp_path)])
 
 
+def test_trials_that_failed_before_their_first_epoch_are_named(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "output.log").write_text("error: no weights")
+    said = "2 trials failed before the first epoch; the reason is in .*runs/a/output.log"
+    with pytest.raises(RunDirError, match=said):
+        main(["report", str(tmp_path / "runs")])
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(locked: Path) -> None:
     write_run(locked.parent, "there")
     with pytest.raises(RunDirError, match="locked can't be read: Permission denied"):
@@ -334,7 +343,7 @@ def test_importances_are_shown_only_if_the_search_was_not_a_grid(tmp_path: Path)
     assert field_importances(read_runs(tmp_path / "random")) == shares
 
 
-def test_an_ablation_of_one_strategy_shows_what_varied(tmp_path: Path) -> None:
+def test_an_ablation_of_one_strategy_shows_what_varied(browser: Browser, tmp_path: Path) -> None:
     for rate, size, aug in product((0.01, 0.1), (32, 64), "yn"):
         fields = {"learning_rate": rate, "batch_size": size, "data_aug": aug}
         write_run(tmp_path, f"r{rate}{size}{aug}", 0.8 - rate, strategy="partial", **fields)
@@ -349,6 +358,11 @@ def test_an_ablation_of_one_strategy_shows_what_varied(tmp_path: Path) -> None:
     figure = search_figures.parallel_coordinates(*_search_of(tmp_path))
     titles = ["batch<br>size", "augmentation", "learning<br>rate", "accuracy"]
     assert figure["layout"]["xaxis"]["ticktext"] == titles  # without the strategy
+    for width in (390, 1280):
+        browser.open(tmp_path / "report.html", width, 900)
+        assert browser.run(EMPTY_FIGURES) == []
+        assert browser.run(CLIPPED_TEXTS) == []
+        assert browser.run("document.documentElement.scrollWidth") <= width
 
 
 def _search_of(runs_dir: Path) -> tuple[list[RunRecord], dict[str, list[Any]]]:

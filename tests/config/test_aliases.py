@@ -9,7 +9,7 @@ import pytest
 
 from finetune.config.aliases import ALIASES, NO_FIELD, hint
 from finetune.config.fields import RunConfig
-from finetune.config.flags import given_fields
+from finetune.config.flags import given_fields, parser
 from finetune.config.given_values import read_mapping
 from finetune.sweep.sweep_file import read_sweep
 from finetune.system.errors import ConfigError
@@ -49,6 +49,7 @@ WITHOUT_FIELD = {
     "beta1": "the optimizers are used with learning_rate, momentum and weight_decay",
     "num_workers": "a run reads pictures from its cache",
 }
+SHORT_FLAGS = ("lr", "bs", "wd")
 MESSAGES = {
     **{name: f"unknown field {name!r}: the field is {field}" for name, field in NAMES.items()},
     **{n: f"unknown field {n!r}: there is no such field; {r}" for n, r in WITHOUT_FIELD.items()},
@@ -75,8 +76,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MESSAGES)
+REFUSED = [(n, w) for n in MESSAGES for w in WAYS if n not in SHORT_FLAGS or "flags" not in w]
+
+
+@pytest.mark.parametrize(("name", "way"), REFUSED)
 def test_a_name_of_other_programs_is_refused_with_the_field(
     name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +98,19 @@ def test_a_field_with_a_hyphen_is_named(
         WAYS[way]({"weight-decay": 0.1})
 
 
+def test_the_help_groups_the_fields_and_shows_their_choices() -> None:
+    text = parser("agent.py").format_help()
+    assert "--optimizer sgd|adamw" in text
+    assert "--learning_rate VALUE, --lr VALUE" in " ".join(text.split())
+    titles = ["the network and what of it trains:", "the pictures:", "the training:"]
+    places = [text.index(title) for title in titles]
+    assert places[0] < text.index("  --strategy") < max(places)
+    for name in RunConfig.model_fields:
+        assert text.count(f"\n  --{name} ") == 1, name
+
+
 def test_flags_may_have_hyphens() -> None:
+    assert given_fields(["--lr", "0.1", "--bs=4"]) == {"learning_rate": "0.1", "batch_size": "4"}
     words = ["--weight-decay=0.1", "--batch-size", "3", "--skip-unreadable", "--lr-schedule=cosine"]
     assert given_fields(words) == {
         "weight_decay": "0.1",

@@ -14,7 +14,7 @@ import pytest
 from finetune.__main__ import main
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
-from finetune.sweep.confirmation import confirmation, spread_table
+from finetune.sweep.confirmation import confirmation, described, spread_table
 from finetune.sweep.storage import sqlite_url
 from finetune.sweep.trial_queue import TrialQueue
 from finetune.sweep.trials import TrialResult
@@ -97,6 +97,17 @@ def test_each_strategy_has_the_same_fresh_seeds(tmp_path: Path, num_seeds: int) 
     assert sorted(cells) == [
         (strategy, seed) for strategy in ("freeze", "partial") for seed in fresh
     ]
+
+
+def test_confirm_says_which_settings_it_repeats(tmp_path: Path) -> None:
+    write_run(tmp_path, "a", 0.7, strategy="freeze", learning_rate=0.1, weight_decay=0.01)
+    write_run(tmp_path, "b", 0.8, strategy="freeze", learning_rate=0.01, image_size=64)
+    write_run(tmp_path, "c", 0.7, strategy="gradual", data_aug="n")
+    freeze, gradual = described(confirmation(tmp_path, 1))
+    begin = "  freeze: learning rate 0.01, batch size 32, augmentation flip, "
+    assert freeze == f"{begin}image size 64, val fraction 0.2"
+    begin = "  gradual: learning rate 0.001, batch size 32, augmentation none, "
+    assert gradual == f"{begin}val fraction 0.2"
 
 
 @pytest.mark.parametrize("write_runs", [write_two_machines, write_tie])

@@ -363,10 +363,11 @@ def test_a_signal_ends_the_process_after_its_files_are_written(
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("epoch  1"))
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == -signum
     assert errors.strip().splitlines()[-1] == f"stopped by {signum.name}"
     (run_dir,) = (tmp_path / "runs").iterdir()
+    assert output.splitlines()[-1] == f"resume: python agent.py --resume {run_dir}"
     failure = json.loads((run_dir / "failure.json").read_text())
     assert failure["state"] == "stopped"
     assert load_best(run_dir).result is None

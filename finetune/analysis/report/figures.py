@@ -25,6 +25,8 @@ from finetune.analysis.report.traces import (
 from finetune.analysis.statistics import Difference
 from finetune.runs.predictions import class_accuracies
 
+_MAX_LEGEND = 7
+"""The most groups in a legend; the page's first figure has the colours too."""
 _MAX_CURVES = 5
 """Seeds of a group whose learning curves are drawn."""
 _PANEL_NAME = {
@@ -117,6 +119,7 @@ def accuracy_against_time(
         400,
         xaxis=log_axis(f"training time, {unit}", min(times.values()), max(times.values())),
         yaxis=axis("validation accuracy, %"),
+        showlegend=len(explained) <= _MAX_LEGEND,
     )
 
 
@@ -137,7 +140,8 @@ def learning_curves(summaries: Sequence[StrategySummary]) -> Figure:
             diamonds += [_diamonds(run) | place] if unfreezings(run) else []
         explained.add(summary.group.label)
     num_epochs = max((len(summary.best.rows) for summary in summaries), default=0)
-    return figure(traces + diamonds, 160 + 260 * len(models), **_panels(models, num_epochs))
+    layout = _panels(models, num_epochs) | {"showlegend": len(explained) <= _MAX_LEGEND}
+    return figure(traces + diamonds, 160 + 260 * len(models), **layout)
 
 
 def _axis_name(begin: str, number: int) -> str:

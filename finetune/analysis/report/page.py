@@ -138,7 +138,7 @@ def _differences(comparison: Comparison) -> str:
         columns.append(Column("p (McNemar)", lambda d: d.p_mcnemar, p_value))
     drawn = comparison.main_differences
     is_part = len(drawn) < len(comparison.differences)
-    figure = figures.difference_intervals(drawn, long_names=comparison.about_networks)
+    figure = figures.difference_intervals(drawn, long_names=comparison.has_long_names)
     about = f"95 % intervals for {limits}. {corrected}"
     if is_part:
         about += f" The figure has the pairs with {drawn[0].first}, the table has all pairs."

@@ -14,7 +14,6 @@ from finetune.analysis.conclusion import num_runs, percent
 from finetune.analysis.read_runs import RunRecord
 from finetune.analysis.report.markup import Column, code, esc, group_label, table_section
 from finetune.config.field_tables import shown, title
-from finetune.runs.settings import Group
 
 
 def field_columns(
@@ -84,7 +83,7 @@ class Places:
 
     def directory(self, run: RunRecord) -> str:
         """The link to a run's directory, relative to the page."""
-        return quote(os.path.relpath(run.run_dir, self.out))
+        return quote(os.fsencode(os.path.relpath(run.run_dir, self.out)))
 
     def wandb(self, run: RunRecord) -> str | None:
         """The run's page in W&B, if it was logged online by an entity that is known."""
@@ -113,10 +112,7 @@ def all_runs(comparison: Comparison, places: Places) -> str:
         url = places.wandb(run)
         return f'{link} <a href="{esc(url)}">W&amp;B</a>' if url else link
 
-    def group_of(run: RunRecord) -> Group | None:
-        return run.group if run.config else None
-
-    group = Column(comparison.group_title, group_of, group_label)
+    group = Column(comparison.group_title, lambda r: r.group if r.config else None, group_label)
     compared = {*comparison.compared}
     is_scored = compared | {*comparison.pruned}
     columns = [
@@ -135,18 +131,12 @@ def all_runs(comparison: Comparison, places: Places) -> str:
     ]
     best_first = sorted(comparison.compared, key=lambda run: -run.accuracy)
     rows = [*best_first, *comparison.pruned, *comparison.excluded]
-    about = (
-        f"{num_runs(len(rows))}. Macro F1 and loss are those of the epoch with the best accuracy. "
-    )
+    about = f"{num_runs(len(rows))}. Macro F1 and loss are those of the most accurate epoch. "
+    notes = {run: " ".join(run.reason.split()) for run in rows}
+    given = ("All runs", about, columns, rows)
+    has_filter = len(rows) > 8
     return table_section(
-        "All runs",
-        about,
-        columns,
-        rows,
-        tall=True,
-        num_fixed=4,
-        note=lambda run: " ".join(run.reason.split()),
-        with_filter=len(rows) > 8,
+        *given, tall=True, num_fixed=4, note=notes.__getitem__, with_filter=has_filter
     )
 
 
