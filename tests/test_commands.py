@@ -20,6 +20,7 @@ REQUIRED = {
     "evaluate": ["runs/a"],
     "export": ["runs/a", "--format", "onnx"],
     "confirm": ["runs"],
+    "refit": ["runs/a"],
 }
 
 
