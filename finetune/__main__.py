@@ -111,6 +111,20 @@ COMMANDS: dict[str, Command] = {
         ),
         _RUN_FIELDS,
     ),
+    "best": (
+        "the best model of a folder of pictures within a time, confirmed and tested",
+        "finetune.best:best",
+        _path("data_dir", "holds train/CLASS/* or CLASS/*", metavar="DATA_DIR"),
+        argument("--minutes", "the time that it may take", type=float, required=True, metavar="N"),
+        argument(
+            "--models",
+            f"networks to try (default: {DEFAULT_MODEL})",
+            nargs="+",
+            metavar="MODEL",
+            default=(DEFAULT_MODEL,),
+        ),
+        _RUN_FIELDS,
+    ),
     "lr_find": (
         "learning-rate range test of a run's config: prints a curve and a suggestion",
         "finetune.training.lr_find:lr_find",

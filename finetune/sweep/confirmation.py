@@ -90,8 +90,8 @@ def described(sweep: Sweep) -> list[str]:
     return lines
 
 
-def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
-    """The sweep that repeats the best settings of the runs in `runs_dir`.
+def confirmation(runs_dir: Path, num_seeds: int, groups: Sequence[str] = ()) -> Sweep:
+    """The sweep that repeats the best settings of the runs in `runs_dir`, or of these groups.
 
     The best settings are those of the report. The runs may come from several machines: fields of
     the environment are kept if the repeated runs agree on them, and else have their defaults.
@@ -102,6 +102,7 @@ def confirmation(runs_dir: Path, num_seeds: int) -> Sweep:
     best, described = _best_of_0_1_0(results)
     if not any(out_dir.glob(f"{_name(described)}*")):  # the database, or runs
         best = _best_runs(results)
+        best = {group: runs for group, runs in best.items() if not groups or str(group) in groups}
         described = {str(group): _setting(group, runs) for group, runs in best.items()}
     name = _name(described)
     first_seed = _first_seed(runs_dir, name)

@@ -13,10 +13,14 @@ import torch
 
 from finetune.config.fields import RunConfig
 from finetune.data.batches import Batch, EpochBatches, PrefetchedBatches
+from finetune.features import loader as loader_module
 from finetune.features.device_memory import DeviceMemory
 from finetune.features.loader import EpochLoader
 from finetune.features.prefix_cache import PrefixCache
 from finetune.model.chain import Chain
+from finetune.model.network import build_from
+from finetune.runs.resolve import resolve
+from finetune.system.array_store import Cache
 from finetune.training.module import FineTuning
 from finetune.training.train import make_trainer
 from tests.features.test_prefix_cache import prepared, unprepared
@@ -115,6 +119,23 @@ def test_memory_that_runs_out_in_a_step_is_taken_from_the_inputs(
     assert capsys.readouterr().out.count("GPU memory: it is used up") == 1
     assert_equal(epochs(loader), host)
     assert not loader.train.resident and not loader.val.resident
+
+
+@pytest.mark.parametrize(("fraction", "is_resident"), [(0.5, True), (0.001, False), (0.0, False)])
+def test_on_cuda_the_fraction_decides_between_resident_and_prefetched_inputs(
+    fraction: float, is_resident: bool, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "free_bytes", lambda: 1e7)
+    given = {"strategy": "scratch", "gpu_cache_fraction": fraction}
+    config, splits, _ = resolve(RunConfig.from_fields(fields | given))
+    chain, _ = build_from(config, 5, print)
+    config = config.model_copy(update={"accelerator": "cuda"})
+    cache = Cache(config.cache_dir, 1e9)
+    loader = EpochLoader(config, splits, cache)
+    loader.prepare(chain, 0)
+    assert loader.memory.limit_bytes == fraction * 1e7
+    assert isinstance(loader.train_epoch(0), EpochBatches if is_resident else PrefetchedBatches)
+    assert isinstance(loader.val_epoch(0), EpochBatches if is_resident else PrefetchedBatches)
 
 
 @pytest.mark.parametrize("kind", ["resident", "prefetched"])
