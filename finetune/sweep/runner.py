@@ -49,9 +49,8 @@ def run_sweep(
     With `minutes`, no trial is started that can't end in this time, as far as is known from others
     of its kind, and what still runs at its end is requeued.
 
-    Raises `ConfigError` for an invalid sweep, `DataError` or `WeightsError` if the data or weights
-    of all trials are missing, `FinetuneError` if the first trials all fail, and
-    `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
+    Raises `ConfigError`, `DataError` or `WeightsError` if all trials lack their data or weights,
+    `FinetuneError` if the first ones all fail, and `Stopped` on a signal, after requeuing trials.
     """
     if not isinstance(sweep, Sweep):
         sweep = read_sweep(Path(sweep) if isinstance(sweep, str) else sweep)
