@@ -61,7 +61,7 @@ def demo(out: Path, seed: int = 42, **fields: Any) -> int:
     weights = out / "digits-0-4.pth"
     if not weights.exists():
         console.print("Training the source network on digits 0-4, once ...")
-        _train_source(weights, SOURCE | common | {"data_dir": source, "out": out / "source"})
+        train_source(weights, SOURCE | common | {"data_dir": source, "out": out / "source"})
     console.print("Fine-tuning it on five pictures of each of the digits 5-9, in four ways ...")
     trials = run_sweep(
         SWEEP,
@@ -83,7 +83,7 @@ def demo(out: Path, seed: int = 42, **fields: Any) -> int:
     return 0 if all(trial.state == "finished" for trial in trials) else 1
 
 
-def _train_source(weights: Path, fields: dict[str, Any]) -> None:
+def train_source(weights: Path, fields: dict[str, Any]) -> None:
     """Train on the source task and save the network without its head."""
     from finetune.model.weights import write_checkpoint
     from finetune.training.train import train_and_finetune
