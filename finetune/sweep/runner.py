@@ -45,13 +45,12 @@ def run_sweep(
     `out` (default: the sweep's own `out`, else runs/), and so does the database NAME.db unless
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
     The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
-    `keep_best` only so many of the best trials, and each strategy's best, keep their checkpoints.
-    With `minutes`, no trial is started that can't end in this time, as far as is known from others
-    of its kind, and what still runs at its end is requeued.
+    `keep_best` only so many of the best trials, and each strategy's best, keep checkpoints. With
+    `minutes` no trial starts that can't end in time, as far as is known; what still runs is requeued.
 
     Raises `ConfigError` for an invalid sweep, `DataError` or `WeightsError` if the data or weights
-    of all trials are missing, `FinetuneError` if the first trials all fail, and
-    `Stopped` on SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
+    of all trials are missing, `FinetuneError` if the first trials all fail, and `Stopped` on
+    SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
     """
     if not isinstance(sweep, Sweep):
         sweep = read_sweep(Path(sweep) if isinstance(sweep, str) else sweep)
