@@ -46,7 +46,7 @@ def run_sweep(
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
     The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
     `keep_best` only so many of the best trials, and each strategy's best, keep checkpoints. With
-    `minutes` no trial starts that can't end in time, as far as is known; what still runs is requeued.
+    `minutes` no trial starts that can't end in time, as far as is known; what runs is requeued.
 
     Raises `ConfigError` for an invalid sweep, `DataError` or `WeightsError` if the data or weights
     of all trials are missing, `FinetuneError` if the first trials all fail, and `Stopped` on
