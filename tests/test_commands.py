@@ -20,6 +20,8 @@ REQUIRED = {
     "evaluate": ["runs/a"],
     "export": ["runs/a", "--format", "onnx"],
     "confirm": ["runs"],
+    "refit": ["runs/a"],
+    "best": ["data/mine", "--minutes", "5"],
 }
 
 

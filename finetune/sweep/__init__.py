@@ -21,6 +21,7 @@ class _SweepModule(ModuleType):
         workers: int | None = None,
         max_runs: int | None = None,
         keep_best: int | None = None,
+        minutes: float | None = None,
         **fields: Any,
     ) -> "list[TrialResult]":
         """Run a sweep file, or a mapping with its content; every trial's result, the best first.
@@ -32,8 +33,14 @@ class _SweepModule(ModuleType):
         from finetune.sweep.sweep_file import read_sweep
 
         source = Path(sweep) if isinstance(sweep, str) else sweep
-        options = {"out": out, "workers": workers, "max_runs": max_runs, "keep_best": keep_best}
-        return run_sweep(read_sweep(source, fields), **options)  # type: ignore[arg-type]
+        return run_sweep(
+            read_sweep(source, fields),
+            out=out,
+            workers=workers,
+            max_runs=max_runs,
+            keep_best=keep_best,
+            minutes=minutes,
+        )
 
 
 sys.modules[__name__].__class__ = _SweepModule

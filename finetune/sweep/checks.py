@@ -1,6 +1,7 @@
 """What is checked of a sweep before its first trial: what its trials find, and what it may miss."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from finetune.config.given_values import advice
 from finetune.data.layout import find_layout
 from finetune.sweep.spec import Sweep
 from finetune.sweep.sweep_file import read_sweep, sample_values
-from finetune.system.errors import DataError, FinetuneError, WeightsError
+from finetune.system.errors import ConfigError, DataError, FinetuneError, WeightsError
 
 _MAX_CONFIGS = 2_000
 
@@ -59,8 +60,11 @@ def _check_data(data_dir: Path, labels: Path | None) -> None:
 
 def _advice(sweep: Sweep) -> list[str]:
     """Too few epochs to unfreeze every part, said once for each strategy and number of epochs."""
-    lines = (f"strategy {c.strategy}: {line}" for c in _configs(sweep) for line in advice({}, c))
-    return list(dict.fromkeys(lines))
+    lines = dict[str, None]()
+    for config in _configs(sweep):
+        with suppress(ConfigError):  # a network of timm, which may be installed elsewhere
+            lines |= {f"strategy {config.strategy}: {line}": None for line in advice({}, config)}
+    return list(lines)
 
 
 def _configs(sweep: Sweep) -> list[RunConfig]:

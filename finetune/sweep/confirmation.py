@@ -32,7 +32,7 @@ from finetune.sweep.spec import Sweep
 from finetune.sweep.table import open_console
 from finetune.sweep.trials import TrialResult
 from finetune.system.errors import ConfigError, RunDirError
-from finetune.system.text import command_line, message
+from finetune.system.text import command_line, message, num
 
 _SEARCHED = fields_with_role("searched")
 _SHARED = {*fields_with_role("environment"), "project", "entity"} - {"out", "cache_gb"}
@@ -58,11 +58,15 @@ def confirm(
         raise ConfigError("folds: got 1; must be an integer >= 2")
     sweep = over_folds(runs_dir, folds) if folds else confirmation(runs_dir, num_seeds)
     console = open_console()
-    settings = sweep.source["settings"].values()
+    settings = [*sweep.source["settings"].values()]
     several = len({setting.get("model") for setting in settings}) > 1
-    what = "pairs of network and strategy" if several else "strategies"
-    repeats = f"{folds} folds" if folds else f"{num_seeds} fresh seeds"
-    console.print(f"{len(settings)} {what}, {repeats} each: {sweep.out_dir}")
+    groups = (
+        num(settings, "pair of network and strategy", "pairs of network and strategy")
+        if several
+        else num(settings, "strategy", "strategies")
+    )
+    repeats = f"{folds} folds" if folds else num(num_seeds, "fresh seed")
+    console.print(f"{groups}, {repeats} each: {sweep.out_dir}")
     for line in described(sweep):
         console.print(line, soft_wrap=True)
     outcomes = run_sweep(sweep, workers=workers, storage=storage, console=console)
@@ -83,8 +87,9 @@ def described(sweep: Sweep) -> list[str]:
     for group, setting in sweep.source["settings"].items():
         given = {name: setting[name] for name in ("model", "strategy") if name in setting}
         defaults = RunConfig.from_fields(given).to_fields()
-        told = {n: v for n, v in setting.items() if v != defaults[n] and n not in given}
-        always = {n: setting[n] for n in NAMED_FIELDS if n in setting and n not in given}
+        others = {n: v for n, v in setting.items() if n not in given}
+        told = {n: v for n, v in others.items() if defaults[n] not in (v, "auto")}
+        always = {n: others[n] for n in NAMED_FIELDS if n in others}
         values = (f"{title(name)} {shown(name, v)}" for name, v in (always | told).items())
         lines.append(f"  {group}: {', '.join(values)}")
     return lines

@@ -45,20 +45,20 @@ def run_sweep(
     `out` (default: the sweep's own `out`, else runs/), and so does the database NAME.db unless
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
     The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
-    `keep_best` only so many of the best trials, and each strategy's best, keep checkpoints. With
-    `minutes` no trial starts that can't end in time, as far as is known; what runs is requeued.
+    `keep_best` only so many of the best trials, and each strategy's best, keep their checkpoints.
+    With `minutes`, no trial is started that can't end in this time, as far as is known from others
+    of its kind, and what still runs at its end is requeued.
 
-    Raises `ConfigError` for an invalid sweep, `DataError` or `WeightsError` if the data or weights
-    of all trials are missing, `FinetuneError` if the first trials all fail, and `Stopped` on
-    SIGINT, SIGTERM or SIGUSR1, after requeuing the running trials.
+    Raises `ConfigError`, `DataError` or `WeightsError` if all trials lack their data or weights,
+    `FinetuneError` if the first ones all fail, and `Stopped` on a signal, after requeuing trials.
     """
     if not isinstance(sweep, Sweep):
         sweep = read_sweep(Path(sweep) if isinstance(sweep, str) else sweep)
     spec = sweep.amended(name, fields or {}, {} if out is None else {"out": str(out)})
     num_trials = spec.num_trials(max_runs)
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers: got {workers}; must be an integer >= 1")
+    _check_positive(workers=workers, minutes=minutes)
     check_places(spec)
+    budget = None if minutes is None else TimeBudget.of_minutes(minutes)
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
@@ -69,7 +69,6 @@ def run_sweep(
                 live_table.log(f"trials to run again: {num_requeued}")
             retention = None if keep_best is None else Retention(keep_best)
             with live_table.display:
-                budget = None if minutes is None else TimeBudget.of_minutes(minutes)
                 TrialRunner(spec, queue, worker_pool, live_table, retention, budget).run()
             results = queue.results()
             if retention is not None:
@@ -105,6 +104,13 @@ def conclude(results: list[TrialResult], metric: str, console: Console) -> int:
     if counts["failed"]:
         console.print("run it again with --retry_failed to retry the failed trials")
     return 0 if counts.keys() <= {"finished", "pruned"} else 1
+
+
+def _check_positive(workers: int | None, minutes: float | None) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers: got {workers}; must be an integer >= 1")
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"minutes: got {minutes:g}; must be above 0")
 
 
 def _make(directory: Path) -> None:

@@ -198,9 +198,11 @@ class _Reader:
 def _remarks(sweep: Sweep, configs: Iterable[RunConfig]) -> tuple[str, ...]:
     """Where W&B's early termination judges other epochs than the local one, one line."""
     rule = sweep.early_termination
+    if rule is None:
+        return ()
     latest = max(configs, key=lambda config: config.plan.all_open_epoch)
     last_start = latest.plan.all_open_epoch
-    if rule is None or not last_start:
+    if not last_start:
         return ()
     varied = [name for name in TIMING_FIELDS if name == "strategy" or name in sweep.varied]
     setting = ", ".join(f"{name} {getattr(latest, name)}" for name in varied)
