@@ -56,9 +56,9 @@ def run_sweep(
         sweep = read_sweep(Path(sweep) if isinstance(sweep, str) else sweep)
     spec = sweep.amended(name, fields or {}, {} if out is None else {"out": str(out)})
     num_trials = spec.num_trials(max_runs)
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers: got {workers}; must be an integer >= 1")
+    _check_positive(workers=workers, minutes=minutes)
     check_places(spec)
+    budget = None if minutes is None else TimeBudget.of_minutes(minutes)
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
@@ -69,7 +69,6 @@ def run_sweep(
                 live_table.log(f"trials to run again: {num_requeued}")
             retention = None if keep_best is None else Retention(keep_best)
             with live_table.display:
-                budget = None if minutes is None else TimeBudget.of_minutes(minutes)
                 TrialRunner(spec, queue, worker_pool, live_table, retention, budget).run()
             results = queue.results()
             if retention is not None:
@@ -105,6 +104,13 @@ def conclude(results: list[TrialResult], metric: str, console: Console) -> int:
     if counts["failed"]:
         console.print("run it again with --retry_failed to retry the failed trials")
     return 0 if counts.keys() <= {"finished", "pruned"} else 1
+
+
+def _check_positive(workers: int | None, minutes: float | None) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers: got {workers}; must be an integer >= 1")
+    if minutes is not None and not minutes > 0:
+        raise ConfigError(f"minutes: got {minutes:g}; must be above 0")
 
 
 def _make(directory: Path) -> None:
