@@ -21,7 +21,7 @@ REQUIRED = {
     "export": ["runs/a", "--format", "onnx"],
     "confirm": ["runs"],
     "refit": ["runs/a"],
-    "best": ["data", "--minutes", "5"],
+    "best": ["data/mine", "--minutes", "5"],
 }
 
 
