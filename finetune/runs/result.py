@@ -64,8 +64,8 @@ class RunResult(BaseModel):
     """The most at any epoch."""
     start_epochs: dict[str, int] = Field(default_factory=dict)
     """The epoch at which each part starts to train; nothing from version 1."""
-    head_penalty: float | None = None
-    """The L2 penalty that the head was solved with (`finetune.training.solve_head`), if it was."""
+    solved_head: dict[str, Any] | None = None
+    """`penalty` and `scale` with which the head was solved (`finetune.training.solve_head`)."""
     class_names: list[str] = Field(default_factory=list)
     num_train: int = 0
     num_val: int = 0

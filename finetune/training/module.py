@@ -26,7 +26,7 @@ from finetune.model.chain import Chain
 from finetune.runs.predictions import confusion_counts, macro_f1
 from finetune.runs.result import RATE, Row
 from finetune.system.resources import is_out_of_memory
-from finetune.training.solve_head import solve_head
+from finetune.training.solve_head import Choice, solve_head
 
 
 class Mix(NamedTuple):
@@ -58,10 +58,10 @@ class FineTuning(pl.LightningModule):
         config: RunConfig,
         loader: EpochLoader,
         first_epoch: int = 0,
-        penalty: float | None = None,
+        head_choice: Choice | None = None,
     ) -> None:
-        """`first_epoch`: the one at which a resumed run goes on. `penalty`: the L2 penalty with
-        which the head is solved; None: the validation loss chooses it."""
+        """`first_epoch`: the one at which a resumed run goes on. `head_choice`: how
+        the head is solved; None: the validation loss chooses."""
         super().__init__()
         self.network = chain.network  # its name is part of last.ckpt's keys
         self.chain = chain
@@ -76,8 +76,8 @@ class FineTuning(pl.LightningModule):
         """Each batch's summed loss and number of correct predictions, by split."""
         self._val_logits: list[Tensor] = []
         self._rates: dict[str, float] = {}
-        self.head_penalty = penalty
-        """The L2 penalty with which the head was solved, if it was."""
+        self.head_choice = head_choice
+        """How the head was solved, if it was."""
 
     def train(self, mode: bool = True) -> Self:
         """Frozen parts stay in eval mode, whatever `mode` is."""
@@ -119,8 +119,8 @@ class FineTuning(pl.LightningModule):
         self.network.eval()
         self.loader.prepare(self.chain, self.first_epoch, precision)
         if self.config.solves_head and self.first_epoch == 0:
-            self.head_penalty, line = solve_head(
-                self.chain, self.loader, precision, self._class_weights, self.head_penalty
+            self.head_choice, line = solve_head(
+                self.chain, self.loader, precision, self._class_weights, self.head_choice
             )
             self.loader.log(line)
 

@@ -77,14 +77,14 @@ class Recorder(pl.Callback):
     rows: list[Row] = field(default_factory=list)
     best_epoch: int = 0
     """That of best.ckpt: the first with the highest `epoch_rank`."""
-    head_penalty: float | None = None
+    solved_head: dict[str, Any] | None = None
     train_seconds: float = 0.0
     _epoch_started: float = 0.0
 
     state_key = STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("rows", "best_epoch", "head_penalty", "train_seconds")
+        names = ("rows", "best_epoch", "solved_head", "train_seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Recorder(pl.Callback):
         accuracies = [row["val_acc"] for row in self.rows]
         first = accuracies.index(max(accuracies))
         self.best_epoch = int(state_dict.get("best_epoch", first))
-        self.head_penalty = state_dict.get("head_penalty")
+        self.solved_head = state_dict.get("solved_head")
         self.train_seconds = float(state_dict.get("train_seconds", 0.0))
 
     def restore(self) -> Path | None:
@@ -177,8 +177,8 @@ class Recorder(pl.Callback):
             logits, pictures = module.val_logits().numpy(), module.loader.val.pictures
             self.run_dir.write_predictions(logits, pictures.labels, pictures.paths)
         row["best_val_acc"] = self.rows[self.best_epoch]["val_acc"]
-        if module.head_penalty is not None:
-            self.head_penalty = module.head_penalty
+        if module.head_choice is not None:
+            self.solved_head = module.head_choice._asdict()
         self.run_dir.write_metrics(self.rows)
         self.train_seconds += time.perf_counter() - self._epoch_started
         trainer.save_checkpoint(self.run_dir.last_path)

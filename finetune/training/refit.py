@@ -2,8 +2,8 @@
 
     python -m finetune refit RUN_DIR
 
-It trains as many epochs as were best for the run, with its seed and its head's L2 penalty. Nothing
-is left to validate on: its result has the accuracy of the run's setting.
+It trains as many epochs as were best for the run, with its seed and its head's penalty. Nothing is
+left to validate on: its result has the accuracy of the run's setting.
 """
 
 import time
@@ -26,6 +26,7 @@ from finetune.system.shutdown import stoppable
 from finetune.system.text import command_line, num
 from finetune.training.module import FineTuning
 from finetune.training.recorder import write_best
+from finetune.training.solve_head import Choice
 from finetune.training.train import log, make_trainer
 
 FOLDER = "refit"
@@ -52,7 +53,8 @@ def refit(run_dir: Path) -> int:
             if fingerprint != source.weights_fingerprint:
                 raise DataError(f"weights: {config.weights} are not those of the run {run_dir}")
             loader = EpochLoader(config, together, cache, log)
-            module = FineTuning(chain, config, loader, penalty=source.head_penalty)
+            choice = source.solved_head and Choice(**source.solved_head)
+            module = FineTuning(chain, config, loader, head_choice=choice or None)
             recorder = _Recorder()
             num_epochs = source.best_epoch + 1
             options: dict[str, Any] = {"max_epochs": num_epochs, "limit_val_batches": 0}

@@ -1,13 +1,14 @@
 """The head solved on the frozen network's features: multinomial logistic regression by L-BFGS.
 
-The L2 penalty is chosen by the validation loss. It applies to the weights of standardised
-features, as with scikit-learn's LogisticRegression behind a StandardScaler.
+The validation loss chooses the L2 penalty, and whether it applies to the weights of standardised
+features or of features with one common scale.
 
 Legend: N pictures, D features, K classes.
 """
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -25,13 +26,25 @@ from finetune.system.errors import ConfigError
 PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(1, -13, -1))
 """From strong to weak; each solution is the start of the next."""
 
+SCALES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "each": lambda deviations: deviations.clamp(min=_LEAST_SHARE * float(deviations.mean())),
+    "common": lambda deviations: deviations.square().mean().sqrt().expand_as(deviations),
+}
+"""The features' divisors, (D,), from their standard deviations, (D,)."""
+
+_LEAST_SHARE = 1e-3
+"""A feature that hardly varies in training must not be amplified."""
+
 _NUM_WORSE = 2
-"""The path ends once the validation loss has risen this often in a row."""
+"""A path ends once the validation loss has risen this often in a row."""
 
 
-_LEAST_SCALE = 1e-3
-"""The standard deviation of a feature counts as at least this share of the mean one: a feature that
-hardly varies in training must not be amplified."""
+class Choice(NamedTuple):
+    """What the validation loss chooses."""
+
+    penalty: float
+    scale: str
+    """A key of `SCALES`."""
 
 
 class Solution(NamedTuple):
@@ -41,8 +54,13 @@ class Solution(NamedTuple):
     """(K, D)."""
     bias: Tensor
     """(K,)."""
-    penalty: float
-    val_loss: float
+    choice: Choice
+    val_losses: Tensor
+    """Of each validation picture."""
+
+    @property
+    def val_loss(self) -> float:
+        return float(self.val_losses.mean())
 
 
 def solve_head(
@@ -50,28 +68,28 @@ def solve_head(
     loader: EpochLoader,
     precision: Callable[[], AbstractContextManager[Any]],
     class_weights: Tensor | None = None,
-    penalty: float | None = None,
-) -> tuple[float, str]:
-    """Solve the head's last linear layer in place; returns the penalty and a line about it.
+    choice: Choice | None = None,
+) -> tuple[Choice, str]:
+    """Solve the head's last linear layer in place; returns what was chosen and a line about it.
 
     The network is on its device and in eval mode. Training pictures count once for each flip that
-    their augmentation may give. With a `penalty` nothing is chosen. Raises `ConfigError` if the
-    head doesn't end in a linear layer.
+    their augmentation may give. With a `choice` nothing is chosen. Raises `ConfigError` if the head
+    doesn't end in a linear layer.
     """
     started = time.perf_counter()
     linear = _last_linear(chain)
     features, labels = _features(chain, linear, loader.train, loader.num_at_once, precision)
     val = _features(chain, linear, loader.val, loader.num_at_once, precision)
     seconds = time.perf_counter() - started
-    penalties = PENALTIES if penalty is None else (penalty,)
-    solution = solve(features, labels, *val, linear.out_features, class_weights, penalties)
+    solution = solve(features, labels, *val, linear.out_features, class_weights, choice)
     with torch.no_grad():
         linear.weight.copy_(solution.weight)
         linear.bias.copy_(solution.bias)
     solving = time.perf_counter() - started - seconds
-    chosen = f", val_loss {solution.val_loss:.3f}" if penalty is None else ""
-    return solution.penalty, (
-        f"head solved: L2 penalty {solution.penalty:.2g}{chosen} "
+    found = f", val_loss {solution.val_loss:.3f}" if choice is None else ""
+    penalty, scale = solution.choice
+    return solution.choice, (
+        f"head solved: L2 penalty {penalty:.2g}, scale {scale}{found} "
         f"({solving:.1f} s, features {seconds:.1f} s)"
     )
 
@@ -83,32 +101,59 @@ def solve(
     val_labels: Tensor,
     num_classes: int,
     class_weights: Tensor | None = None,
-    penalties: tuple[float, ...] = PENALTIES,
+    choice: Choice | None = None,
 ) -> Solution:
-    """The linear layer with the least validation loss among the solutions for these penalties.
+    """The linear layer of this choice, or of the one that the validation loss makes.
 
     Features are float32, (N, D), labels int64, (N,). Minimised is the mean cross-entropy plus half
-    the penalty times the squared weights; the bias is not penalised.
+    the penalty times the squared weights; the bias is not penalised. Of all solutions the scale of
+    the one with the least validation loss is taken, and its strongest penalty whose loss is within
+    one standard error of the least (Breiman et al. 1984, Classification and Regression Trees).
     """
-    center, scale = features.mean(dim=0), features.std(dim=0, correction=0)
-    scale = scale.clamp(min=_LEAST_SCALE * float(scale.mean()) or 1.0)
-    features, val_features = (features - center) / scale, (val_features - center) / scale
+    paths = [
+        _path(features, labels, val_features, val_labels, num_classes, class_weights, scale, given)
+        for scale, given in ([(choice.scale, (choice.penalty,))] if choice else _ALL)
+    ]
+    best = min((solution for path in paths for solution in path), key=lambda s: s.val_loss)
+    limit = best.val_loss + float(best.val_losses.std(correction=0)) / len(best.val_losses) ** 0.5
+    (path,) = (path for path in paths if path[0].choice.scale == best.choice.scale)
+    return next(solution for solution in path if solution.val_loss <= limit)
+
+
+_ALL = tuple((scale, PENALTIES) for scale in SCALES)
+
+
+def _path(
+    features: Tensor,
+    labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    num_classes: int,
+    class_weights: Tensor | None,
+    scale: str,
+    penalties: tuple[float, ...],
+) -> list[Solution]:
+    """The solutions for these penalties, until the validation loss rises."""
+    center = features.mean(dim=0)
+    divisors = SCALES[scale](features.std(dim=0, correction=0)).clamp(min=1e-12)
+    features, val_features = (features - center) / divisors, (val_features - center) / divisors
     weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
     bias = features.new_zeros(num_classes, requires_grad=True)
     balance = None if class_weights is None else class_weights.to(features)
-    best, num_worse = None, 0
+    path, least, num_worse = list[Solution](), math.inf, 0
     for penalty in penalties:
         _minimise(features, labels, weight, bias, balance, penalty)
         with torch.no_grad():
-            val_loss = float(cross_entropy(val_features @ weight.T + bias, val_labels))
-            if best is None or val_loss < best.val_loss:
-                unscaled = weight / scale
-                best = Solution(unscaled, bias - unscaled @ center, penalty, val_loss)
-                num_worse = 0
-            elif (num_worse := num_worse + 1) == _NUM_WORSE:
-                break
-    assert best is not None
-    return best
+            logits = val_features @ weight.T + bias
+            losses = cross_entropy(logits, val_labels, reduction="none")
+            unscaled = weight / divisors
+            choice = Choice(penalty, scale)
+            path.append(Solution(unscaled, bias - unscaled @ center, choice, losses))
+        num_worse = 0 if path[-1].val_loss < least else num_worse + 1
+        least = min(least, path[-1].val_loss)
+        if num_worse == _NUM_WORSE:
+            break
+    return path
 
 
 def _minimise(

@@ -195,7 +195,7 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         images_per_second=len(rows) * (num_train + num_val) / train_seconds,
         trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
         start_epochs=dict(config.plan.start_epochs),
-        head_penalty=recorder.head_penalty,
+        solved_head=recorder.solved_head,
         class_names=list(splits.class_names),
         num_train=num_train,
         num_val=num_val,

@@ -39,7 +39,7 @@ def test_a_refit_trains_on_all_pictures_and_is_tested(
     theirs = read_metrics(run.metrics_path)
     if strategy == "gradual":  # the same schedule, over a few more steps
         assert [rows[0][name] > 0 for name in kept] == [theirs[0][name] > 0 for name in kept]
-    assert result.head_penalty == source.head_penalty
+    assert result.solved_head == source.solved_head
     weights = [load_best(path).state_dict() for path in (run.path, again.path)]
     assert not torch.equal(weights[0]["fc.weight"], weights[1]["fc.weight"])
     if val_fraction:
