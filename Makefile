@@ -1,4 +1,5 @@
 # make demo     everything set up in .venv, then the main job on handwritten digits
+# make photos   the same on photographs; downloads ImageNet's weights
 # make test     the quick tests; they need neither root nor Chromium nor PostgreSQL
 # make check    lint and all tests but the long ones, as CI runs them
 # make oldest   the quick tests with the oldest packages that requirements.txt allows
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check oldest long lint bench bench-quick clean
+.PHONY: demo photos test check oldest long lint bench bench-quick clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { \
@@ -22,6 +23,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m finetune demo
+
+photos: $(VENV)/.installed
+	$(BIN)/python -m finetune demo --photos
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not long"

@@ -59,10 +59,12 @@ _WORKERS = _count(
 
 COMMANDS: dict[str, Command] = {
     "demo": (
-        "compare the four strategies on handwritten digits; needs no account and no download",
+        "compare the strategies on handwritten digits; needs no account and no download",
         "finetune.demo:demo",
         _path("--out", "output directory (default: demo)", default=Path("demo")),
         argument("--seed", "of every run (default: 42)", type=int, default=42),
+        _switch("--photos", "on photographs, with ImageNet's weights (a download of 45 MB)"),
+        argument("--weights", "a file of weights for --photos instead", metavar="FILE"),
     ),
     "download": (
         "download iNaturalist-12K and the ImageNet weights; resumes, verifies, unpacks and checks",

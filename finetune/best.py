@@ -12,8 +12,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from finetune.analysis.comparison import Comparison
-from finetune.analysis.report.report import report, write_report
+from finetune.analysis.comparison import compare
+from finetune.analysis.read_runs import read_runs
+from finetune.analysis.report.report import report
 from finetune.analysis.statistics import MIN_SEEDS
 from finetune.config.backbones import DEFAULT_MODEL
 from finetune.config.strategies import STRATEGIES
@@ -95,11 +96,11 @@ class _Search:
         by_model = {"model": {"values": models}}
         first = {"strategy": {"values": strategies}, **by_model, **_FIRST}
         self._sweep("first", {"method": "grid", "parameters": first}, fields)
-        reached = {
-            group.strategy: max(result.best_val_acc for result in results)
-            for group, results in self._groups().items()
-            if "learning_rate" not in STRATEGIES[group.strategy].ignores
-        }
+        reached: dict[str, float] = {}
+        for group, results in self._groups().items():  # of each network
+            if "learning_rate" not in STRATEGIES[group.strategy].ignores:
+                accuracy = max(result.best_val_acc for result in results)
+                reached[group.strategy] = max(accuracy, reached.get(group.strategy, 0.0))
         highest = max(reached.values(), default=0.0)
         near = [name for name, accuracy in reached.items() if accuracy >= highest - NEAR]
         if near and self.left(SEARCH_SHARE) > 0:
@@ -138,12 +139,16 @@ class _Search:
         sweep = confirmation(self.out, NUM_SEEDS, chosen)
         minutes = self.left(CONFIRM_SHARE) / 60
         trials = run_sweep(sweep, minutes=minutes, console=self.console)
-        finished = Counter(trial.strategy for trial in trials if trial.state == "finished")
+        finished = Counter(
+            (trial.setting.get("model"), trial.strategy)
+            for trial in trials
+            if trial.state == "finished"
+        )
         return min(finished.values(), default=0) if len(finished) == len(chosen) else 0
 
     def refit(self) -> Path | None:
         """The leading setting on training and validation pictures; None if there is no time."""
-        run = self._leader(write_report(self.out, self.out)) if self._result_paths() else None
+        run = self._leader() if self._result_paths() else None
         if run is None or (run / FOLDER / "result.json").exists():
             return run and run / FOLDER
         result = RunResult.load(run)
@@ -153,8 +158,10 @@ class _Search:
         refit(run)
         return run / FOLDER
 
-    def _leader(self, comparison: Comparison) -> Path | None:
-        return comparison.summaries[0].best.run_dir if comparison.summaries else None
+    def _leader(self) -> Path | None:
+        """The best run of the most accurate strategy."""
+        summaries = compare(read_runs(self.out)).summaries
+        return summaries[0].best.run_dir if summaries else None
 
     def answer(self, num_seeds: int = 0, refitted: Path | None = None) -> int:
         """Print what was found, and what is missing to rely on it."""
@@ -164,8 +171,7 @@ class _Search:
                 f"smaller --image_size or fewer --epochs (what is cached in {self.out} is kept)"
             )
         report(self.out)
-        leader = refitted or self._leader(write_report(self.out, self.out))
-        assert leader is not None
+        leader = refitted or self._leader()
         if refitted:
             try:
                 evaluate(refitted)

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.analysis.read_runs import read_runs
-from finetune.demo import CAUTION, demo
+from finetune.config.strategies import STRATEGIES
+from finetune.demo import CAUTION, PHOTOS, demo
+from finetune.model.network import build
+from finetune.system.errors import ConfigError
 from tests.analysis.test_report import EMPTY_FIGURES
 from tests.conftest import ROOT
 from tests.support.chromium import Browser
@@ -30,6 +34,30 @@ def test_a_demo_of_two_epochs_compares_the_strategies(
     assert (out / "runs" / "report.html").exists()
     shown = capsys.readouterr().out
     assert "Best validation accuracy: " in shown and CAUTION in shown
+
+
+@pytest.mark.slow
+def test_the_photographs_are_swept_tested_and_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    weights = tmp_path / "tiny.pth"
+    torch.save(build("tiny", 1000, 32, seed=1).network.state_dict(), weights)
+    fields = {"epochs": 1, "model": "tiny", "image_size": 32}
+    assert demo(tmp_path / "demo", photos=True, weights=str(weights), **fields) == 0
+    runs = read_runs(tmp_path / "demo" / "photos")
+    assert {run.strategy for run in runs} == set(STRATEGIES)
+    assert {run.finished_result.num_train + run.finished_result.num_val for run in runs} == {200}
+    shown = capsys.readouterr().out
+    assert "on 60 pictures" in shown and shown.count("/00.jpg") == 10
+    with pytest.raises(ConfigError, match="pass --photos too"):
+        demo(tmp_path, weights="x.pth")
+
+
+def test_the_photographs_are_small_and_their_licence_is_beside_them() -> None:
+    files = [path for path in PHOTOS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 2e6
+    assert "CC0 1.0 Universal" in (PHOTOS / "LICENSE").read_text()
 
 
 @pytest.mark.long
