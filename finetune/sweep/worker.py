@@ -87,11 +87,12 @@ def _run(connection: Connection, job: Job, num_workers: int, num_sharing: int) -
 
     import torch
 
-    from finetune.system.cuda import use_share_of_memory
     from finetune.training.train import run
 
     show_details()
     if num_sharing > 1 and job.config.accelerator != "cpu":
+        from finetune.system.cuda import use_share_of_memory
+
         use_share_of_memory(num_sharing)
     if num_workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))

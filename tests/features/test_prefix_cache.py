@@ -125,7 +125,10 @@ def test_freeze_trains_on_512_features_per_picture(fields: dict[str, Any]) -> No
     assert batch.inputs.shape == (5, 512)
 
 
-def test_gradual_moves_to_the_next_boundary_as_it_unfreezes(fields: dict[str, Any]) -> None:
+def test_gradual_moves_to_the_next_boundary_as_it_unfreezes(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PrefixCache, "_time_one_picture", lambda *_: (10.0, 0.1))
     config = RunConfig.from_fields(fields | {"strategy": "gradual", "epochs": 40})
     loader = prepared(config)
     parts = [loader.train_epoch(epoch)[0].part for epoch in (0, 3, 39)]

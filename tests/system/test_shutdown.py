@@ -86,4 +86,5 @@ def test_a_stop_during_the_imports_is_deferred_to_their_end(tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == -signal.SIGTERM
-    assert done.stdout.split() == ["finetune.tracking", "finetune.training.recorder"]
+    imported = [line for line in done.stdout.splitlines() if line.startswith("finetune.")]
+    assert imported == ["finetune.tracking", "finetune.training.recorder"]

@@ -259,7 +259,8 @@ def test_a_stop_while_the_result_is_sent_changes_nothing(
     process = place.start("agent.py", *as_flags(fields | {"epochs": 1}))
     wait_until(lambda: any(r.summary.get("state") for r in place.server.runs.values()))
     process.terminate()
-    assert process.wait(STOP_SECONDS) == -signal.SIGTERM
+    # The client may send the summary last; then the stop comes after the end.
+    assert process.wait(STOP_SECONDS) in (-signal.SIGTERM, 0)
     run = the_run(place.server)
     assert (run.state, run.summary["state"]) == ("finished", "finished")
     assert (place.run_dir(run) / "result.json").exists()
