@@ -271,7 +271,7 @@ def end_of_each(folder: Path) -> dict[int, dict[str, Any]]:
     [
         ("8k", 1, 0, "can't be used: database or disk is full"),
         ("160k", 1, 0, "can't be used any more: database or disk is full"),
-        ("130m", 2, 2, "free some disk space (the sweep has ended; start it again"),
+        ("190m", 2, 2, "free some disk space (the sweep has ended; start it again"),
     ],
 )
 def test_a_sweep_stopped_by_a_full_disk_resumes(
