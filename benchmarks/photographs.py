@@ -1,0 +1,166 @@
+"""Which way to fine-tune on photographs, by the number of training pictures of each class.
+
+For each size, strategies are searched, confirmed with fresh seeds and tested once on val/, with
+`finetune.sweep`, `confirm` and `evaluate`. Each strategy's record is added to the JSON file as soon
+as it is known; what the file has is not computed again, and an interrupted call can be repeated.
+
+    python -m benchmarks.photographs --data_dir data/mine --weights imagenet [--sizes 10 30 100 all]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.photographs_cell import APPROACHES, draw, measure, unpacked
+from benchmarks.photographs_figure import write_figure
+from finetune.analysis.statistics import Correct, Difference, group_differences
+from finetune.system.files import write_atomically
+
+RESULTS = Path(__file__).parent / "results" / "photographs.json"
+
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    given = _parser().parse_args()
+    if given.data_dir:
+        os.environ.setdefault("WANDB_MODE", "disabled")
+        for size in given.sizes:
+            run_cell(given, size)
+    cells = read_cells(given.out)
+    console = Console(width=160)
+    for cell in cells:
+        console.print(table(cell))
+        for line in differences(cell):
+            console.print(line, soft_wrap=True)
+    if given.figure:
+        write_figure(cells, given.figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--data_dir", type=Path, help="has train/CLASS/* and val/CLASS/*; without "
+                        "it the table of --out is printed")  # fmt: skip
+    parser.add_argument("--weights", default="imagenet")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--sizes", nargs="+", default=["10", "30", "100", "all"])
+    parser.add_argument("--strategies", nargs="+", default=[*APPROACHES], choices=APPROACHES)
+    parser.add_argument("--image_size", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/photographs"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path, help="a .png, drawn by Chromium")
+    return parser
+
+
+def run_cell(given: argparse.Namespace, size: str) -> None:
+    """Measure what the file lacks of this data set, network, size and these strategies."""
+    data, count = given.data_dir.resolve().name, None if size == "all" else int(size)
+    about = {"data": data, "model": given.model, "size": size, "image_size": given.image_size}
+    folder = given.runs / "-".join(str(v).replace(":", "-") for v in about.values())
+    data_dir, num_train = draw(given.data_dir, count, given.runs / f"data-{data}-{size}")
+    fields = {
+        "data_dir": data_dir,
+        "weights": given.weights,
+        "model": given.model,
+        "image_size": given.image_size,
+        "cache_dir": given.runs / "cache",
+    }
+    for name in given.strategies:
+        if name in _cell(read_cells(given.out), about)["strategies"]:
+            continue
+        print(f"{data}, {given.model}, {size} a class: {name}", flush=True)
+        load = os.getloadavg()[0]
+        resumed = (folder / name).exists()
+        record = measure(APPROACHES[name], num_train, fields, folder / name, given.workers)
+        record |= {
+            "workers": given.workers,
+            "load_before": load,
+            "load_after": os.getloadavg()[0],
+            "resumed": resumed,
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        cells = read_cells(given.out)  # another process may have added to it
+        _cell(cells, about)["strategies"][name] = record
+        write_cells(given.out, cells)
+
+
+def read_cells(path: Path) -> list[Cell]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_cells(path: Path, cells: list[Cell]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(cells, indent=1).encode())
+
+
+def _cell(cells: list[Cell], about: Mapping[str, Any]) -> Cell:
+    """The cell of this data set, network and size; added to the cells if it is new."""
+    for cell in cells:
+        if about.items() <= cell.items():
+            return cell
+    cells.append({**about, "strategies": {}})
+    return cells[-1]
+
+
+def correct(record: Mapping[str, Any]) -> Correct:
+    """Which test pictures each seed's model classifies correctly, (R, N)."""
+    return np.stack([unpacked(row, record["num_test"]) for row in record["test_correct"]])
+
+
+def differences_of(cell: Cell) -> list[Difference]:
+    """Every pair of strategies on the test pictures, corrected for the number of pairs."""
+    return group_differences({n: correct(r) for n, r in cell["strategies"].items()})
+
+
+def differences(cell: Cell) -> list[str]:
+    lines = []
+    for d in differences_of(cell):
+        verdict = "significant" if d.significant else "not significant"
+        points = [100 * value for value in (d.estimate, d.low, d.high)]
+        lines.append(
+            f"  {d.first} - {d.second}: {points[0]:+.1f} points ({points[1]:+.1f} to "
+            f"{points[2]:+.1f}), p {d.p_holm:.3f}, {verdict}"
+        )
+    return lines
+
+
+def table(cell: Cell) -> Table:
+    """One row per strategy, the best test accuracy first."""
+    records = cell["strategies"]
+    title = f"{cell['data']}, {cell['model']}, {cell['size']} a class, {cell['image_size']} pixels"
+    shown = Table(title=title, box=None, pad_edge=False)
+    for head in ("strategy", "rate", "validation", "test", "macro F1", "s", "s/run"):
+        shown.add_column(head, justify="left" if head == "strategy" else "right")
+    for name, record in sorted(records.items(), key=lambda item: -item[1]["test_accuracy"]):
+        rate, seconds = record["learning_rate"], record["seconds"]
+        shown.add_row(
+            name,
+            "-" if rate is None else f"{rate:g}" + "*" * record["at_the_edge"],
+            _accuracy(record, "val"),
+            _accuracy(record, "test"),
+            f"{record['test_macro_f1']:.3f}",
+            f"{seconds['search'] + seconds['confirm']:.0f}",
+            f"{seconds['per_run']:.1f}",
+        )
+    return shown
+
+
+def _accuracy(record: Mapping[str, Any], of: str) -> str:
+    low, high = record[f"{of}_interval"]
+    return f"{record[f'{of}_accuracy']:.3f} ({low:.3f} to {high:.3f})"
+
+
+if __name__ == "__main__":
+    main()
