@@ -12,19 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.photographs_cell import APPROACHES, draw, measure, unpacked
+from benchmarks.photographs_cell import APPROACHES, draw, measure
 from benchmarks.photographs_figure import write_figure
-from finetune.analysis.statistics import Correct, Difference, group_differences
+from benchmarks.photographs_table import by_size, details
 from finetune.system.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "photographs.json"
@@ -32,18 +27,17 @@ RESULTS = Path(__file__).parent / "results" / "photographs.json"
 Cell = dict[str, Any]
 
 
-def main() -> None:
-    given = _parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _parser().parse_args(arguments)
     if given.data_dir:
         os.environ.setdefault("WANDB_MODE", "disabled")
         for size in given.sizes:
             run_cell(given, size)
     cells = read_cells(given.out)
-    console = Console(width=160)
+    for data, model in dict.fromkeys((cell["data"], cell["model"]) for cell in cells):
+        print(f"\n{data}, {model}\n\n{by_size(cells, data, model)}")
     for cell in cells:
-        console.print(table(cell))
-        for line in differences(cell):
-            console.print(line, soft_wrap=True)
+        print(f"\n{cell['data']}, {cell['model']}, {cell['size']} a class\n\n{details(cell)}")
     if given.figure:
         write_figure(cells, given.figure)
 
@@ -112,54 +106,6 @@ def _cell(cells: list[Cell], about: Mapping[str, Any]) -> Cell:
             return cell
     cells.append({**about, "strategies": {}})
     return cells[-1]
-
-
-def correct(record: Mapping[str, Any]) -> Correct:
-    """Which test pictures each seed's model classifies correctly, (R, N)."""
-    return np.stack([unpacked(row, record["num_test"]) for row in record["test_correct"]])
-
-
-def differences_of(cell: Cell) -> list[Difference]:
-    """Every pair of strategies on the test pictures, corrected for the number of pairs."""
-    return group_differences({n: correct(r) for n, r in cell["strategies"].items()})
-
-
-def differences(cell: Cell) -> list[str]:
-    lines = []
-    for d in differences_of(cell):
-        verdict = "significant" if d.significant else "not significant"
-        points = [100 * value for value in (d.estimate, d.low, d.high)]
-        lines.append(
-            f"  {d.first} - {d.second}: {points[0]:+.1f} points ({points[1]:+.1f} to "
-            f"{points[2]:+.1f}), p {d.p_holm:.3f}, {verdict}"
-        )
-    return lines
-
-
-def table(cell: Cell) -> Table:
-    """One row per strategy, the best test accuracy first."""
-    records = cell["strategies"]
-    title = f"{cell['data']}, {cell['model']}, {cell['size']} a class, {cell['image_size']} pixels"
-    shown = Table(title=title, box=None, pad_edge=False)
-    for head in ("strategy", "rate", "validation", "test", "macro F1", "s", "s/run"):
-        shown.add_column(head, justify="left" if head == "strategy" else "right")
-    for name, record in sorted(records.items(), key=lambda item: -item[1]["test_accuracy"]):
-        rate, seconds = record["learning_rate"], record["seconds"]
-        shown.add_row(
-            name,
-            "-" if rate is None else f"{rate:g}" + "*" * record["at_the_edge"],
-            _accuracy(record, "val"),
-            _accuracy(record, "test"),
-            f"{record['test_macro_f1']:.3f}",
-            f"{seconds['search'] + seconds['confirm']:.0f}",
-            f"{seconds['per_run']:.1f}",
-        )
-    return shown
-
-
-def _accuracy(record: Mapping[str, Any], of: str) -> str:
-    low, high = record[f"{of}_interval"]
-    return f"{record[f'{of}_accuracy']:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":
