@@ -30,7 +30,7 @@ from finetune.sweep.runner import run_sweep
 NUM_SEEDS = 5
 NUM_STEPS = 80
 """A run has at least about so many steps, within `EPOCHS`."""
-EPOCHS = (4, 40)
+EPOCHS = (3, 40)
 """The fewest and the most epochs of a run, before an approach's factor."""
 MAX_EXTENSIONS = 2
 """How often a range of learning rates is extended because the best one is at its end."""
