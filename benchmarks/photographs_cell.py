@@ -60,11 +60,11 @@ class Approach:
 
 APPROACHES: Mapping[str, Approach] = {
     "probe": Approach("probe"),
-    "freeze": Approach("freeze", (0.001, 0.003, 0.01, 0.03), epochs_factor=3),
-    "partial": Approach("partial", (0.001, 0.003, 0.01)),
+    "freeze": Approach("freeze", (0.003, 0.01, 0.03, 0.1), epochs_factor=3),
+    "partial": Approach("partial", (0.003, 0.01, 0.03)),
     "gradual": Approach("gradual", (0.003, 0.01, 0.03)),
-    "lp-ft": Approach("lp-ft", (0.0003, 0.001, 0.003), depth=2),
-    "full": Approach("partial", (0.001, 0.003, 0.01), depth=-1),
+    "lp-ft": Approach("lp-ft", (0.001, 0.003, 0.01), depth=2),
+    "full": Approach("partial", (0.003, 0.01, 0.03), depth=-1),
     "scratch": Approach("scratch", (0.003, 0.01, 0.03), epochs_factor=2),
 }
 """lp-ft trains what partial trains, so that they differ in the head's start alone."""
