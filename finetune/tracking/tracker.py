@@ -240,21 +240,20 @@ def _init(wandb_mode: str, timeout_seconds: float | None = None, **options: Any)
 
     offline = wandb_mode in ("offline", "dryrun")
     require_handles(_NUM_HANDLES)
-    timeout = {"init_timeout": timeout_seconds or INIT_SECONDS}
-    if timeout_seconds is None and "WANDB_INIT_TIMEOUT" in os.environ:
-        timeout = {}  # the client reads it
+    settings = wandb.Settings(
+        silent=offline,
+        disable_git=True,
+        save_code=False,
+        x_save_requirements=False,  # listing every package takes 0.1 s
+    )
+    if timeout_seconds is not None or "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings.init_timeout = timeout_seconds or INIT_SECONDS
     try:
         run = wandb.init(
             **options,
             mode="offline" if offline else wandb_mode,  # type: ignore[arg-type]
             resume=None if offline else "allow",
-            settings=wandb.Settings(
-                silent=offline,
-                disable_git=True,
-                save_code=False,
-                x_save_requirements=False,  # listing every package takes 0.1 s
-                **timeout,
-            ),
+            settings=settings,
         )
     except Exception as error:  # of the server or of the client's own service
         other, does = (
