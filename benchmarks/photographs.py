@@ -95,6 +95,7 @@ def read_cells(path: Path) -> list[Cell]:
 
 
 def write_cells(path: Path, cells: list[Cell]) -> None:
+    cells.sort(key=lambda cell: (cell["data"], cell["model"], cell["size"].zfill(9)))  # all: last
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(cells, indent=1).encode())
 

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +24,7 @@ from finetune.analysis.statistics import Correct
 from finetune.config.backbones import find_backbone
 from finetune.data.pictures import find_pictures
 from finetune.runs.result import RunResult
-from finetune.runs.run_dir import RunDir
+from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.runs.settings import best_setting, results_by_setting
 from finetune.sweep.runner import run_sweep
 
@@ -122,42 +123,48 @@ def measure(
     training["epochs"] *= approach.epochs_factor
     fixed = {**fields, **training, "lr_schedule": "cosine"}
     fixed |= approach.fields(str(fields["model"]))
-    started = time.perf_counter()
+    times = [time.perf_counter()]
     searched = search(approach.rates, fixed, out, workers)
-    chosen = RunResult.load(_best_of(out)[0])
-    searched_seconds = time.perf_counter() - started
+    times.append(time.perf_counter())
     trials = finetune.confirm(out, num_seeds=NUM_SEEDS, workers=workers)
-    confirmed_seconds = time.perf_counter() - started - searched_seconds
+    times.append(time.perf_counter())
     runs = sorted(trial.run_dir for trial in trials if trial.state == "finished")
-    results = [RunResult.load(run) for run in runs]
-    correct_RN, scores = test(runs)
-    val_RN = np.stack([_val_correct(run) for run in runs])
+    tested = test(runs)
+    times.append(time.perf_counter())
+    places = ("data_dir", "cache_dir", "weights")
+    best = RunResult.load(_best_of(out)[0]).config
     return {
-        "fields": {k: v for k, v in fixed.items() if k not in ("data_dir", "cache_dir", "weights")},
+        "fields": {name: value for name, value in fixed.items() if name not in places},
         "learning_rates": [list(pair) for pair in searched],
-        "learning_rate": chosen.config["learning_rate"],
-        "unfreeze_from": chosen.config["unfreeze_from"],
-        "at_the_edge": len(searched) > 1
-        and chosen.config["learning_rate"] in (searched[0][0], searched[-1][0]),
-        "num_train": chosen.num_train,
-        "num_val": chosen.num_val,
-        "seeds": [result.seed for result in results],
-        "val_accuracies": [result.best_val_acc for result in results],
-        "val_accuracy": fmean(result.best_val_acc for result in results),
-        "val_interval": accuracy_interval(val_RN),
-        "test_accuracies": correct_RN.mean(axis=1).tolist(),
-        "test_accuracy": float(correct_RN.mean()),
-        "test_interval": accuracy_interval(correct_RN),
-        "test_macro_f1": fmean(scores),
-        "num_test": correct_RN.shape[1],
-        "test_correct": [packed(row) for row in correct_RN],
-        "best_epochs": [result.best_epoch for result in results],
+        "learning_rate": best["learning_rate"],
+        "unfreeze_from": best["unfreeze_from"],
+        "at_the_edge": bool(searched)
+        and best["learning_rate"] in (searched[0][0], searched[-1][0]),
+        **confirmed(runs),
+        **tested,
         "seconds": {
-            "search": searched_seconds,
-            "confirm": confirmed_seconds,
-            "test": time.perf_counter() - started - searched_seconds - confirmed_seconds,
-            "per_run": fmean(result.train_seconds for result in results),
+            name: end - start
+            for name, (start, end) in zip(
+                ("search", "confirm", "test"), pairwise(times), strict=True
+            )
         },
+    }
+
+
+def confirmed(runs: Sequence[Path]) -> dict[str, Any]:
+    """What the runs with fresh seeds found on their validation pictures."""
+    results = [RunResult.load(run) for run in runs]
+    accuracies = [result.best_val_acc for result in results]
+    return {
+        "num_train": results[0].num_train,
+        "num_val": results[0].num_val,
+        "seeds": [result.seed for result in results],
+        "val_accuracies": accuracies,
+        "val_accuracy": fmean(accuracies),
+        "val_interval": accuracy_interval(np.stack([_val_correct(run) for run in runs])),
+        "val_acc_by_epoch": val_acc_by_epoch(runs),
+        "best_epochs": [result.best_epoch for result in results],
+        "seconds_per_run": fmean(result.train_seconds for result in results),
         "images_per_second": fmean(result.images_per_second for result in results),
         "num_threads": results[0].num_threads,
         "git": results[0].git_commit,
@@ -202,8 +209,8 @@ def _best_of(out: Path) -> list[Path]:
     return [run for run, result in results.items() if result.run_id in best]
 
 
-def test(runs: Sequence[Path]) -> tuple[Correct, list[float]]:
-    """Which test pictures each run classifies correctly, (R, N), and each run's macro F1.
+def test(runs: Sequence[Path]) -> dict[str, Any]:
+    """What `evaluate` finds on the test set, of each run once.
 
     A tested run's checkpoint is removed; its evaluation stays.
     """
@@ -218,7 +225,21 @@ def test(runs: Sequence[Path]) -> tuple[Correct, list[float]]:
             RunDir(run).best_path.unlink()
         rows.append(np.load(saved))
         scores.append(RunDir(run).read_evaluations()[0]["macro_f1"])
-    return np.stack(rows), scores
+    correct_RN = np.stack(rows)
+    return {
+        "num_test": correct_RN.shape[1],
+        "test_accuracies": correct_RN.mean(axis=1).tolist(),
+        "test_accuracy": float(correct_RN.mean()),
+        "test_interval": accuracy_interval(correct_RN),
+        "test_macro_f1": fmean(scores),
+        "test_correct": [packed(row) for row in correct_RN],
+    }
+
+
+def val_acc_by_epoch(runs: Sequence[Path]) -> list[float]:
+    """The mean over the runs, for each epoch that all of them have."""
+    curves = [[row["val_acc"] for row in read_metrics(RunDir(run).metrics_path)] for run in runs]
+    return [fmean(values) for values in zip(*curves, strict=False)]
 
 
 def _val_correct(run: Path) -> Correct:

@@ -42,7 +42,7 @@ def drawn(cells: Sequence[Cell]) -> go.Figure:
     panels = list(dict.fromkeys((cell["data"], cell["model"]) for cell in cells))
     titles = [f"{data}, {model.removeprefix('timm:')}" for data, model in panels]
     figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.08)
-    sizes = sorted({cell["size"] for cell in cells}, key=lambda s: (s == "all", s.zfill(9)))
+    sizes = sorted({cell["size"] for cell in cells}, key=lambda size: size.zfill(9))
     named: set[str] = set()
     for column, panel in enumerate(panels, 1):
         of_panel = {c["size"]: c["strategies"] for c in cells if (c["data"], c["model"]) == panel}

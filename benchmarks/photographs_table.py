@@ -63,7 +63,7 @@ def details(cell: Cell) -> str:
                 f"{record['test_macro_f1']:.3f}",
                 *(_points(pairs.get((name, other))) for other in versus),
                 f"{seconds['search'] + seconds['confirm']:.0f}" + "+" * record["resumed"],
-                f"{seconds['per_run']:.1f}",
+                f"{record['seconds_per_run']:.1f}",
             ]
         )
     return _markdown(rows)
