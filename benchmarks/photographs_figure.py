@@ -41,7 +41,9 @@ def drawn(cells: Sequence[Cell]) -> go.Figure:
     """Lines of mean test accuracies with their intervals, a little apart from each other."""
     panels = list(dict.fromkeys((cell["data"], cell["model"]) for cell in cells))
     titles = [f"{data}, {model.removeprefix('timm:')}" for data, model in panels]
-    figure = make_subplots(1, len(panels), subplot_titles=titles, horizontal_spacing=0.08)
+    figure = make_subplots(
+        1, len(panels), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.04
+    )
     sizes = sorted({cell["size"] for cell in cells}, key=lambda size: size.zfill(9))
     named: set[str] = set()
     for column, panel in enumerate(panels, 1):
@@ -55,7 +57,7 @@ def drawn(cells: Sequence[Cell]) -> go.Figure:
     figure.update_xaxes(
         tickvals=[*range(len(sizes))], ticktext=sizes, range=[-0.4, len(sizes) - 0.6]
     )
-    figure.update_xaxes(title="training pictures of each class")
+    figure.update_xaxes(title="training pictures of each class", showgrid=False)
     figure.update_yaxes(gridcolor="#e4e8ee", tickformat=".2f")
     figure.update_yaxes(title="test accuracy (95 % interval)", col=1)
     figure.update_layout(
