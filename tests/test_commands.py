@@ -16,6 +16,7 @@ from tests.conftest import Train
 REQUIRED = {
     "sweep": ["sweep.yaml"],
     "gpus": ["me/finetune/ab12cd34"],
+    "workspace": ["me/finetune/ab12cd34"],
     "predict": ["runs/a", "picture.png"],
     "evaluate": ["runs/a"],
     "export": ["runs/a", "--format", "onnx"],
