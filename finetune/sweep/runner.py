@@ -1,5 +1,6 @@
 """Run a sweep on this machine: claim trials, run them in worker processes, record how they end."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
@@ -55,14 +56,15 @@ def run_sweep(
     if not isinstance(sweep, Sweep):
         sweep = read_sweep(Path(sweep) if isinstance(sweep, str) else sweep)
     spec = sweep.amended(name, fields or {}, {} if out is None else {"out": str(out)})
-    num_trials = spec.num_trials(max_runs)
+    num_trials = spec.num_trials(max_runs, is_timed=minutes is not None)
     _check_positive(workers=workers, minutes=minutes)
     check_places(spec)
     budget = None if minutes is None else TimeBudget.of_minutes(minutes)
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
-        live_table = LiveTable(num_trials, spec.metric.name, console)
+        deadline = math.inf if budget is None else budget.deadline
+        live_table = LiveTable(num_trials, spec.metric.name, console, deadline)
         worker_pool = WorkerPool(workers or max(1, len(worker_devices())))
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):
