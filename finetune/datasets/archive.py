@@ -49,8 +49,9 @@ def unpack(
 ) -> Counts:
     """Unpack train/, val/ and test/ of an archive to `data_dir`, which must be missing or empty.
 
-    Folders around them and files beside them are left out. Returns the number of pictures. Raises
-    `ArchiveError`, or `DataError` if a file cannot be read or written; then nothing is left.
+    The splits keep their names in the archive, such as validation/. Folders around them and files
+    beside them are left out. Returns the number of pictures. Raises `ArchiveError`, or `DataError`
+    if a file cannot be read or written; then nothing is left.
     """
     unpacking = data_dir.with_name(f".{data_dir.name}.unpacking")
     shutil.rmtree(unpacking, ignore_errors=True)

@@ -72,6 +72,7 @@ def run_sweep(
             retention = None if keep_best is None else Retention(keep_best)
             with live_table.display:
                 TrialRunner(spec, queue, worker_pool, live_table, retention, budget).run()
+            queue.refresh()  # trials may have been requeued
             results = queue.results()
             if retention is not None:
                 retention.apply(results)
@@ -91,21 +92,28 @@ def sweep_command(sweep: Path, fields: Mapping[str, Any] | None = None, **option
     except Stopped:
         console.print(f"resume: {this_command()}", soft_wrap=True)
         raise
-    code = conclude(results, spec.metric.name, console)
+    code = conclude(results, spec.metric.name, console, is_timed=options.get("minutes") is not None)
     for command in ("report", "confirm"):
         words = ("-m", "finetune", command, results[0].run_dir.parent)
         console.print(f"next: {command_line(*words)}", soft_wrap=True)
     return code
 
 
-def conclude(results: list[TrialResult], metric: str, console: Console) -> int:
-    """Print every trial; returns 0 if all have finished or were pruned, else 1."""
-    console.print(final_table(results, metric))
+def conclude(
+    results: list[TrialResult], metric: str, console: Console, is_timed: bool = False
+) -> int:
+    """Print every trial that has started, and the number of those in each state.
+
+    Returns 0 if all have finished or were pruned, else 1. A sweep with a limit of its time may
+    leave trials waiting.
+    """
+    console.print(final_table([r for r in results if r.state != "waiting"], metric))
     counts = Counter(result.state for result in results)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
     if counts["failed"]:
         console.print("run it again with --retry_failed to retry the failed trials")
-    return 0 if counts.keys() <= {"finished", "pruned"} else 1
+    expected = {"finished", "pruned", *(["waiting", "interrupted"] if is_timed else [])}
+    return 0 if counts.keys() <= expected else 1
 
 
 def _check_positive(workers: int | None, minutes: float | None) -> None:
