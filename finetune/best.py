@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.analysis.comparison import compare
 from finetune.analysis.read_runs import read_runs
-from finetune.analysis.report.report import report
+from finetune.analysis.report.report import print_report
 from finetune.analysis.statistics import MIN_SEEDS
 from finetune.config.backbones import DEFAULT_MODEL
 from finetune.config.strategies import STRATEGIES
@@ -178,7 +178,7 @@ class _Search:
                 f"no run has finished in {self.seconds / 60:g} minutes; pass more --minutes, a "
                 f"smaller --image_size or fewer --epochs (what is cached in {self.out} is kept)"
             )
-        report(self.out)
+        print_report(self.out, self.out)
         leader = refitted or self._leader()
         if refitted:
             try:

@@ -36,7 +36,9 @@ class ExpectedDataset:
     def difference(self, counts: Counts) -> str | None:
         """How the counts differ from the expected ones; None if they do not."""
         for split, number in self.num_pictures.items():
-            found = counts.get(split, {})
+            if split not in counts:
+                return f"it has no pictures in {split}/"
+            found = counts[split]
             if differing := sorted(found.keys() ^ self.class_names):
                 return f"{split}/ has other classes: {', '.join(differing[:5])}"
             if sum(found.values()) != number:
