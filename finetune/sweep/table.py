@@ -16,6 +16,7 @@ from finetune.config.fields import RunConfig
 from finetune.runs.result import Row
 from finetune.sweep.spec import UNLIMITED
 from finetune.sweep.trials import TrialResult
+from finetune.system.progress import in_notebook
 from finetune.system.text import one_line
 
 ENDED = ("finished", "pruned", "failed")
@@ -23,14 +24,21 @@ ENDED = ("finished", "pruned", "failed")
 
 def open_console() -> Console:
     """The terminal; if the output is not a terminal, wide lines that are not wrapped."""
-    console = Console(highlight=False, markup=False)  # names may contain brackets
+    # In a notebook, rich would make an HTML block of each line, or take it for a terminal.
+    plain = False if in_notebook() else None
+    console = Console(
+        highlight=False, markup=False, force_jupyter=plain, force_terminal=plain
+    )  # names may contain brackets
     if not console.is_terminal:
         console.width = 200
     return console
 
 
 class LiveTable:
-    """The running trials, the best result, and the time left; without a terminal, lines."""
+    """The running trials, the best result, and the time left; without a terminal, lines.
+
+    In a notebook the lines of epochs are left out.
+    """
 
     def __init__(
         self,
@@ -48,6 +56,7 @@ class LiveTable:
         self._best: TrialResult | None = None
         self._started = time.monotonic()
         self._is_live = self._console.is_terminal
+        self._shows_epochs = not self._is_live and not in_notebook()
         live = Live(console=self._console, get_renderable=self._render)
         self.display: AbstractContextManager[object] = live if self._is_live else nullcontext()
         """The table is shown within this context."""
@@ -71,7 +80,7 @@ class LiveTable:
         progress = f"epoch {row['epoch']:.0f}/{config.num_epochs - 1}  {scores}"
         progress += f"  best {row['best_val_acc']:.4f}"
         self._running[run_id] = one_line(config.name), progress
-        if not self._is_live:
+        if self._shows_epochs:
             self.log("  ".join([run_id, *self._running[run_id]]))
 
     def ended(self, result: TrialResult) -> None:
