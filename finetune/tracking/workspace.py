@@ -46,7 +46,7 @@ def workspace(address: str) -> int:
             found.upgrade_to_full()  # else each run's config is a request of its own
         runs = [run for run in found if "strategy" in run.config]
     if not runs:
-        raise FinetuneError(f"W&B: {address} has no runs of this project yet")
+        raise FinetuneError(f"W&B: {address} has no runs that this program has logged")
     panels = _Panels(runs)
     print(f"{address}: {num(runs, 'run')}; varied: {', '.join(panels.varied) or 'nothing'}")
     for kind, make in {"view": _view, "report": _report}.items():
@@ -233,7 +233,7 @@ def _report(panels: _Panels, entity: str, project: str, sweep: str) -> Any:
     return wr.Report(
         entity=entity,
         project=project,
-        title=f"Fine-tuning strategies: {sweep or project}",
+        title=f"Fine-tuning strategies of {sweep or project}",
         blocks=blocks,
         width="fluid",
     )

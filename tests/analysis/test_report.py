@@ -366,6 +366,11 @@ def test_an_ablation_of_one_strategy_shows_what_varied(browser: Browser, tmp_pat
         setting = f"{size} / {aug} / {rate}"
         assert page.count(setting) >= 2, "in a table and in a plot"
     assert "<button>setting: batch size / augmentation / learning rate</button>" in page
+    browser.open(tmp_path / "report.html", 1400, 900)
+    heights = browser.run(
+        "[...document.querySelectorAll('.tile b:not(:has(code))')].map(b => b.offsetHeight)"
+    )
+    assert max(heights) < 45, "a long name fits into its tile"
     for name in ("learning_rate", "batch_size", "data_aug"):
         assert f'id="marginal-{name}"' in page
     figure = search_figures.parallel_coordinates(*_search_of(tmp_path))

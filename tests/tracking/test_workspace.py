@@ -145,7 +145,9 @@ def test_no_runs_are_one_message(place: Place) -> None:
     add_run(place, "another", sweep="sweep2")
     address = f"{ENTITY}/{PROJECT}/{SWEEP}"
     assert place.start("-m", "finetune", "workspace", address).wait(60) == 1
-    assert place.output().strip() == f"error: W&B: {address} has no runs of this project yet"
+    assert (
+        place.output().strip() == f"error: W&B: {address} has no runs that this program has logged"
+    )
     assert place.server.views == {}
 
 

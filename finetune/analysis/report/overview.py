@@ -69,7 +69,12 @@ def tiles(comparison: Comparison, winner: RunRecord, runs_dir: Path) -> str:
         shown.append((esc(percent(corrected.accuracy)), about))
     evaluated = _test_accuracy(winner)
     shown += [evaluated] if evaluated else []
-    shown.append((esc(winner.name), f"the winner, seed {result.seed}, run {winner.run_id}"))
+    shown.append(
+        (
+            f"<small>{esc(winner.name)}</small>",
+            f"the winner, seed {result.seed}, run {winner.run_id}",
+        )
+    )
     command, purpose = next_step(comparison, winner, runs_dir)
     shown.append((f"<code>{esc(command)}</code>", f"next: {purpose}"))
     inner = "".join(
