@@ -36,7 +36,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 check: lint
-	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=20
+	$(BIN)/python -m pytest -n 4 --dist worksteal --durations=20 --reruns 1
 
 oldest: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -31,7 +31,7 @@ from finetune.tracking.result_tables import result_tables
 
 FOLDER = "finetune"  # of a run's W&B files
 RUN_FILES = ("metrics.csv", "predictions.npz", "result.json")  # uploaded into it for `report`
-INIT_SECONDS = 60.0  # timeout of a run's start
+INIT_SECONDS = 60.0  # timeout of a run's start, unless WANDB_INIT_TIMEOUT says another
 STOP_SECONDS = 20.0  # of its end after a stop: W&B's agent kills its run 30 s after SIGTERM
 ARTIFACT_SECONDS = 600.0  # of the first answer to an artifact
 _POLL_SECONDS = 0.1
@@ -235,24 +235,26 @@ def _folder(run: Any) -> Path:
     return Path(run.dir).parent
 
 
-def _init(wandb_mode: str, timeout_seconds: float = INIT_SECONDS, **options: Any) -> Any:
+def _init(wandb_mode: str, timeout_seconds: float | None = None, **options: Any) -> Any:
     """Start or resume the W&B run of this process. Raises `FinetuneError`."""
     import wandb
 
     offline = wandb_mode in ("offline", "dryrun")
     require_handles(_NUM_HANDLES)
+    settings = wandb.Settings(
+        silent=offline,
+        disable_git=True,
+        save_code=False,
+        x_save_requirements=False,  # listing every package takes 0.1 s
+    )
+    if timeout_seconds is not None or "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings.init_timeout = timeout_seconds or INIT_SECONDS
     try:
         run = wandb.init(
             **options,
             mode="offline" if offline else wandb_mode,  # type: ignore[arg-type]
             resume=None if offline else "allow",
-            settings=wandb.Settings(
-                silent=offline,
-                disable_git=True,
-                save_code=False,
-                x_save_requirements=False,  # listing every package takes 0.1 s
-                init_timeout=timeout_seconds,
-            ),
+            settings=settings,
         )
     except Exception as error:  # of the server or of the client's own service
         other, does = (
@@ -292,5 +294,5 @@ def _report(failure: Failure) -> None:
     if (active := active_run()) is not None:
         Tracker(active, is_joined=True).fail(failure)
     elif by_agent and mode() == "online":
-        timeout_seconds = STOP_SECONDS / 2 if is_stopping() else INIT_SECONDS
+        timeout_seconds = STOP_SECONDS / 2 if is_stopping() else None
         Tracker(_init("online", timeout_seconds)).fail(failure)

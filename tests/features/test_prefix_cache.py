@@ -59,7 +59,7 @@ def test_cold_and_warm_caches_give_equal_bits_and_no_cache_the_same_within_1e_6(
 
 @pytest.mark.slow
 @pytest.mark.real_network
-@pytest.mark.parametrize(("strategy", "data_aug"), STRATEGIES)
+@pytest.mark.parametrize(("strategy", "data_aug"), STRATEGIES[1:4])
 def test_caches_of_resnet18_give_equal_bits_and_no_cache_the_same_within_1e_6(
     strategy: str, data_aug: str, train: Train
 ) -> None:

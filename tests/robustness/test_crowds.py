@@ -123,7 +123,7 @@ outcomes = run_sweep(given, out=folder / "runs", workers=4)
 
 @pytest.mark.parametrize(
     "num_trials",
-    [pytest.param(200, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)],
+    [pytest.param(80, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)],
 )
 def test_all_trials_have_a_result_if_one_in_ten_crashes(
     num_trials: int, base: Any, tmp_path: Path
