@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from finetune.__main__ import _RUN_FIELDS, COMMANDS, argument, main, parse
 from finetune.config import backbones
 from finetune.system.errors import ConfigError, FinetuneError, RunDirError
 from tests.conftest import Train
+from tests.support.synthetic import write_run
 from tests.support.tiny_backbone import TINY
 
 REQUIRED = {
@@ -75,6 +77,20 @@ def test_a_run_of_a_network_that_is_not_registered_says_how_to_register_it(
         finetune.load_best(run_dir.path)
     with pytest.raises(FinetuneError, match=words):
         finetune.train_and_finetune(resume=run_dir.path)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export", "refit"])
+def test_a_run_directory_that_does_not_exist_is_said_at_once_with_those_that_do(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.__main__.import_module", None)  # no module is imported
+    write_run(tmp_path / "runs", "b", 0.5)
+    _, *rest = REQUIRED[command]
+    words = r"runs/a is not a run directory: it does not exist; finished runs in .*runs: b$"
+    with pytest.raises(RunDirError, match=words):
+        main([command, str(tmp_path / "runs" / "a"), *rest])
+    with pytest.raises(RunDirError, match=r"does not exist$"):
+        main([command, str(tmp_path / "other" / "a"), *rest])
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "1.5", "many"])

@@ -1,6 +1,5 @@
 """Run a sweep on this machine: claim trials, run them in worker processes, record how they end."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
@@ -63,8 +62,7 @@ def run_sweep(
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
-        deadline = math.inf if budget is None else budget.deadline
-        live_table = LiveTable(num_trials, spec.metric.name, console, deadline)
+        live_table = LiveTable(num_trials, spec.metric.name, console, budget and budget.deadline)
         worker_pool = WorkerPool(workers or max(1, len(worker_devices())))
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):

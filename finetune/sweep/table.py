@@ -45,11 +45,12 @@ class LiveTable:
         num_trials: int,
         metric: str,
         console: Console | None = None,
-        deadline: float = math.inf,
+        deadline: float | None = None,
     ) -> None:
         """`num_trials` may be `UNLIMITED`. `deadline` is in the time of `time.monotonic`."""
         self._console = console or open_console()
-        self._num_trials, self._deadline = num_trials, deadline
+        self._num_trials = num_trials
+        self._deadline = math.inf if deadline is None else deadline
         self._metric = metric
         self._running: dict[str, tuple[str, str]] = {}
         self._num_ended = self._num_ended_here = 0
