@@ -62,7 +62,7 @@ def run_sweep(
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
-        live_table = LiveTable(num_trials, spec.metric.name, console, budget and budget.deadline)
+        live_table = LiveTable(num_trials, spec.metric.name, console, budget)
         worker_pool = WorkerPool(workers or max(1, len(worker_devices())))
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):

@@ -15,6 +15,7 @@ from rich.text import Text
 from finetune.config.fields import RunConfig
 from finetune.runs.result import Row
 from finetune.sweep.spec import UNLIMITED
+from finetune.sweep.time_budget import TimeBudget
 from finetune.sweep.trials import TrialResult
 from finetune.system.progress import in_notebook
 from finetune.system.text import one_line
@@ -45,12 +46,12 @@ class LiveTable:
         num_trials: int,
         metric: str,
         console: Console | None = None,
-        deadline: float | None = None,
+        budget: TimeBudget | None = None,
     ) -> None:
-        """`num_trials` may be `UNLIMITED`. `deadline` is in the time of `time.monotonic`."""
+        """`num_trials` may be `UNLIMITED`."""
         self._console = console or open_console()
         self._num_trials = num_trials
-        self._deadline = math.inf if deadline is None else deadline
+        self._deadline = budget.deadline if budget else math.inf
         self._metric = metric
         self._running: dict[str, tuple[str, str]] = {}
         self._num_ended = self._num_ended_here = 0

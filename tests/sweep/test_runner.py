@@ -33,6 +33,7 @@ from finetune.sweep.runner import run_sweep
 from finetune.sweep.spec import UNLIMITED, Sweep
 from finetune.sweep.storage import open_storage
 from finetune.sweep.table import LiveTable
+from finetune.sweep.time_budget import TimeBudget
 from finetune.sweep.trials import TrialResult, cell_key
 from finetune.system.devices import visible_devices
 from finetune.system.errors import ConfigError, FinetuneError
@@ -334,7 +335,8 @@ def test_a_sweep_that_only_the_time_limits_counts_trials_and_shows_the_time(tmp_
     config = RunConfig.from_fields({"strategy": "freeze"})
     ended = TrialResult("x-0", tmp_path, "freeze", {}, "finished", 0.5, seconds=2.0)
     for num_trials, deadline in ((UNLIMITED, 61.0), (UNLIMITED, 0.0), (2, math.inf), (10**9, 61.0)):
-        table = LiveTable(num_trials, "best_val_acc", console, time.monotonic() + deadline)
+        budget = TimeBudget(time.monotonic() + deadline)
+        table = LiveTable(num_trials, "best_val_acc", console, budget)
         table.started("x-0", config)
         table.update([ended])
         table.ended(ended)
