@@ -17,7 +17,7 @@ from finetune.tracking.from_wandb import client_errors
 
 ACCURACY = "best_val_acc"
 CURVES = ("val_acc", "val_loss", "train_acc", "train_loss")
-_MAX_RUNS = 100  # that W&B draws in one panel
+_MAX_RUNS = 100  # drawn in one panel
 _WIDTH, _HEIGHT = 24, 8  # of a report, and of its panels, in W&B's units
 
 
