@@ -57,7 +57,7 @@ class SeveralHeads(FineTuning):
         with torch.autocast(x.device.type, enabled=False):
             for head in self.heads:
                 draws.restart()  # dropout draws what it would draw alone
-                found.append(head(x.float()))
+                found.append(head(x.to(torch.float32, copy=True)))  # it may change its input
         return torch.stack(found)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from finetune.runs.resolve import resolve
 from finetune.runs.result import Row
 from finetune.runs.run_dir import RunDir
 from finetune.runs.settings import HEAD_FIELDS
-from finetune.system.errors import Diverged
+from finetune.system.errors import Diverged, Pruned
 from finetune.system.progress import bar
 from finetune.system.shutdown import stoppable
 from finetune.training.recorder import Recorder
@@ -53,9 +53,9 @@ def run_together(
 ) -> None:
     """Carry out runs whose `head_group` is the same, and which have not begun before.
 
-    `on_epoch` is called with a run's index and each epoch's row, `on_end` with its index and the
-    error that ended it, if any; a run that fails doesn't end the others. Raises what concerns all,
-    as `train.run` does.
+    `on_epoch` is called with a run's index and each epoch's row, and may raise `Pruned`; `on_end`
+    with its index and the error that ended it, if any. A run that ends doesn't end the others.
+    Raises what concerns all, as `train.run` does.
     """
     first, splits, cache = resolve(configs[0], logs[0], bar)
     given = [config.model_dump(include=HEAD_FIELDS) for config in configs]
@@ -82,14 +82,14 @@ def run_together(
 
 def _finish(member: Member, module: SeveralHeads) -> None:
     """Write what a run leaves, and log it to W&B. Raises the run's failure."""
+    recorder = member.recorder
+    if member.best_logits is not None:
+        module.chain.network.load_state_dict(member.best_head, strict=False)
+        recorder.write_best(module, member.best_logits)
+        recorder.run_dir.write_metrics(recorder.rows)
+    tracker = member.execution.open_tracker(recorder)
     if member.failure is not None:
         raise member.failure
-    recorder = member.recorder
-    assert member.best_logits is not None
-    tracker = member.execution.open_tracker(recorder)
-    module.chain.network.load_state_dict(member.best_head, strict=False)
-    recorder.write_best(module, member.best_logits)
-    recorder.run_dir.write_metrics(recorder.rows)
     member.execution.finish(recorder, tracker, module.loader)
 
 
@@ -116,13 +116,12 @@ class _Recorders(pl.Callback):
             row["images_per_second"] = pl_module.loader.num_pictures / seconds
             try:
                 recorder.check_finite(row)
-            except Diverged as error:
+                if recorder.add(row):
+                    member.best_head, member.best_logits = pl_module.head_state(i), logits[i]
+                recorder.train_seconds += seconds
+                recorder.log_epoch(row)
+                self.on_epoch(i, row)
+            except (Diverged, Pruned) as error:
                 member.failure = error
-                continue
-            if recorder.add(row):
-                member.best_head, member.best_logits = pl_module.head_state(i), logits[i]
-            recorder.train_seconds += seconds
-            recorder.log_epoch(row)
-            self.on_epoch(i, row)
         if not any(member.is_training for member in self.members):
             trainer.should_stop = True
