@@ -152,6 +152,11 @@ COMMANDS: dict[str, Command] = {
         _path("--out", "for report.html and runs.csv (default: RUNS_DIR)", metavar="DIR"),
         argument("--wandb", "report on this W&B sweep instead", metavar="ENTITY/PROJECT/SWEEP"),
     ),
+    "workspace": (
+        "save a view and a report in W&B: accuracies, what varied, curves, mistakes",
+        "finetune.tracking.workspace:workspace",
+        argument("address", "the runs to show", metavar="ENTITY/PROJECT[/SWEEP]"),
+    ),
     "refit": (
         "train a run's setting once more, on its training and validation pictures together",
         "finetune.training.refit:refit",

@@ -175,7 +175,7 @@ def make_trainer(
     config: RunConfig, directory: Path, callback: pl.Callback, **options: Any
 ) -> pl.Trainer:
     """Lightning's Trainer on the config's device, without Lightning's own files and logs."""
-    _silence_lightning()
+    silence_lightning()
     precision: Any = config.precision
     return pl.Trainer(
         **options,
@@ -255,7 +255,7 @@ def _git_commit() -> str | None:
     return None
 
 
-def _silence_lightning() -> None:
+def silence_lightning() -> None:
     """Hide Lightning's advice on data loaders and defaults that this trainer doesn't use."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
