@@ -67,6 +67,11 @@ class EpochLoader:
             other = SplitInputs(images.of_source, parts, is_flipped)
         return SplitInputs(images, parts, is_flipped, other)
 
+    @property
+    def num_pictures(self) -> int:
+        """Of both splits."""
+        return len(self.train.pictures) + len(self.val.pictures)
+
     def train_epoch(self, epoch: int) -> EpochBatches | PrefetchedBatches:
         config, split, pictures = self._config, self.train, self.train.pictures
         part = split.last_stored_part(config.plan.first_trainable(epoch))

@@ -125,8 +125,9 @@ def measure(
 ) -> Evaluation:
     """Accuracy, macro F1, per-class figures and confusion (rows: labels; columns: predictions).
 
-    `labels`: of the pictures, as indices of the run's classes. Of more than `MAX_MATRIX_CLASSES`
-    classes the matrix is left out: `per_class` and `most_confused_pairs` have its counts.
+    `labels` and `predictions`: of the pictures in their order, as indices of the run's classes; the
+    prediction for an unreadable one is None. Of more than `MAX_MATRIX_CLASSES` classes the matrix
+    is left out: `per_class` and `most_confused_pairs` have its counts.
     """
     paths = pictures.paths
     outcomes = predict_logits(predictor, paths, bar if sys.stderr.isatty() else no_progress)
@@ -153,6 +154,7 @@ def measure(
         "classes_without_pictures": [n for n, k in zip(names, num_pictures, strict=True) if not k],
         "confusion": confusion.tolist() if len(names) <= MAX_MATRIX_CLASSES else [],
         "most_confused_pairs": most_confused_pairs(confusion),
+        "predictions": [int(guesses[i]) if i in guesses else None for i in range(len(paths))],
         "unreadable": unreadable,
         "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -510,6 +510,7 @@ def test_networks_yaml_runs_every_network_with_every_strategy(base: Fields, tmp_
     }
     given["parameters"] |= {name: {"value": value} for name, value in changed.items()}
     given["parameters"]["model"] = {"values": models}
+    del given["parameters"]["learning_rate"]["values"][2:]
     trials = run_sweep(given, out=tmp_path / "runs", workers=2)
     assert [trial.state for trial in trials] == ["finished"] * 16
     found = Counter((t.setting["model"], t.strategy) for t in trials)

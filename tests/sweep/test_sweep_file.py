@@ -55,11 +55,11 @@ def draws(entry: dict[str, Any], count: int = 4000) -> list[Any]:
     return [dimension.meaning(point()) for _ in range(count)]
 
 
-def test_the_repository_s_sweep_is_a_grid_of_48_cells() -> None:
+def test_the_repository_s_sweep_is_a_grid_of_64_cells() -> None:
     found = read_sweep(ROOT / "sweep.yaml")
     cells = list(found.cells())
-    assert found.num_cells == len(cells) == 48
-    assert len({tuple(cell.values()) for cell in cells}) == 48
+    assert found.num_cells == len(cells) == 64
+    assert len({tuple(cell.values()) for cell in cells}) == 64
     assert {cell["data_aug"] for cell in cells} == {"y", "n"}
     assert found.metric.name == "best_val_acc" and found.metric.goal == "maximize"
 
