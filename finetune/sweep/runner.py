@@ -46,8 +46,7 @@ def run_sweep(
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
     The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
     `keep_best` only so many of the best trials, and each strategy's best, keep their checkpoints.
-    With `minutes`, no trial is started that can't end in this time, as far as is known from others
-    of its kind, and what still runs at its end is requeued.
+    With `minutes`, no trial is started that can't end in time; what runs at its end is requeued.
 
     Raises `ConfigError`, `DataError` or `WeightsError` if all trials lack their data or weights,
     `FinetuneError` if the first ones all fail, and `Stopped` on a signal, after requeuing trials.

@@ -108,14 +108,15 @@ class _Execution:
         """The runs whose end has not been sent."""
 
     def run(self) -> None:
-        from finetune.training.together import run_together
-        from finetune.training.train import run
-
         self._receive_answers()
         run_dirs = [RunDir(path, wait_seconds=_LOCK_SECONDS) for path in self._job.run_dirs]
         if len(run_dirs) == 1:
+            from finetune.training.train import run
+
             run(self._job.configs[0], run_dirs[0], partial(self._on_epoch, 0))
             return
+        from finetune.training.together import run_together
+
         logs = [partial(_append, run_dir.path / OUTPUT_NAME) for run_dir in run_dirs]
         run_together(self._job.configs, run_dirs, logs, self._on_epoch, self._on_end)
 
