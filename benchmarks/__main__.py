@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 
 from benchmarks.commands import commands, commands_table
 from benchmarks.complete_sweep import complete_sweep
+from benchmarks.heads import heads_together
 from benchmarks.memory import peak_bytes
 from benchmarks.pipelines import Bench
 from benchmarks.sweep_overhead import sweep_overhead
@@ -160,6 +161,12 @@ def measure_sweep(bench: Bench, scale: Scale) -> dict[str, Any]:
     return complete_sweep(bench.folder / "sweeps", bench.weights, data_dir, bench.image_size)
 
 
+def measure_heads(bench: Bench, scale: Scale) -> dict[str, Any]:
+    data_dir = bench.pictures(*scale.large, (64, 64))
+    folder = bench.folder / "heads"
+    return heads_together(folder, bench.weights, data_dir, 64, scale.alternations)
+
+
 def networks(bench: Bench, scale: Scale) -> dict[str, Any]:
     """Other networks at 128 pixels, two epochs, beside the plain pipeline; images per second."""
     figures: dict[str, Any] = {}
@@ -188,6 +195,7 @@ SECTIONS: dict[str, Callable[[Bench, Scale], dict[str, Any]]] = {
     **{strategy: partial(compare_strategy, strategy) for strategy in EPOCHS},
     "commands": lambda bench, scale: commands(bench.folder / "commands", scale.alternations),
     "overhead": lambda bench, scale: sweep_overhead(bench.folder / "trials", scale.num_trials),
+    "heads": measure_heads,
     "memory": memory_by_size,
     "networks": networks,
     "sweep": measure_sweep,

@@ -6,10 +6,8 @@ A module of its own, because the child processes that measure memory import it b
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,11 +45,7 @@ def make_pictures(folder: Path, num_train: int, num_val: int, size: tuple[int, i
 
 
 def _silent(call: Callable[[], Any]) -> Any:
-    """The call's value, without its printed lines and Lightning's log messages."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
+    """The call's value, without its printed lines."""
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         return call()
 

@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from finetune.config.backbones import BACKBONES
+from finetune.training.train import silence_lightning
 
 NUM_OPEN = {"freeze": 1, "partial": 3, "gradual": 4, "scratch": 6}
 """How many of a network's parts train, counted from the head; gradual opens one per epoch."""
@@ -107,6 +108,7 @@ def train(
     precision: Any = "32-true",
 ) -> PlainRun:
     """Fine-tune on a folder with train/CLASS/* and val/CLASS/*."""
+    silence_lightning()
     started = time.perf_counter()
     common = [
         v2.PILToTensor(),

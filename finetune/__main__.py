@@ -13,9 +13,11 @@ from typing import Any
 
 from finetune.config.backbones import DEFAULT_MODEL
 from finetune.config.flags import Parser, given_fields
+from finetune.system.errors import RunDirError
 from finetune.system.files import run_directory
 from finetune.system.progress import close_bars
 from finetune.system.shutdown import run_cli
+from finetune.system.text import listed
 
 Argument = tuple[str, dict[str, Any]]
 Command = tuple[str, str, *tuple[Argument, ...]]
@@ -152,6 +154,11 @@ COMMANDS: dict[str, Command] = {
         _path("--out", "for report.html and runs.csv (default: RUNS_DIR)", metavar="DIR"),
         argument("--wandb", "report on this W&B sweep instead", metavar="ENTITY/PROJECT/SWEEP"),
     ),
+    "workspace": (
+        "save a view and a report in W&B: accuracies, what varied, curves, mistakes",
+        "finetune.tracking.workspace:workspace",
+        argument("address", "the runs to show", metavar="ENTITY/PROJECT[/SWEEP]"),
+    ),
     "refit": (
         "train a run's setting once more, on its training and validation pictures together",
         "finetune.training.refit:refit",
@@ -230,10 +237,20 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     return given
 
 
+def _require_run_dir(path: Path) -> None:
+    """Raises `RunDirError` if there is no such folder, before PyTorch is loaded."""
+    if not path.is_dir():
+        finished = [found.parent.name for found in sorted(path.parent.glob("*/result.json"))]
+        others = f"; finished runs in {path.parent}: {listed(finished, 5)}" if finished else ""
+        raise RunDirError(f"{path} is not a run directory: it does not exist{others}")
+
+
 @close_bars()
 def main(arguments: list[str] | None = None) -> int | None:
     """Call a command's function with its arguments; returns the exit code."""
     given = parse(arguments)
+    if "run_dir" in given:
+        _require_run_dir(given["run_dir"])
     module, _, name = given.pop("function").partition(":")
     if sys.stderr.isatty() and module.split(".")[1] in ("inference", "training"):
         print("loading PyTorch", file=sys.stderr)

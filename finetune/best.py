@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.analysis.comparison import compare
 from finetune.analysis.read_runs import read_runs
-from finetune.analysis.report.report import report
+from finetune.analysis.report.report import print_report
 from finetune.analysis.statistics import MIN_SEEDS
 from finetune.config.backbones import DEFAULT_MODEL
 from finetune.config.strategies import STRATEGIES
@@ -90,11 +90,16 @@ class _Search:
         """Seconds until this share of the time is over."""
         return self.started + share * self.seconds - time.monotonic()
 
+    def _say(self, step: str, share: float = 1.0) -> None:
+        """Announce a step, which may last until this share of the time."""
+        self.console.print(f"{step} (until minute {share * self.seconds / 60:.1f})", soft_wrap=True)
+
     def search(self, models: Sequence[str], fields: Mapping[str, Any]) -> None:
         """Every strategy that uses the weights once, then drawn values for those near the best."""
         strategies = [name for name, s in STRATEGIES.items() if "weights" not in s.ignores]
         by_model = {"model": {"values": models}}
         first = {"strategy": {"values": strategies}, **by_model, **_FIRST}
+        self._say(f"each strategy once: {', '.join(strategies)}", SEARCH_SHARE)
         self._sweep("first", {"method": "grid", "parameters": first}, fields)
         reached: dict[str, float] = {}
         for group, results in self._groups().items():  # of each network
@@ -106,7 +111,8 @@ class _Search:
         if near and self.left(SEARCH_SHARE) > 0:
             drawn = {"strategy": {"values": near}, **by_model, **_SEARCHED}
             rule = {"type": "hyperband", "min_iter": 2}
-            further = {"method": "bayes", "run_cap": 1000, "early_terminate": rule}
+            further = {"method": "bayes", "early_terminate": rule}
+            self._say(f"further settings of {', '.join(near)}", SEARCH_SHARE)
             self._sweep("drawn", {**further, "parameters": drawn}, fields)
 
     def _sweep(self, name: str, content: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
@@ -136,6 +142,7 @@ class _Search:
         chosen = [group for _, group in sorted(means, reverse=True)[:NUM_CONFIRMED]]
         if not chosen or self.left(CONFIRM_SHARE) <= 0:
             return 0
+        self._say(f"fresh seeds of the best settings of {' and '.join(chosen)}", CONFIRM_SHARE)
         sweep = confirmation(self.out, NUM_SEEDS, chosen)
         minutes = self.left(CONFIRM_SHARE) / 60
         trials = run_sweep(sweep, minutes=minutes, console=self.console)
@@ -155,6 +162,7 @@ class _Search:
         expected = (result.train_seconds + result.cache_seconds) * 1.5 + _END_SECONDS
         if expected > self.left() - _END_SECONDS:
             return None
+        self._say("the best setting on training and validation pictures together")
         refit(run)
         return run / FOLDER
 
@@ -170,7 +178,7 @@ class _Search:
                 f"no run has finished in {self.seconds / 60:g} minutes; pass more --minutes, a "
                 f"smaller --image_size or fewer --epochs (what is cached in {self.out} is kept)"
             )
-        report(self.out)
+        print_report(self.out, self.out)
         leader = refitted or self._leader()
         if refitted:
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import finetune
 from finetune.config.fields import RunConfig
 from finetune.inference.predict import load_predictor, predict_logits
 from finetune.runs.predictions import softmax
-from finetune.runs.run_dir import RunDir
+from finetune.runs.result import RunResult
+from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.system.errors import ConfigError, DataError, FinetuneError
 from tests.conftest import Train
 
@@ -61,12 +63,26 @@ def test_a_loaded_model_can_be_copied_and_saved(run_dir: RunDir) -> None:
     assert again.predict(path).probabilities == model.predict(path).probabilities
 
 
-def test_a_result_shows_itself_in_a_line_and_in_a_notebook_with_its_curve(run_dir: RunDir) -> None:
+def test_a_result_shows_itself_in_a_line_and_in_a_notebook_with_its_curve(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result: Any = finetune.load_best(run_dir.path).result
     assert result.run_dir == run_dir.path
     assert len(repr(result)) < 250 and "best_val_acc=" in repr(result)
     assert result._repr_html_().count("<polyline") == 2
+    monkeypatch.setitem(sys.modules, "pandas", None)  # as if it were not installed
     assert [row["epoch"] for row in result.history] == [0, 1]
+
+
+def test_the_history_is_a_data_frame_where_pandas_is_installed(run_dir: RunDir) -> None:
+    pytest.importorskip("pandas")
+    history = RunResult.load(run_dir.path).history
+    rows = read_metrics(run_dir.metrics_path)
+    assert history.index.name == "epoch" and [*history.index] == [0, 1]
+    assert [*history.val_acc] == [row["val_acc"] for row in rows]
+    shown = history.to_string()
+    assert f" {rows[0]['trainable_parameters']:.0f} " in shown  # whole numbers without a fraction
+    assert shown.splitlines()[2].startswith("0 ")
 
 
 def test_the_package_lists_its_names_and_its_functions_show_their_fields() -> None:

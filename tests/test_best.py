@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune.__main__ import main
 from finetune.config.fields import RunConfig
 from finetune.runs.result import RunResult
-from finetune.sweep.runner import run_sweep
 from finetune.sweep.time_budget import TimeBudget
 from finetune.system.errors import ConfigError, FinetuneError
 
@@ -76,16 +77,18 @@ def test_only_what_can_end_in_time_fits() -> None:
 
 @pytest.mark.slow
 def test_a_sweep_leaves_trials_that_can_not_end_in_time_to_its_next_call(
-    fields: dict[str, Any],
+    fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {
-        "method": "grid",
-        "parameters": {"epochs": {"values": [1, 100_000]}, "strategy": {"value": "freeze"}},
-    }
-    rest = {name: value for name, value in fields.items() if name != "epochs"}
-    states = [
-        sorted(r.state for r in run_sweep(given, fields={**rest, "patience": 0}, minutes=minutes))
-        for minutes in (0.1, 0.1)
-    ]
-    assert states[0][0] == "finished"
-    assert states[0] == states[1] or states[1] == ["finished", "pruned"]
+    choices = {"epochs": {"values": [1, 100_000, 100_001]}, "strategy": {"value": "freeze"}}
+    given = {"program": "agent.py", "method": "grid", "parameters": choices}
+    file = tmp_path / "long.yaml"
+    file.write_text(yaml.safe_dump(given))
+    rest = {name: value for name, value in fields.items() if name != "epochs"} | {"patience": 0}
+    command = ["sweep", str(file), *flags(rest)]
+    assert main([*command, "--max_runs", "1"]) == 0  # then the fork server has started
+    capsys.readouterr()
+    for _ in range(2):
+        assert main([*command, "--minutes", "0.1"]) == 0
+        table = capsys.readouterr().out.partition("best epoch")[2]
+        assert " waiting " not in table and "running" not in table
+        assert "1 finished" in table and re.search(r"\d (waiting|pruned)", table)

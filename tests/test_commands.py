@@ -5,17 +5,22 @@ from __future__ import annotations
 import inspect
 import json
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import finetune
 from finetune.__main__ import _RUN_FIELDS, COMMANDS, argument, main, parse
-from finetune.system.errors import ConfigError, RunDirError
+from finetune.config import backbones
+from finetune.system.errors import ConfigError, FinetuneError, RunDirError
 from tests.conftest import Train
+from tests.support.synthetic import write_run
+from tests.support.tiny_backbone import TINY
 
 REQUIRED = {
     "sweep": ["sweep.yaml"],
     "gpus": ["me/finetune/ab12cd34"],
+    "workspace": ["me/finetune/ab12cd34"],
     "predict": ["runs/a", "picture.png"],
     "evaluate": ["runs/a"],
     "export": ["runs/a", "--format", "onnx"],
@@ -54,6 +59,38 @@ def test_a_checkpoint_stands_for_its_run_from_prediction_to_resume(
     assert finetune.load_best(run_dir.best_path).result.run_id == run_dir.path.name
     with pytest.raises(RunDirError, match="is finished"):
         finetune.train_and_finetune(resume=run_dir.last_path)
+
+
+def test_a_run_of_a_network_that_is_not_registered_says_how_to_register_it(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, "_registered", {"mine": TINY})
+    run_dir = train(model="mine", strategy="scratch", epochs=1)
+    monkeypatch.setattr(backbones, "_registered", {})
+    picture = str(run_dir.read_predictions()[2][0])
+    words = r"'mine'; must be one of .* once it is registered: in Python by finetune.register_model"
+    for command in (["predict", str(run_dir.path), picture], ["refit", str(run_dir.path)]):
+        with pytest.raises(FinetuneError, match=words) as refused:
+            main(command)
+        assert "damaged" not in str(refused.value)
+    with pytest.raises(FinetuneError, match=words):
+        finetune.load_best(run_dir.path)
+    with pytest.raises(FinetuneError, match=words):
+        finetune.train_and_finetune(resume=run_dir.path)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export", "refit"])
+def test_a_run_directory_that_does_not_exist_is_said_at_once_with_those_that_do(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.__main__.import_module", None)  # no module is imported
+    write_run(tmp_path / "runs", "b", 0.5)
+    _, *rest = REQUIRED[command]
+    words = r"runs/a is not a run directory: it does not exist; finished runs in .*runs: b$"
+    with pytest.raises(RunDirError, match=words):
+        main([command, str(tmp_path / "runs" / "a"), *rest])
+    with pytest.raises(RunDirError, match=r"does not exist$"):
+        main([command, str(tmp_path / "other" / "a"), *rest])
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "1.5", "many"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,15 @@ def test_the_notebook_goes_from_photographs_to_predictions_and_a_report(
     nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
     shown = [output["data"] for output in outputs if "data" in output]
     assert any("image/png" in data for data in shown)
     assert any("<polyline" in data.get("text/html", "") for data in shown)
     printed = "".join(output.get("text", "") for output in outputs)
     assert printed.count("Prediction(") == 5
+    assert len(re.findall(r"^\[\d/4\] .* finished", printed, re.M)) == 4
+    of_sweep = printed.partition("[1/4]")[2]
+    assert "epoch" not in of_sweep, "each line stays, so there is none for an epoch"
+    assert re.search(r"^accuracy \d+\.\d%, 95 % interval", printed, re.M)
     assert "over 3 fresh seeds" in printed or "mean of 3 fresh seeds" in printed
     assert (tmp_path / "runs" / "quickstart" / "report.html").exists()

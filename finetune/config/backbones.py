@@ -166,7 +166,8 @@ def find_backbone(name: str) -> Backbone:
     known = [*BACKBONES, *_registered, *(point.name for point in entry_points(group=ENTRY_POINTS))]
     raise ConfigError(
         f"model: got {name!r}; must be one of {', '.join(known)}, or timm:NAME"
-        f"{nearest(name, known)}"
+        f"{nearest(name, known)}. Your own network is known once it is registered: in Python by "
+        f"finetune.register_model, for commands by an entry point of the group {ENTRY_POINTS}"
     )
 
 

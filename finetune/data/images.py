@@ -60,11 +60,13 @@ def open_images(
     skip_unreadable: bool,
     cache: Cache | None,
     progress: StartProgress = no_progress,
+    needs_all_classes: bool = True,
 ) -> tuple[Images, list[str]]:
     """A split's decoded pictures, and the names of those that are left out as unreadable.
 
     The cache holds all of `pictures.whole`. Without a cache, pictures are decoded each
-    time they are needed. Raises `DataError` for an unreadable picture unless `skip_unreadable`.
+    time they are needed. Raises `DataError` for an unreadable picture unless `skip_unreadable`, and
+    if too few are left: none, or of a class none if `needs_all_classes`.
     """
     stored: Any | None = None
     unreadable: dict[str, str] = {}
@@ -80,7 +82,8 @@ def open_images(
     if affected:
         pictures = _without(pictures, unreadable)
         read = set(pictures.labels.tolist())
-        if empty := [name for i, name in enumerate(pictures.class_names) if i not in read]:
+        empty = [name for i, name in enumerate(pictures.class_names) if i not in read]
+        if empty and (needs_all_classes or not read):
             names = ", ".join(empty)
             raise DataError(f"{pictures.folder}: no picture of these classes can be read: {names}")
     source = pictures if stored is None else _without(pictures.whole, unreadable)

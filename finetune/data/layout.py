@@ -87,7 +87,7 @@ def find_layout(data_dir: Path) -> Layout:
     levels.append([inner for folder in levels[1] for inner in subfolders(folder)])
     for is_kind in (_has_train, _holds_classes):
         for places in levels:
-            found = [p for p in places if is_kind(p) and (p == data_dir or not _is_split(p.name))]
+            found = [p for p in places if is_kind(p) and (p == data_dir or not split_of(p.name))]
             if len(found) > 1:
                 several = listed([str(place) for place in found])
                 raise DataError(
@@ -104,8 +104,9 @@ def find_layout(data_dir: Path) -> Layout:
     )
 
 
-def _is_split(name: str) -> bool:
-    return any(name.lower() in names for names in SPLITS.values())
+def split_of(name: str) -> str | None:
+    """The split whose folder has this name; None of any other name."""
+    return next((split for split, names in SPLITS.items() if name.lower() in names), None)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -115,7 +116,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 def _split_folders(folder: Path) -> dict[str, list[Path]]:
     found = subfolders(folder)
-    return {split: [p for p in found if p.name.lower() in names] for split, names in SPLITS.items()}
+    return {split: [p for p in found if split_of(p.name) == split] for split in SPLITS}
 
 
 def _has_train(folder: Path) -> bool:

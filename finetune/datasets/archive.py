@@ -36,7 +36,9 @@ class ExpectedDataset:
     def difference(self, counts: Counts) -> str | None:
         """How the counts differ from the expected ones; None if they do not."""
         for split, number in self.num_pictures.items():
-            found = counts.get(split, {})
+            if split not in counts:
+                return f"it has no pictures in {split}/"
+            found = counts[split]
             if differing := sorted(found.keys() ^ self.class_names):
                 return f"{split}/ has other classes: {', '.join(differing[:5])}"
             if sum(found.values()) != number:
@@ -49,8 +51,9 @@ def unpack(
 ) -> Counts:
     """Unpack train/, val/ and test/ of an archive to `data_dir`, which must be missing or empty.
 
-    Folders around them and files beside them are left out. Returns the number of pictures. Raises
-    `ArchiveError`, or `DataError` if a file cannot be read or written; then nothing is left.
+    The splits keep their names in the archive, such as validation/. Folders around them and files
+    beside them are left out. Returns the number of pictures. Raises `ArchiveError`, or `DataError`
+    if a file cannot be read or written; then nothing is left.
     """
     unpacking = data_dir.with_name(f".{data_dir.name}.unpacking")
     shutil.rmtree(unpacking, ignore_errors=True)

@@ -8,10 +8,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from finetune.config.backbones import BACKBONES, DEFAULT_MODEL, known_backbone
+from finetune.data.layout import split_of
 from finetune.datasets.archive import Counts, ExpectedDataset, read_manifest, sha256, unpack
 from finetune.datasets.fetch import PartialDownload, fetch
 from finetune.datasets.zip_safety import ArchiveError, UnexpectedArchive
 from finetune.system.errors import ConfigError, DataError, WeightsError
+from finetune.system.text import command_line
 
 INATURALIST_URL = "https://storage.googleapis.com/wandb_datasets/nature_12K.zip"
 INATURALIST = ExpectedDataset(
@@ -46,6 +48,9 @@ def download(
         fetch_data(data_dir, INATURALIST_URL, INATURALIST)
     for name in names:
         fetch_weights(WEIGHTS_SERVER + name)
+    if weights_only is None:
+        print("next:", command_line("-m", "finetune", "check", "--data_dir", data_dir))
+        print("next:", command_line("-m", "finetune", "best", data_dir, "--minutes", 15))
 
 
 def weights_name(model: str) -> str:
@@ -152,7 +157,9 @@ def _is_complete(data_dir: Path, source: str, expected: ExpectedDataset | None) 
 
 def _print_summary(data_dir: Path, counts: Counts) -> None:
     listed = ", ".join(f"{split}/ {sum(classes.values())}" for split, classes in counts.items())
-    num_classes = len(counts.get("train", ()))
+    num_classes = max(
+        (len(c) for name, c in counts.items() if split_of(name) == "train"), default=0
+    )
     print(f"{data_dir}: complete; {num_classes} classes; pictures: {listed}", flush=True)
 
 

@@ -1,13 +1,12 @@
 """Select the members of a zip archive to unpack, and refuse archives that are unsafe to unpack."""
 
-import re
 import stat
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from finetune.data.layout import SPLITS, is_picture_name
+from finetune.data.layout import is_picture_name, split_of
 from finetune.system.errors import DataError
 
 MAX_MEMBERS = 1_000_000
@@ -40,11 +39,12 @@ def select_members(infos: list[zipfile.ZipInfo], packed_bytes: int) -> dict[str,
                 raise ArchiveError(f"{info.filename!r} {reason}")
     members = {info.filename: info for info in infos if not info.is_dir()}
     root = find_root(members)
-    starts = tuple(f"{root}{split}/" for split in SPLITS)
     return {
         name.removeprefix(root): info
         for name, info in members.items()
-        if name.startswith(starts) and not _is_hidden(name)
+        if name.startswith(root)
+        and split_of(name.removeprefix(root).split("/")[0])
+        and not _is_hidden(name)
     }
 
 
@@ -111,15 +111,19 @@ def _reasons_to_refuse(info: zipfile.ZipInfo) -> dict[str, bool]:
 def find_root(names: Iterable[str]) -> str:
     """The folder, as a prefix such as "a/b/", that holds train/CLASS/* and val/CLASS/*.
 
-    Raises `UnexpectedArchive` unless there is exactly one at the smallest depth.
+    test/CLASS/* may be there instead of val/, and the splits may have their other names. Raises
+    `UnexpectedArchive` unless there is exactly one such folder at the smallest depth.
     """
     names = [name for name in names if not _is_hidden(name)]
-    roots: dict[str, set[str]] = {"train": set(), "val": set()}
+    splits: dict[str, set[str]] = defaultdict(set)  # by the folder that holds them
     for name in filter(is_picture_name, names):
-        for match in re.finditer(r"(?<![^/])(train|val)(?=/[^/]+/)", name):
-            roots[match[1]].add(name[: match.start()])
-    both = sorted(roots["train"] & roots["val"], key=lambda root: (root.count("/"), root))
-    shallowest = [root for root in both if root.count("/") == both[0].count("/")]
+        folders = name.split("/")[:-1]
+        for depth, folder in enumerate(folders[:-1]):
+            if split := split_of(folder):
+                splits["".join(f"{f}/" for f in folders[:depth])].add(split)
+    roots = sorted(root for root, found in splits.items() if "train" in found and len(found) > 1)
+    least = min((root.count("/") for root in roots), default=0)
+    shallowest = [root for root in roots if root.count("/") == least]
     if len(shallowest) != 1:
         found = shallowest or sorted({name.split("/")[0] for name in names})[:8]
         raise UnexpectedArchive(

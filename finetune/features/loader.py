@@ -56,7 +56,8 @@ class EpochLoader:
         """The inputs of a split; `other`: a source that may be its own."""
         config = self._config
         preprocessing, skip = Preprocessing.of(config), config.skip_unreadable
-        images, unreadable = open_images(split, preprocessing, skip, self._cache, bar)
+        is_training = other is None
+        images, unreadable = open_images(split, preprocessing, skip, self._cache, bar, is_training)
         self.unreadable += [f"{split.name}/{name}" for name in unreadable]
         parts, source = config.backbone.part_names, images.source
         if other is None or (other.pictures.folder, other.pictures.names) != (
@@ -65,6 +66,11 @@ class EpochLoader:
         ):
             other = SplitInputs(images.of_source, parts, is_flipped)
         return SplitInputs(images, parts, is_flipped, other)
+
+    @property
+    def num_pictures(self) -> int:
+        """Of both splits."""
+        return len(self.train.pictures) + len(self.val.pictures)
 
     def train_epoch(self, epoch: int) -> EpochBatches | PrefetchedBatches:
         config, split, pictures = self._config, self.train, self.train.pictures

@@ -58,6 +58,10 @@ class Chain:
             x = self._functions[part](x)
         return x
 
+    def part(self, name: str) -> nn.Module:
+        """The computation of a part, with its parameters under their names in the network."""
+        return self._functions[name]
+
     def logits(self, x: Tensor, start: str) -> Tensor:
         """The logits, float32, (B, K), from the input of a part.
 

@@ -108,7 +108,8 @@ class RunResult(BaseModel):
             pandas: Any = import_module("pandas")
         except ImportError:
             return rows
-        return pandas.DataFrame(rows).set_index("epoch")
+        counts = dict.fromkeys(("epoch", "trainable_parameters"), "Int64")
+        return pandas.DataFrame(rows).astype(counts).set_index("epoch")
 
     @classmethod
     def load(cls, run_dir: Path) -> Self:

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 
+from finetune.config.backbones import DEFAULT_MODEL, known_backbone
 from finetune.config.fields import RunConfig
 from finetune.config.given_values import read_mapping
 from finetune.runs.predictions import Array, mean_over_classes
@@ -69,6 +70,7 @@ class RunDir:
             if "name" not in fields or not self.config_path.read_bytes().endswith(b"\n"):
                 raise ConfigError("its end is missing")
             known = {k: v for k, v in fields.items() if k in RunConfig.model_fields}
+            self._check_network(str(known.get("model", DEFAULT_MODEL)))
             config = RunConfig.from_fields(known)
         except ConfigError as error:
             raise RunDirError(f"{self.config_path} is damaged: {error}") from None
@@ -79,6 +81,13 @@ class RunDir:
                 "the run with the version that wrote it"
             )
         return config
+
+    def _check_network(self, name: str) -> None:
+        """Raises `RunDirError` for a network that is not known here, which is no damage."""
+        try:
+            known_backbone(name)
+        except ConfigError as error:
+            raise RunDirError(f"{self.config_path}: {error}") from None
 
     def claim(self, config: RunConfig) -> None:
         """Create or reopen the directory and lock it for this process until `release`.

@@ -14,6 +14,11 @@ from finetune.runs.result import RunResult
 from finetune.system.errors import ConfigError
 
 _SEARCHED = fields_with_role("searched")
+HEAD_FIELDS = {
+    *("learning_rate", "lr_schedule", "momentum", "weight_decay", "label_smoothing"),
+    *("patience", "name"),
+}
+"""The fields in which runs may differ that train their heads together."""
 _ACCURACY_DIGITS = 9
 """Sums of the same accuracies in another order may differ in their last bit."""
 
@@ -82,6 +87,19 @@ def setting_of(config: Mapping[str, Any], weights_fingerprint: str | None = None
     if weights_fingerprint is not None:
         searched["weights"] = weights_fingerprint
     return json.dumps(searched, sort_keys=True, default=str)
+
+
+def head_group(config: RunConfig) -> str | None:
+    """A key that runs share which can train their heads together; None if this one can't.
+
+    Such a run trains nothing but the head, by steps, from the start, and leaves no last.ckpt.
+    """
+    if config.solves_head or config.keep_last or not config.cache:
+        return None
+    if dict(config.plan.start_epochs) != {config.plan.parts[-1]: 0}:
+        return None
+    shared = {k: v for k, v in config.to_fields().items() if k not in HEAD_FIELDS}
+    return json.dumps(shared, sort_keys=True, default=str)
 
 
 def results_by_group(results: Sequence[RunResult]) -> dict[Group, list[RunResult]]:

@@ -1,6 +1,7 @@
 """Which runs, in which order, where. As a function, `finetune.sweep(FILE)` runs a sweep."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.sweep.trials import TrialResult
+
+# Optuna's progress bar, which is not used, asks for ipywidgets in a notebook.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 class _SweepModule(ModuleType):

@@ -13,7 +13,7 @@ for _signum in STOP_SIGNALS:
     signal.signal(_signum, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked by the process that starts it
 
-for _name in ("PIL.PngImagePlugin", "finetune.sweep.worker", "finetune.training.train"):
+for _name in ("PIL.PngImagePlugin", "finetune.sweep.worker", "finetune.training.together"):
     importlib.import_module(_name)
 
 # Otherwise a child's first full garbage collection would copy every imported page, 0.2 s a trial.

@@ -46,8 +46,7 @@ def run_sweep(
     `storage` is given. `fields` are defaults for what the sweep does not set, such as data_dir.
     The default of `workers` is one per visible GPU, two per GPU of 40 GB or more, else 1. With
     `keep_best` only so many of the best trials, and each strategy's best, keep their checkpoints.
-    With `minutes`, no trial is started that can't end in this time, as far as is known from others
-    of its kind, and what still runs at its end is requeued.
+    With `minutes`, no trial is started that can't end in time; what runs at its end is requeued.
 
     Raises `ConfigError`, `DataError` or `WeightsError` if all trials lack their data or weights,
     `FinetuneError` if the first ones all fail, and `Stopped` on a signal, after requeuing trials.
@@ -55,14 +54,14 @@ def run_sweep(
     if not isinstance(sweep, Sweep):
         sweep = read_sweep(Path(sweep) if isinstance(sweep, str) else sweep)
     spec = sweep.amended(name, fields or {}, {} if out is None else {"out": str(out)})
-    num_trials = spec.num_trials(max_runs)
+    num_trials = spec.num_trials(max_runs, is_timed=minutes is not None)
     _check_positive(workers=workers, minutes=minutes)
     check_places(spec)
     budget = None if minutes is None else TimeBudget.of_minutes(minutes)
     _make(spec.out_dir)
     where = storage or sqlite_url(spec.out_dir / f"{spec.slug}.db")
     with stoppable(), storage_errors_as_messages(where):
-        live_table = LiveTable(num_trials, spec.metric.name, console)
+        live_table = LiveTable(num_trials, spec.metric.name, console, budget)
         worker_pool = WorkerPool(workers or max(1, len(worker_devices())))
         with closing(TrialQueue(spec, where, num_trials)) as queue:
             if retry_failed and (num_requeued := queue.retry_failed()):
@@ -70,6 +69,7 @@ def run_sweep(
             retention = None if keep_best is None else Retention(keep_best)
             with live_table.display:
                 TrialRunner(spec, queue, worker_pool, live_table, retention, budget).run()
+            queue.refresh()  # trials may have been requeued
             results = queue.results()
             if retention is not None:
                 retention.apply(results)
@@ -89,21 +89,28 @@ def sweep_command(sweep: Path, fields: Mapping[str, Any] | None = None, **option
     except Stopped:
         console.print(f"resume: {this_command()}", soft_wrap=True)
         raise
-    code = conclude(results, spec.metric.name, console)
+    code = conclude(results, spec.metric.name, console, is_timed=options.get("minutes") is not None)
     for command in ("report", "confirm"):
         words = ("-m", "finetune", command, results[0].run_dir.parent)
         console.print(f"next: {command_line(*words)}", soft_wrap=True)
     return code
 
 
-def conclude(results: list[TrialResult], metric: str, console: Console) -> int:
-    """Print every trial; returns 0 if all have finished or were pruned, else 1."""
-    console.print(final_table(results, metric))
+def conclude(
+    results: list[TrialResult], metric: str, console: Console, is_timed: bool = False
+) -> int:
+    """Print every trial that has started, and the number of those in each state.
+
+    Returns 0 if all have finished or were pruned, else 1. A sweep with a limit of its time may
+    leave trials waiting.
+    """
+    console.print(final_table([r for r in results if r.state != "waiting"], metric))
     counts = Counter(result.state for result in results)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
     if counts["failed"]:
         console.print("run it again with --retry_failed to retry the failed trials")
-    return 0 if counts.keys() <= {"finished", "pruned"} else 1
+    expected = {"finished", "pruned", *(["waiting", "interrupted"] if is_timed else [])}
+    return 0 if counts.keys() <= expected else 1
 
 
 def _check_positive(workers: int | None, minutes: float | None) -> None:

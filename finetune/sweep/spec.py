@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,8 @@ from finetune.system.files import absolute
 from finetune.system.text import nearest, num
 
 DEFAULT_SEED = 42
+UNLIMITED = sys.maxsize
+"""The number of trials of a sweep that only the time limits."""
 _GOALS = {"acc": "maximize", "f1": "maximize", "loss": "minimize"}
 """The goal for metrics whose names end so."""
 
@@ -170,13 +173,16 @@ class Sweep:
         for values in itertools.product(*(dimension.steps or () for dimension in self.dimensions)):
             yield dict(zip(names, values, strict=True))
 
-    def num_trials(self, max_runs: int | None = None) -> int:
-        """The number of trials in total. Raises `ConfigError` if nothing limits it."""
+    def num_trials(self, max_runs: int | None = None, is_timed: bool = False) -> int:
+        """The number of trials in total, or `UNLIMITED` if only the time limits it.
+
+        Raises `ConfigError` if nothing limits it.
+        """
         limits = [n for n in (self.num_cells, self.run_cap, max_runs) if n is not None]
-        if not limits:
+        if not limits and not is_timed:
             endless = f"{self.name}: method {self.method} has no end"
-            raise ConfigError(f"{endless}: pass --max_runs N, or write run_cap: N")
-        return min(limits)
+            raise ConfigError(f"{endless}: pass --max_runs N or --minutes N, or write run_cap: N")
+        return min(limits, default=UNLIMITED)
 
     def config(self, values: Mapping[str, Value], **defaults: Any) -> RunConfig:
         """The config of a trial with these values. Raises `ConfigError`."""

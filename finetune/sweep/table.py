@@ -1,5 +1,6 @@
 """What a sweep prints: its progress, and a table of its results."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,10 @@ from rich.text import Text
 
 from finetune.config.fields import RunConfig
 from finetune.runs.result import Row
+from finetune.sweep.spec import UNLIMITED
+from finetune.sweep.time_budget import TimeBudget
 from finetune.sweep.trials import TrialResult
+from finetune.system.progress import in_notebook
 from finetune.system.text import one_line
 
 ENDED = ("finished", "pruned", "failed")
@@ -21,24 +25,40 @@ ENDED = ("finished", "pruned", "failed")
 
 def open_console() -> Console:
     """The terminal; if the output is not a terminal, wide lines that are not wrapped."""
-    console = Console(highlight=False, markup=False)  # names may contain brackets
+    # In a notebook, rich would make an HTML block of each line, or take it for a terminal.
+    plain = False if in_notebook() else None
+    console = Console(
+        highlight=False, markup=False, force_jupyter=plain, force_terminal=plain
+    )  # names may contain brackets
     if not console.is_terminal:
         console.width = 200
     return console
 
 
 class LiveTable:
-    """The running trials, the best result, and the time left; without a terminal, lines."""
+    """The running trials, the best result, and the time left; without a terminal, lines.
 
-    def __init__(self, num_trials: int, metric: str, console: Console | None = None) -> None:
+    In a notebook the lines of epochs are left out.
+    """
+
+    def __init__(
+        self,
+        num_trials: int,
+        metric: str,
+        console: Console | None = None,
+        budget: TimeBudget | None = None,
+    ) -> None:
+        """`num_trials` may be `UNLIMITED`."""
         self._console = console or open_console()
         self._num_trials = num_trials
+        self._deadline = budget.deadline if budget else math.inf
         self._metric = metric
         self._running: dict[str, tuple[str, str]] = {}
         self._num_ended = self._num_ended_here = 0
         self._best: TrialResult | None = None
         self._started = time.monotonic()
         self._is_live = self._console.is_terminal
+        self._shows_epochs = not self._is_live and not in_notebook()
         live = Live(console=self._console, get_renderable=self._render)
         self.display: AbstractContextManager[object] = live if self._is_live else nullcontext()
         """The table is shown within this context."""
@@ -54,20 +74,25 @@ class LiveTable:
 
     def started(self, run_id: str, config: RunConfig) -> None:
         self._running[run_id] = one_line(config.name), "starting"
+        if not self._is_live:
+            self.log("  ".join([run_id, *self._running[run_id]]))
 
     def epoch_ended(self, run_id: str, config: RunConfig, row: Row) -> None:
         scores = f"val_acc {row['val_acc']:.4f}  f1 {row['val_macro_f1']:.4f}"
         progress = f"epoch {row['epoch']:.0f}/{config.num_epochs - 1}  {scores}"
         progress += f"  best {row['best_val_acc']:.4f}"
         self._running[run_id] = one_line(config.name), progress
-        if not self._is_live:
+        if self._shows_epochs:
             self.log("  ".join([run_id, *self._running[run_id]]))
 
     def ended(self, result: TrialResult) -> None:
         """A trial has ended or was interrupted."""
         name = self._running.pop(result.run_id, (result.strategy, ""))[0]
         self._num_ended_here += result.state in ENDED
-        words = [f"[{self._num_ended}/{self._num_trials}]", result.run_id, name, result.state]
+        count = (
+            f"{self._num_ended}" if self._is_endless else f"{self._num_ended}/{self._num_trials}"
+        )
+        words = [f"[{count}]", result.run_id, name, result.state]
         words += [f"{self._metric} {result.value:.4f}"] if result.value is not None else []
         words += [f"{result.seconds:.1f} s"] if result.seconds is not None else []
         words += result.reason.splitlines()[:1]
@@ -75,15 +100,24 @@ class LiveTable:
             words.append(f"({left} left)")
         self.log("  ".join(words))
 
+    @property
+    def _is_endless(self) -> bool:
+        return self._num_trials == UNLIMITED
+
     def _time_left(self) -> str | None:
-        if not self._num_ended_here:
+        """Until all trials have ended if they go on as fast, at most until the deadline."""
+        now, seconds = time.monotonic(), math.inf
+        if self._num_ended_here and not self._is_endless:
+            seconds_per_trial = (now - self._started) / self._num_ended_here
+            seconds = seconds_per_trial * (self._num_trials - self._num_ended)
+        seconds = min(seconds, max(0.0, self._deadline - now))
+        if math.isinf(seconds):
             return None
-        seconds_per_trial = (time.monotonic() - self._started) / self._num_ended_here
-        left = timedelta(seconds=round(seconds_per_trial * (self._num_trials - self._num_ended)))
-        return str(left).removeprefix("0:")
+        return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
     def _render(self) -> Group:
-        title = f"{self._num_ended} of {self._num_trials} done"
+        of = "" if self._is_endless else f" of {self._num_trials}"
+        title = f"{self._num_ended}{of} done"
         if left := self._time_left():
             title += f", {left} left"
         if best := self._best:

@@ -9,9 +9,8 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -24,7 +23,9 @@ from finetune.sweep import sampling, storage
 from finetune.sweep.distributions import Value
 from finetune.sweep.spec import Sweep
 from finetune.sweep.study import join_study
-from finetune.sweep.trials import TrialGroup, TrialResult, enqueue_copy, group_trials
+from finetune.sweep.trials import Claim, TrialGroup, TrialResult, enqueue_copy, group_trials
+
+Accepts = Callable[[dict[str, Value]], bool]
 
 MAX_CRASHES = 3
 """A trial whose worker has crashed this often has failed."""
@@ -32,21 +33,6 @@ MAX_CRASHES = 3
 _REFRESH_SECONDS = 2.0
 _UNOWNED_SECONDS = 60.0  # a process that claims a trial records itself as the owner right away
 _COPY_SECONDS = 5.0  # a process that fails an interrupted trial enqueues the copy right away
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A trial that this process has claimed."""
-
-    trial_id: int
-    key: str
-    values: dict[str, Value]
-    result: TrialResult
-    """The trial as it was claimed: running, without a value."""
-
-    @property
-    def run_id(self) -> str:
-        return self.result.run_id
 
 
 class TrialQueue:
@@ -129,20 +115,21 @@ class TrialQueue:
         reached = self.sweep.metric.reached
         return any(reached(group.value) for group in self._groups.values())
 
-    def claim(self, accepts: Callable[[dict[str, Value]], bool] = lambda _: True) -> Claim | None:
+    def claim(self, accepts: Accepts = lambda _: True) -> Claim | None:
         """Claim the next trial whose values it accepts; None if there is none.
 
         Where values are drawn, they are drawn once: if they are not accepted, there is none.
         """
         if self._is_target_reached():
             return None
-        if claim := self._claim_waiting(accepts):
+        if claim := next(self._waiting(self._groups, accepts), None):
             return claim
         if self.sweep.method == "grid":
             self.refresh()
         else:
             self.refresh_if_due()
-        if (claim := self._claim_waiting(accepts)) or self._trials("waiting"):
+        claim = next(self._waiting(self._groups, accepts), None)
+        if claim or self._trials("waiting"):
             return claim
         claim = self._draw()
         if claim is None or accepts(claim.values):
@@ -150,15 +137,23 @@ class TrialQueue:
         self.requeue(claim)
         return None
 
-    def _claim_waiting(self, accepts: Callable[[dict[str, Value]], bool]) -> Claim | None:
-        for key, group in self._groups.items():
+    def claim_new(self, accepts: Accepts, limit: int) -> list[Claim]:
+        """Claim up to `limit` of a grid's cells that were never claimed before."""
+        if self.sweep.method != "grid" or self._is_target_reached():
+            return []
+        new = {key: group for key, group in self._groups.items() if len(group.trials) == 1}
+        return list(islice(self._waiting(new, accepts), limit))
+
+    def _waiting(self, groups: Mapping[str, TrialGroup], accepts: Accepts) -> Iterator[Claim]:
+        """Claims of waiting trials, each made when it is asked for."""
+        for key, group in groups.items():
             trial = group.decisive
-            is_known = len(group.values) == len(self.sweep.dimensions)
+            is_grid = self.sweep.method == "grid"
+            is_known = is_grid or len(group.values) == len(self.sweep.dimensions)
             if trial.state != TrialState.WAITING or (is_known and not accepts(group.values)):
                 continue
             if self._try_claim(trial):
-                return self._claimed_trial(key, trial)
-        return None
+                yield self._claimed_trial(key, trial)
 
     def _try_claim(self, trial: FrozenTrial) -> bool:
         """Set a waiting trial to running: exactly one process succeeds."""

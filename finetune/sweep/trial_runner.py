@@ -11,18 +11,23 @@ from typing import Any
 from finetune.config.fields import RunConfig
 from finetune.runs.result import Row, RunResult, best_epoch, read_failure
 from finetune.runs.run_dir import RunDir, read_metrics
+from finetune.runs.settings import head_group
+from finetune.sweep.distributions import Value
 from finetune.sweep.retention import Retention
 from finetune.sweep.spec import Sweep
 from finetune.sweep.table import LiveTable
 from finetune.sweep.time_budget import TimeBudget
-from finetune.sweep.trial_queue import MAX_CRASHES, Claim, TrialQueue
-from finetune.sweep.trials import RECORD_FIELDS, TrialResult
+from finetune.sweep.trial_queue import MAX_CRASHES, TrialQueue
+from finetune.sweep.trials import RECORD_FIELDS, Claim, TrialResult, cell_key
 from finetune.sweep.worker import Event, Job, TrialEnded
 from finetune.sweep.worker_pool import Worker, WorkerPool
 from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage
 
 MAX_FIRST_FAILURES = 3
 """If this many trials are the first to end and all have failed, the sweep is stopped."""
+
+MAX_TOGETHER = 16
+"""So many trials that train only the head are carried out by one worker."""
 
 _POLL_SECONDS = 1.0
 _RESUME = "the sweep has ended; start it again once this is fixed"
@@ -38,7 +43,9 @@ class TrialRunner:
     live_table: LiveTable
     retention: Retention | None = None
     budget: TimeBudget | None = None
-    _claims: dict[Worker, Claim] = field(default_factory=dict)
+    _claims: dict[Worker, dict[int, Claim]] = field(default_factory=dict)
+    """The unfinished trials of each worker, by the index of their run."""
+    _head_groups: dict[str, str | None] = field(default_factory=dict)
     _end_states: list[str] = field(default_factory=list)
     _next_claim: float = 0.0  # when there was nothing to claim
     _last_event: dict[Worker, float] = field(default_factory=dict)
@@ -53,8 +60,8 @@ class TrialRunner:
                     break
                 self._start_trials()
                 if self._claims:
-                    for worker, event in self.worker_pool.events(_POLL_SECONDS):
-                        self._handle(worker, event)
+                    for worker, index, event in self.worker_pool.events(_POLL_SECONDS):
+                        self._handle(worker, index, event)
                 elif self._is_over():
                     break
                 else:
@@ -96,10 +103,27 @@ class TrialRunner:
         config = self.spec.config(claim.values, group=self.spec.name)
         for row in _rows(run_dir):  # of an earlier attempt
             self._report(claim, config, row, judge=False)
-        self.live_table.started(claim.run_id, config)  # the first process takes a while to start
+        claims = [claim] if run_dir.exists() else [claim, *self._claim_similar(config)]
+        configs = [self.spec.config(c.values, group=self.spec.name) for c in claims]
+        for c, config in zip(claims, configs, strict=True):
+            self.live_table.started(c.run_id, config)  # the first process takes a while to start
         is_judged = self.spec.early_termination is not None or self.budget is not None
-        worker = self.worker_pool.start(Job(config, run_dir, is_judged))
-        self._claims[worker], self._last_event[worker] = claim, time.monotonic()
+        run_dirs = tuple(c.result.run_dir for c in claims)
+        worker = self.worker_pool.start(Job(tuple(configs), run_dirs, is_judged))
+        self._claims[worker], self._last_event[worker] = dict(enumerate(claims)), time.monotonic()
+
+    def _claim_similar(self, config: RunConfig) -> list[Claim]:
+        """Claim trials that can train their heads together with this one."""
+        if (wanted := head_group(config)) is None:
+            return []
+
+        def is_similar(values: dict[str, Value]) -> bool:
+            if (key := cell_key(values)) not in self._head_groups:
+                config = self.spec.config(values, group=self.spec.name)
+                self._head_groups[key] = head_group(config)
+            return self._head_groups[key] == wanted and self._fits(values)
+
+        return self.queue.claim_new(is_similar, MAX_TOGETHER - 1)
 
     def _report(self, claim: Claim, config: RunConfig, row: Row, judge: bool) -> str | None:
         """Report an epoch to the queue; returns why the trial should end, or None.
@@ -119,19 +143,23 @@ class TrialRunner:
             raise ConfigError(f"metric.name: got {name!r}; must be one that the run logs: {logged}")
         return row[name]
 
-    def _handle(self, worker: Worker, event: Event) -> None:
+    def _handle(self, worker: Worker, index: int, event: Event) -> None:
+        configs = worker.job.configs
         if isinstance(event, TrialEnded):
-            claim = self._claims.pop(worker)
+            claim = self._claims[worker].pop(index)
+            if not self._claims[worker]:
+                del self._claims[worker]
             if event.state == "without device":
                 self._retire(worker, claim, event.reason)
             else:
-                self._end(claim, event, time.perf_counter() - worker.started)
+                seconds = (time.perf_counter() - worker.started) / len(configs)
+                self._end(claim, event, seconds)
             return
-        claim, config = self._claims[worker], worker.job.config
+        claim, config = self._claims[worker][index], configs[index]
         self.live_table.epoch_ended(claim.run_id, config, event)
         is_last = event["epoch"] + 1 == config.num_epochs
         reason = self._report(claim, config, event, judge=not is_last)
-        if self.budget:
+        if self.budget and index == 0:  # the other heads' epochs end at the same time
             now, before = time.monotonic(), self._last_event[worker]
             self._last_event[worker] = now
             self.budget.observe(config, int(event["epoch"]), now - before)
@@ -143,6 +171,8 @@ class TrialRunner:
     def _retire(self, worker: Worker, claim: Claim, reason: str) -> None:
         """Go on without a worker whose GPU can't be used; `FinetuneError` if none is left."""
         self.queue.requeue(claim)
+        if worker in self._claims:  # its other trials end for the same reason
+            return
         if not self.worker_pool.retire(worker):
             raise FinetuneError(f"no GPU that was assigned can be used: {reason} ({_RESUME})")
         self.live_table.log(f"continuing with one worker less: {reason}")
@@ -192,14 +222,14 @@ class TrialRunner:
         )
 
     def _requeue_running(self) -> None:
-        stopped = self.worker_pool.stop()
-        for worker in stopped:
-            if claim := self._claims.pop(worker, None):
+        count = 0
+        for worker in self.worker_pool.stop():
+            for claim in self._claims.pop(worker, {}).values():
+                count += 1
                 # If the storage itself has failed, other processes see that this one has ended.
                 with suppress(Exception):
                     self.queue.requeue(claim)
-        if stopped:
-            count = len(stopped)
+        if count:
             self.live_table.log(f"trials requeued: {count}; run the same command to resume them")
 
 

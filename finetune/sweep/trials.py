@@ -51,6 +51,21 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A trial that this process has claimed."""
+
+    trial_id: int
+    key: str
+    values: dict[str, Value]
+    result: TrialResult
+    """The trial as it was claimed: running, without a value."""
+
+    @property
+    def run_id(self) -> str:
+        return self.result.run_id
+
+
+@dataclass(frozen=True)
 class TrialGroup:
     """The trials of one grid cell or one draw, in the order of their creation."""
 

@@ -1,4 +1,7 @@
-"""The child process of one trial: it carries out a run and reports to the sweep's process."""
+"""The child process of one trial, or of several that train their heads together.
+
+It carries out their runs and reports to the sweep's process.
+"""
 
 import os
 import queue
@@ -9,6 +12,7 @@ import threading
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from finetune.system.errors import DeviceError, FinetuneError, Pruned, Stopped
 from finetune.system.progress import show_details
 from finetune.system.resources import shortage
 from finetune.system.shutdown import stoppable
-from finetune.system.text import message
+from finetune.system.text import message, one_line
 
 OUTPUT_NAME = "output.log"
 """The file in a run directory that holds what the run printed."""
@@ -29,17 +33,17 @@ _LOCK_SECONDS = 60.0  # a process that used the run directory before may still b
 
 @dataclass(frozen=True)
 class Job:
-    """A run for a worker."""
+    """The runs of a worker: one, or several that have the same `head_group`."""
 
-    config: RunConfig
-    run_dir: Path
+    configs: tuple[RunConfig, ...]
+    run_dirs: tuple[Path, ...]
     is_judged: bool
     """After each epoch the run waits for the reason why it should end, or None."""
 
 
 @dataclass(frozen=True)
 class TrialEnded:
-    """The end of a worker's run."""
+    """The end of a run."""
 
     state: str
     """As in `Failure`, or finished, crashed (its process has), out of resources, or without device
@@ -47,7 +51,7 @@ class TrialEnded:
     reason: str = ""
 
 
-Event = Row | TrialEnded  # the metrics of each epoch, then the end
+Event = Row | TrialEnded  # of each run: the metrics of each epoch, then the end
 
 
 def work(
@@ -63,40 +67,83 @@ def work(
     os.setpgid(0, 0)  # on Ctrl-C, the parent stops its workers
     os.environ.clear()
     os.environ.update(environment)
+    execution = _Execution(connection, job)
     with stoppable():
         try:
-            job.run_dir.mkdir(parents=True, exist_ok=True)
-            _redirect_output(job.run_dir / OUTPUT_NAME)
+            for path in job.run_dirs:
+                path.mkdir(parents=True, exist_ok=True)
+            _redirect_output(job.run_dirs[0] / OUTPUT_NAME)
             # A child process ends without Python's exit handlers, which remove temporary files.
             with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as place:
                 tempfile.tempdir = place
-                _run(connection, job, num_workers, num_sharing)
+                _use_share(job, num_workers, num_sharing)
+                execution.run()
             end = TrialEnded("finished")
         except (Stopped, Exception) as error:
             end = _end_by(error)
-    _send(connection, end)
+    for i in sorted(execution.unfinished):
+        execution.send(i, end)
 
 
-def _run(connection: Connection, job: Job, num_workers: int, num_sharing: int) -> None:
-    answers = _receive_answers(connection)
-
-    def on_epoch(row: Row) -> None:
-        _send(connection, row)
-        if job.is_judged and (reason := answers.get()) is not None:
-            raise Pruned(reason)
-
+def _use_share(job: Job, num_workers: int, num_sharing: int) -> None:
+    """Limit threads and GPU memory to this worker's share."""
     import torch
 
-    from finetune.training.train import run
-
     show_details()
-    if num_sharing > 1 and job.config.accelerator != "cpu":
+    if num_sharing > 1 and job.configs[0].accelerator != "cpu":
         from finetune.system.cuda import use_share_of_memory
 
         use_share_of_memory(num_sharing)
     if num_workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
-    run(job.config, RunDir(job.run_dir, wait_seconds=_LOCK_SECONDS), on_epoch)
+
+
+class _Execution:
+    """Carries out a job's runs and sends their events, each with the index of its run."""
+
+    def __init__(self, connection: Connection, job: Job) -> None:
+        self._connection, self._job = connection, job
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        self.unfinished = set(range(len(job.configs)))
+        """The runs whose end has not been sent."""
+
+    def run(self) -> None:
+        self._receive_answers()
+        run_dirs = [RunDir(path, wait_seconds=_LOCK_SECONDS) for path in self._job.run_dirs]
+        if len(run_dirs) == 1:
+            from finetune.training.train import run
+
+            run(self._job.configs[0], run_dirs[0], partial(self._on_epoch, 0))
+            return
+        from finetune.training.together import run_together
+
+        logs = [partial(_append, run_dir.path / OUTPUT_NAME) for run_dir in run_dirs]
+        run_together(self._job.configs, run_dirs, logs, self._on_epoch, self._on_end)
+
+    def _on_end(self, index: int, error: Exception | None) -> None:
+        self.send(index, _end_by(error) if error else TrialEnded("finished"))
+
+    def _on_epoch(self, index: int, row: Row) -> None:
+        self.send(index, row)
+        if self._job.is_judged and (reason := self._answers.get()) is not None:
+            raise Pruned(reason)
+
+    def send(self, index: int, event: Event) -> None:
+        if isinstance(event, TrialEnded):
+            self.unfinished.discard(index)
+        with suppress(OSError):  # the parent has ended; the run directory holds the result
+            self._connection.send((index, event))
+
+    def _receive_answers(self) -> None:
+        """Queue the answers of the parent; when it has ended, this process is stopped."""
+
+        def receive() -> None:
+            with suppress(EOFError, OSError):
+                while True:
+                    self._answers.put(self._connection.recv())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=receive, daemon=True).start()
 
 
 def _end_by(error: BaseException) -> TrialEnded:
@@ -117,23 +164,9 @@ def _end_by(error: BaseException) -> TrialEnded:
     return TrialEnded("failed", failure.reason)
 
 
-def _send(connection: Connection, event: Event) -> None:
-    with suppress(OSError):  # the parent has ended; the run directory holds the result
-        connection.send(event)
-
-
-def _receive_answers(connection: Connection) -> queue.Queue[str | None]:
-    """The answers of the parent; when the parent has ended, this process is stopped."""
-    answers: queue.Queue[str | None] = queue.Queue()
-
-    def receive() -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                answers.put(connection.recv())
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=receive, daemon=True).start()
-    return answers
+def _append(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        print(one_line(line), file=file)
 
 
 def _redirect_output(path: Path) -> None:

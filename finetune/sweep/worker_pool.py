@@ -1,4 +1,4 @@
-"""Child processes that each run one trial, forked from a server that has made the imports."""
+"""Child processes that run the trials, forked from a server that has made the imports."""
 
 import multiprocessing
 import os
@@ -39,6 +39,11 @@ class Worker:
     connection: Connection
     slot: int
     started: float = field(default_factory=time.perf_counter)
+    unfinished: set[int] = field(default_factory=set)
+    """The indices of its runs that have not ended."""
+
+    def __post_init__(self) -> None:
+        self.unfinished |= set(range(len(self.job.configs)))
 
     def answer(self, reason: str | None) -> None:
         """Send a judged run the reason why it should end, or None."""
@@ -87,20 +92,24 @@ class WorkerPool:
         self._workers[slot] = Worker(job, process, ours, slot)
         return self._workers[slot]
 
-    def events(self, timeout: float) -> Iterator[tuple[Worker, Event]]:
-        """The workers' events within `timeout` seconds; a crash is a `TrialEnded` too."""
+    def events(self, timeout: float) -> Iterator[tuple[Worker, int, Event]]:
+        """The events within `timeout` seconds, of a worker's run; a crash is a `TrialEnded` too."""
         workers = list(self._workers.values())
         sources: list[Any] = [s for w in workers for s in (w.connection, w.process.sentinel)]
         ready = wait(sources, timeout)
         for worker in workers:
             if worker.connection in ready or worker.process.sentinel in ready:
                 try:
-                    event: Event = worker.connection.recv()
+                    events: list[tuple[int, Event]] = [worker.connection.recv()]
                 except (EOFError, OSError):
-                    event = _crash(worker)
-                if isinstance(event, TrialEnded):
-                    self._release(worker)
-                yield worker, event
+                    crash = _crash(worker)
+                    events = [(index, crash) for index in sorted(worker.unfinished)]
+                for index, event in events:
+                    if isinstance(event, TrialEnded):
+                        worker.unfinished.discard(index)
+                        if not worker.unfinished:
+                            self._release(worker)
+                    yield worker, index, event
 
     def _release(self, worker: Worker) -> None:
         """Free a worker's slot; its process may still be exiting."""
@@ -139,7 +148,7 @@ def _crash(worker: Worker) -> TrialEnded:
     worker.process.join()
     code = worker.process.exitcode or 0
     cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    reason = f"its process ended by {cause}; see {worker.job.run_dir / OUTPUT_NAME}"
+    reason = f"its process ended by {cause}; see {worker.job.run_dirs[0] / OUTPUT_NAME}"
     return TrialEnded("crashed", reason)
 
 

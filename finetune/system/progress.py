@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.system.shutdown import defer_stop
 
@@ -28,6 +28,12 @@ def show_details() -> None:
     """Print what the package logs as details."""
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("finetune").setLevel(logging.INFO)
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook, where no line can replace another."""
+    ipython: Any = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def no_progress(what: str, total: int) -> Callable[[], None]:

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from finetune.config.fields import RunConfig
 from finetune.runs.run_dir import RunDir
 from finetune.system.errors import ConfigError, FinetuneError
 from finetune.system.progress import bar
+from finetune.system.text import one_line
 from finetune.tracking.tracker import FOLDER, RUN_FILES
 
 FETCHED = ".wandb"  # hidden, because the same runs may also be in the folder of runs itself
@@ -29,19 +32,29 @@ def fetch_sweep(address: str, runs_dir: Path) -> Path:
 
     folder = runs_dir / FETCHED / address.replace("/", "-")
     try:
-        sweep: Any = wandb.Api().sweep(address)  # type: ignore[no-untyped-call]
-        runs = list(sweep.runs)
-        advance = bar(f"fetching runs of {address}", len(runs))
-        for run in runs:
-            _fetch_run(run, folder)
-            advance()
-    except (wandb.errors.Error, ValueError) as error:
-        raise FinetuneError(f"W&B: sweep {address}: {error}") from None
+        with client_errors(f"sweep {address}"):
+            sweep: Any = wandb.Api().sweep(address)  # type: ignore[no-untyped-call]
+            runs = list(sweep.runs)
+            advance = bar(f"fetching runs of {address}", len(runs))
+            for run in runs:
+                _fetch_run(run, folder)
+                advance()
     except OSError as error:
         raise FinetuneError(f"{folder} can't be written: {error.strerror or error}") from None
     if not runs:
         raise FinetuneError(f"W&B: sweep {address} has no runs yet")
     return folder
+
+
+@contextmanager
+def client_errors(what: str) -> Iterator[None]:
+    """Turn what W&B's client raises into a `FinetuneError`: its errors have no common class."""
+    try:
+        yield
+    except (FinetuneError, OSError):
+        raise
+    except Exception as error:
+        raise FinetuneError(f"W&B: {what}: {one_line(error)}") from None
 
 
 def _fetch_run(run: Any, folder: Path) -> None:

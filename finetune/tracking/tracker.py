@@ -141,7 +141,8 @@ class Tracker:
         self._log_model(run_dir, summary | {"strategy": result.strategy, "class_names": classes})
         self.run.log(result_tables(logits, labels, paths, classes, log))
         # An interrupted attempt may have left another state.
-        self.run.summary.update(summary | {"state": "finished", "reason": ""})
+        end = {"state": "finished", "reason": "", "train_seconds": result.train_seconds}
+        self.run.summary.update(summary | end)
         self._upload_files(run_dir, result)
 
     def _upload_files(self, run_dir: RunDir, result: RunResult | None = None) -> None:

@@ -4,14 +4,14 @@ What trains depends on the plan and the epoch alone and is set at the start of e
 resumed run needs no state for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -96,21 +96,26 @@ class FineTuning(pl.LightningModule):
         self.train()
 
     def configure_optimizers(self) -> Any:
-        config, rate = self.config, self.config.learning_rate or 0.0
+        config = self.config
         shares = config.plan.rate_shares
-        groups = [
-            {"params": self.chain.parameters(part), "lr": rate * shares[part], "name": part}
-            for part in self.chain.parts
-        ]
-        entry = OPTIMIZERS[config.optimizer or "sgd"]
-        options = {name: getattr(config, name) or 0.0 for name in sorted(entry.fields)}
+        parts = {part: self.chain.parameters(part) for part in self.chain.parts}
+        groups = [parameter_group(config, part, parts[part], shares[part]) for part in parts]
+        return self.optimizer_of(groups, [config.lr_schedule] * len(groups))
+
+    def optimizer_of(self, groups: list[dict[str, Any]], schedules: Sequence[str | None]) -> Any:
+        """The config's optimizer of these groups, and each group's learning rate schedule."""
+        entry = OPTIMIZERS[self.config.optimizer or "sgd"]
         fused = self.device.type in ("cpu", "cuda")
-        optimizer = getattr(torch.optim, entry.name)(groups, lr=rate, fused=fused, **options)
-        if config.lr_schedule in (None, "constant"):
+        optimizer = getattr(torch.optim, entry.name)(groups, lr=0.0, fused=fused)
+        if {*schedules} <= {None, "constant"}:
             return optimizer
-        multiplier = SCHEDULES[config.lr_schedule]
-        num_steps = config.num_epochs * len(self.loader.train_epoch(0))
-        scheduler = LambdaLR(optimizer, lambda step: multiplier(min(1.0, step / num_steps)))
+        num_steps = self.config.num_epochs * len(self.loader.train_epoch(0))
+
+        def multiplier(schedule: str | None) -> Callable[[int], float]:
+            of_share = SCHEDULES[schedule or "constant"]
+            return lambda step: of_share(min(1.0, step / num_steps))
+
+        scheduler = LambdaLR(optimizer, [multiplier(schedule) for schedule in schedules])
         by_step = {"scheduler": scheduler, "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": by_step}
 
@@ -147,6 +152,10 @@ class FineTuning(pl.LightningModule):
             x = network_input(pixels, batch.flips, self.chain.backbone)
             x = x if mix is None else mix.of(x)
             x = self.chain.forward(x, batch.part, boundary)
+        return self.head_logits(x, boundary)
+
+    def head_logits(self, x: Tensor, boundary: str) -> Tensor:
+        """The logits, float32, from the input of the part `boundary`."""
         return self.chain.logits(x, boundary)
 
     def on_train_epoch_start(self) -> None:
@@ -180,9 +189,9 @@ class FineTuning(pl.LightningModule):
         if mix is not None:
             partners_loss = self._loss(logits, mix.permuted(batch.labels))
             loss = mix.share * loss + (1 - mix.share) * partners_loss
-        num_correct = (logits.argmax(dim=1) == batch.labels).sum()
+        num_correct = (logits.argmax(dim=-1) == batch.labels).sum(dim=-1)
         self._totals["train"].append((loss.detach() * len(batch.labels), num_correct))
-        return loss
+        return loss.sum()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(
@@ -192,14 +201,18 @@ class FineTuning(pl.LightningModule):
             label_smoothing=self.config.label_smoothing or 0.0,
         )
 
+    def _loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The validation loss of a batch, neither weighted nor smoothed, times its size."""
+        return cross_entropy(logits, labels, reduction="sum")
+
     def on_validation_epoch_start(self) -> None:
         self._totals["val"], self._val_logits = [], []
 
     @torch.inference_mode()
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         logits = self(batch)
-        loss_sum = cross_entropy(logits, batch.labels, reduction="sum")
-        self._totals["val"].append((loss_sum, (logits.argmax(dim=1) == batch.labels).sum()))
+        num_correct = (logits.argmax(dim=-1) == batch.labels).sum(dim=-1)
+        self._totals["val"].append((self._loss_sum(logits, batch.labels), num_correct))
         self._val_logits.append(logits)
 
     def epoch_metrics(self) -> Row:
@@ -207,29 +220,47 @@ class FineTuning(pl.LightningModule):
 
         Without those of validation if there was none.
         """
+        return self._row(self._totals, self.val_logits(), self._rates)
+
+    def _row(
+        self,
+        totals: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+        val_logits: Tensor | None,
+        rates: Mapping[str, float],
+    ) -> Row:
         row: Row = {"epoch": self.current_epoch}
         for name, split in {"train": self.loader.train, "val": self.loader.val}.items():
-            if not self._totals[name]:  # there is no validation
+            if not totals[name]:  # there is no validation
                 continue
-            loss_sums, nums_correct = zip(*self._totals[name], strict=True)
+            loss_sums, nums_correct = zip(*totals[name], strict=True)
             row[f"{name}_loss"] = float(sum(loss_sums)) / len(split.pictures)
             row[f"{name}_acc"] = int(sum(nums_correct)) / len(split.pictures)
-        if self._val_logits:
-            labels, logits = self.loader.val.pictures.labels, self.val_logits().numpy()
+        if val_logits is not None:
+            labels, logits = self.loader.val.pictures.labels, val_logits.numpy()
             counts = confusion_counts(labels, logits.argmax(axis=1), logits.shape[1])
             row["val_macro_f1"] = macro_f1(counts)
         parameters = self.network.parameters()
         row["trainable_parameters"] = sum(p.numel() for p in parameters if p.requires_grad)
-        return row | {f"{RATE}{part}": rate for part, rate in self._rates.items()}
+        return row | {f"{RATE}{part}": rate for part, rate in rates.items()}
 
-    def val_logits(self) -> Tensor:
-        """The finished epoch's validation logits, float32 on the CPU, (N, K)."""
-        return torch.cat(self._val_logits).cpu()
+    def val_logits(self) -> Tensor | None:
+        """The finished epoch's validation logits, float32 on the CPU, (N, K), if it has any."""
+        return torch.cat(self._val_logits, dim=-2).cpu() if self._val_logits else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the parts that never train: the source weights have them."""
         trained = self.chain.state(self.config.plan.start_epochs)
         checkpoint["state_dict"] = {f"network.{key}": value for key, value in trained.items()}
+
+
+def parameter_group(
+    config: RunConfig, part: str, parameters: Sequence[nn.Parameter], rate_share: float = 1.0
+) -> dict[str, Any]:
+    """The parameters of a part, with the config's optimizer options."""
+    fields = OPTIMIZERS[config.optimizer or "sgd"].fields
+    options = {name: getattr(config, name) or 0.0 for name in sorted(fields)}
+    rate = (config.learning_rate or 0.0) * rate_share
+    return {"params": parameters, "lr": rate, "name": part, **options}
 
 
 def _class_weights(config: RunConfig, loader: EpochLoader) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from finetune.config.fields import RunConfig
 from finetune.config.strategies import epochs_since_best
@@ -148,15 +149,10 @@ class Recorder(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FineTuning)
-        row, loader = pl_module.epoch_metrics(), pl_module.loader
-        if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            raise Diverged(
-                f"diverged in epoch {row['epoch']:.0f} at learning_rate "
-                f"{self.config.learning_rate}: train_loss is {row['train_loss']}, val_loss is "
-                f"{row['val_loss']}; pass a smaller --learning_rate"
-            )
-        num_pictures = len(loader.train.pictures) + len(loader.val.pictures)
-        row["images_per_second"] = num_pictures / (time.perf_counter() - self._epoch_started)
+        row = pl_module.epoch_metrics()
+        self.check_finite(row)
+        seconds = time.perf_counter() - self._epoch_started
+        row["images_per_second"] = pl_module.loader.num_pictures / seconds
         with defer_stop():
             self._record(row, trainer, pl_module)
         if self.on_epoch is not None:
@@ -164,19 +160,33 @@ class Recorder(pl.Callback):
         if self.out_of_patience:
             trainer.should_stop = True
 
+    def check_finite(self, row: Row) -> None:
+        """Raises `Diverged`."""
+        if not math.isfinite(row["train_loss"] + row["val_loss"]):
+            raise Diverged(
+                f"diverged in epoch {row['epoch']:.0f} at learning_rate "
+                f"{self.config.learning_rate}: train_loss is {row['train_loss']}, val_loss is "
+                f"{row['val_loss']}; pass a smaller --learning_rate"
+            )
+
+    def add(self, row: Row) -> bool:
+        """Append an epoch's row and set its `best_val_acc`; whether it is the best so far."""
+        self.rows.append(row)
+        is_best = len(self.rows) == 1 or epoch_rank(row) > epoch_rank(self.rows[self.best_epoch])
+        if is_best:
+            self.best_epoch = len(self.rows) - 1
+        row["best_val_acc"] = self.rows[self.best_epoch]["val_acc"]
+        return is_best
+
     def _record(self, row: Row, trainer: pl.Trainer, module: FineTuning) -> None:
         """Write the epoch's files, then log it: if a resume repeated it, it would be logged twice.
 
         An epoch that was written but not logged is logged by the tracker when the run is resumed.
         """
-        self.rows.append(row)
-        if len(self.rows) == 1 or epoch_rank(row) > epoch_rank(self.rows[self.best_epoch]):
-            self.best_epoch = len(self.rows) - 1
-            epoch, val_acc = self.best_epoch, row["val_acc"]
-            write_best(self.run_dir, self.config, module, epoch, val_acc)
-            logits, pictures = module.val_logits().numpy(), module.loader.val.pictures
-            self.run_dir.write_predictions(logits, pictures.labels, pictures.paths)
-        row["best_val_acc"] = self.rows[self.best_epoch]["val_acc"]
+        if self.add(row):
+            logits = module.val_logits()
+            assert logits is not None
+            self.write_best(module, logits)
         if module.head_choice is not None:
             self.solved_head = module.head_choice._asdict()
         self.run_dir.write_metrics(self.rows)
@@ -184,6 +194,15 @@ class Recorder(pl.Callback):
         trainer.save_checkpoint(self.run_dir.last_path)
         if self.log_row is not None:
             self.log_row(row)
+        self.log_epoch(row)
+
+    def write_best(self, module: FineTuning, logits: Tensor) -> None:
+        """best.ckpt and predictions.npz of the best epoch, from its network and logits."""
+        epoch, pictures = self.best_epoch, module.loader.val.pictures
+        write_best(self.run_dir, self.config, module, epoch, self.rows[epoch]["val_acc"])
+        self.run_dir.write_predictions(logits.numpy(), pictures.labels, pictures.paths)
+
+    def log_epoch(self, row: Row) -> None:
         train_loss, val_loss = (
             f"{loss:.3f}" if loss < 1e3 else f"{loss:.0e}"
             for loss in (row["train_loss"], row["val_loss"])

@@ -8,7 +8,8 @@ import logging
 import subprocess
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -75,55 +76,75 @@ def run(config: RunConfig, run_dir: RunDir, on_epoch: EpochCallback | None = Non
     `on_epoch` is called with every epoch's row after its files are written; it may raise `Pruned`.
     """
     config, splits, cache = resolve(config, log, bar)
-    with stoppable():
-        run_dir.claim(config)
-        execution = _Execution(config, run_dir, splits, cache, on_epoch)
-        try:
-            return execution.run()
-        except BaseException as error:
-            explained = _with_advice(error, config, run_dir)
-            if not run_dir.finished:
-                with defer_stop():
-                    execution.record_failure(explained)
-            if explained is not error:
-                raise explained from None
-            raise
-        finally:
-            run_dir.release()
+    execution = Execution(config, run_dir, splits, cache, log)
+    with stoppable(), execution.claimed():
+        return execution.run(on_epoch)
 
 
 @dataclass
-class _Execution:
-    """The execution of a run in its claimed directory, from its start or from last.ckpt."""
+class Execution:
+    """The execution of a run in its directory, from its start or from last.ckpt."""
 
     config: RunConfig
     run_dir: RunDir
     splits: Splits
     cache: Cache | None
-    on_epoch: EpochCallback | None = None
+    log: Callable[[str], None]
     tracker: Tracker | None = None
     recorder: Recorder | None = None
+    _has_failed: bool = False
 
-    def run(self) -> RunResult:
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the directory; an error that leaves the block is recorded as the run's failure."""
+        self.run_dir.claim(self.config)
+        try:
+            yield
+        except BaseException as error:
+            explained = _with_advice(error, self.config, self.run_dir)
+            if not (self.run_dir.finished or self._has_failed):
+                with defer_stop():
+                    self.record_failure(explained)
+            if explained is not error:
+                raise explained from None
+            raise
+        finally:
+            self.run_dir.release()
+
+    def run(self, on_epoch: EpochCallback | None) -> RunResult:
         config, run_dir = self.config, self.run_dir
-        log(f"run {run_dir.path.name}: {config.name} in {run_dir.path}")
-        for note in self.splits.notes:
-            log(note)
-        num_classes = len(self.splits.class_names)
-        chain, source = build_from(config, num_classes, log)
-        fingerprints = {"weights_fingerprint": source, **self.splits.fingerprints}
-        self.recorder = recorder = Recorder(run_dir, config, fingerprints, log, self.on_epoch)
+        chain, source = build_from(config, len(self.splits.class_names), self.log)
+        recorder = self.start(source, on_epoch)
         checkpoint_path = recorder.restore()
-        self.tracker = tracker = Tracker.open(config, run_dir, log)
-        tracker.log_missing_epochs(recorder.rows)
+        tracker = self.open_tracker(recorder)
         recorder.log_row = tracker.log_row
-        loader = EpochLoader(config, self.splits, self.cache, log)
+        loader = EpochLoader(config, self.splits, self.cache, self.log)
         if recorder.rows:
             run_dir.move_predictions(loader.val.pictures.paths)
         if not recorder.is_complete:
             module = FineTuning(chain, config, loader, first_epoch=len(recorder.rows))
             trainer = make_trainer(config, run_dir.path, recorder, max_epochs=config.num_epochs)
             trainer.fit(module, ckpt_path=checkpoint_path)
+        return self.finish(recorder, tracker, loader)
+
+    def start(self, source: str | None, on_epoch: EpochCallback | None = None) -> Recorder:
+        """`source`: the fingerprint of the source weights."""
+        self.log(f"run {self.run_dir.path.name}: {self.config.name} in {self.run_dir.path}")
+        for note in self.splits.notes:
+            self.log(note)
+        fingerprints = {"weights_fingerprint": source, **self.splits.fingerprints}
+        self.recorder = Recorder(self.run_dir, self.config, fingerprints, self.log, on_epoch)
+        return self.recorder
+
+    def open_tracker(self, recorder: Recorder) -> Tracker:
+        """Open the W&B run, and log to it the epochs so far that it lacks."""
+        self.tracker = Tracker.open(self.config, self.run_dir, self.log)
+        self.tracker.log_missing_epochs(recorder.rows)
+        return self.tracker
+
+    def finish(self, recorder: Recorder, tracker: Tracker, loader: EpochLoader) -> RunResult:
+        """Write and log the result of a run whose epochs are complete."""
+        config, run_dir, log = self.config, self.run_dir, self.log
         result = _result(recorder, loader, self.splits)
         tracker.log_result(result, run_dir, log)
         with defer_stop():  # the server and the directory agree on how the run ended
@@ -138,6 +159,7 @@ class _Execution:
 
     def record_failure(self, error: BaseException) -> None:
         """Write failure.json and end the W&B run, as far as possible."""
+        self._has_failed = True
         failure = failure_of(error)
         num_epochs = len(self.recorder.rows) if self.recorder is not None else None
         with suppress(OSError):  # a full disk may be the cause of the failure
@@ -146,14 +168,14 @@ class _Execution:
             try:
                 self.tracker.fail(failure, self.run_dir)
             except Exception as unsent:  # it must not hide the error that ended the run
-                log(f"{type(unsent).__name__}: {unsent}")
+                self.log(f"{type(unsent).__name__}: {unsent}")
 
 
 def make_trainer(
     config: RunConfig, directory: Path, callback: pl.Callback, **options: Any
 ) -> pl.Trainer:
     """Lightning's Trainer on the config's device, without Lightning's own files and logs."""
-    _silence_lightning()
+    silence_lightning()
     precision: Any = config.precision
     return pl.Trainer(
         **options,
@@ -176,7 +198,6 @@ def make_trainer(
 def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResult:
     config, rows, train_seconds = recorder.config, recorder.rows, recorder.train_seconds
     best = rows[recorder.best_epoch]
-    num_train, num_val = len(loader.train.pictures), len(loader.val.pictures)
     return RunResult(
         run_id=recorder.run_dir.path.name,
         strategy=config.strategy,
@@ -192,13 +213,13 @@ def _result(recorder: Recorder, loader: EpochLoader, splits: Splits) -> RunResul
         device=device_name(config.accelerator),
         train_seconds=train_seconds,
         cache_seconds=loader.cache_seconds,
-        images_per_second=len(rows) * (num_train + num_val) / train_seconds,
+        images_per_second=len(rows) * loader.num_pictures / train_seconds,
         trainable_parameters=int(max(row["trainable_parameters"] for row in rows)),
         start_epochs=dict(config.plan.start_epochs),
         solved_head=recorder.solved_head,
         class_names=list(splits.class_names),
-        num_train=num_train,
-        num_val=num_val,
+        num_train=len(loader.train.pictures),
+        num_val=len(loader.val.pictures),
         unreadable=loader.unreadable,
         **recorder.fingerprints,  # type: ignore[arg-type]
         versions={"python": sys.version.split()[0]} | {p: version(p) for p in _PACKAGES},
@@ -234,7 +255,7 @@ def _git_commit() -> str | None:
     return None
 
 
-def _silence_lightning() -> None:
+def silence_lightning() -> None:
     """Hide Lightning's advice on data loaders and defaults that this trainer doesn't use."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)

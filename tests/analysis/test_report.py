@@ -164,6 +164,19 @@ def test_failed_pruned_and_stopped_runs_are_listed_with_their_reasons(sweep_page
         assert reason in text
 
 
+def test_the_report_ends_with_the_next_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(3):
+        write_run(tmp_path / "searched", f"r{i}", 0.8, learning_rate=0.01 * (i + 1))
+    write_confirmed(tmp_path / "confirmed", {"partial": 0.85, "freeze": 0.7})
+    expected = {"searched": "confirm ", "confirmed": f"evaluate {tmp_path / 'confirmed'}/"}
+    for name, command in expected.items():
+        assert not main(["report", str(tmp_path / name)])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith(f"next: python -m finetune {command}") and str(tmp_path) in last
+
+
 def test_the_csv_has_one_row_per_run(sweep_page: Path) -> None:
     with (sweep_page.parent / "runs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -353,6 +366,11 @@ def test_an_ablation_of_one_strategy_shows_what_varied(browser: Browser, tmp_pat
         setting = f"{size} / {aug} / {rate}"
         assert page.count(setting) >= 2, "in a table and in a plot"
     assert "<button>setting: batch size / augmentation / learning rate</button>" in page
+    browser.open(tmp_path / "report.html", 1400, 900)
+    heights = browser.run(
+        "[...document.querySelectorAll('.tile b:not(:has(code))')].map(b => b.offsetHeight)"
+    )
+    assert max(heights) < 45, "a long name fits into its tile"
     for name in ("learning_rate", "batch_size", "data_aug"):
         assert f'id="marginal-{name}"' in page
     figure = search_figures.parallel_coordinates(*_search_of(tmp_path))

@@ -447,3 +447,9 @@ def test_a_class_without_readable_pictures_is_refused(tmp_path: Path) -> None:
     place_files(tmp_path, {"train/b": 2, "val/b": 1}, b"x")
     with pytest.raises(DataError, match="no picture of these classes can be read: b"):
         open_images(find_pictures(tmp_path / "train"), Preprocessing(32), True, None)
+    pictures = find_pictures(tmp_path / "train")
+    images, lost = open_images(pictures, Preprocessing(32), True, None, needs_all_classes=False)
+    assert (len(images.pictures), len(lost)) == (3, 2)
+    only_b = pictures.subset(np.array([3, 4]))
+    with pytest.raises(DataError, match="no picture of these classes can be read: a, b"):
+        open_images(only_b, Preprocessing(32), True, None, needs_all_classes=False)

@@ -284,7 +284,8 @@ def test_a_length_that_is_not_a_number_is_ignored(target: Path, length: str) -> 
     [
         ({n: c for n, c in FILES.items() if n != "train/Aves/000.jpg"}, "6 pictures, but has 5"),
         (FILES | {"train/Aliens/1.jpg": b"x"}, "Aliens"),
-        ({n.replace("val/", "test/"): c for n, c in FILES.items()}, "one folder with train/CLASS"),
+        ({n.replace("val/", "test/"): c for n, c in FILES.items()}, "no pictures in val/"),
+        ({n.replace("val/", "other/"): c for n, c in FILES.items()}, "one folder with train/CLASS"),
     ],
 )
 def test_another_data_set_under_the_official_url_is_refused(

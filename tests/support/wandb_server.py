@@ -104,6 +104,17 @@ class Sweep:
 
 
 @dataclass
+class View:
+    """A saved view of a workspace, or a report."""
+
+    project: str
+    kind: str
+    """`project-view` or `runs`, a report."""
+    title: str
+    spec: dict[str, Any]
+
+
+@dataclass
 class Fault:
     """What befalls the next `times` requests whose operation or path matches."""
 
@@ -122,6 +133,7 @@ class WandbServer:
         self.runs: dict[str, Run] = {}
         self.sweeps: dict[str, Sweep] = {}
         self.artifacts: dict[str, Artifact] = {}
+        self.views: dict[str, View] = {}
         self.faults: list[Fault] = []
         self.silent_until = 0.0
         self.operations: list[str] = []
@@ -413,6 +425,49 @@ class WandbServer:
             else:
                 self.artifacts[owner].files[name] = content
 
+    # Views and reports
+
+    def _on_GetProjects(self, variables: dict[str, Any]) -> Any:
+        names = sorted({run.project for run in self.runs.values()})
+        made = {"createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+        made["entityName"] = ENTITY
+        edges = [{"node": self._project(name) | made, "cursor": name} for name in names]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"models": {"edges": edges, "pageInfo": page}}
+
+    _on_Projects = _on_GetProjects  # up to 0.21
+
+    def _on_ProjectInternalId(self, variables: dict[str, Any]) -> Any:
+        known = any(run.project == variables["projectName"] for run in self.runs.values())
+        return {"project": {"id": "project", "internalId": "1"} if known else None}
+
+    def _on_UpsertView2(self, variables: dict[str, Any]) -> Any:
+        assert (variables["entityName"], variables["type"]) == (ENTITY, "project-view")
+        return self._saved_view(variables)
+
+    def _on_upsertView(self, variables: dict[str, Any]) -> Any:
+        assert (variables["entityName"], variables["type"]) == (ENTITY, "runs")
+        return self._saved_view(variables)
+
+    def _saved_view(self, variables: dict[str, Any]) -> Any:
+        name = variables.get("id") or _encoded(f"View:{next(self._numbers)}")
+        inserted = name not in self.views
+        self.views[name] = view = View(
+            variables["projectName"], variables["type"], variables["displayName"],
+            json.loads(variables["spec"]),
+        )  # fmt: skip
+        described = {
+            "id": name,
+            "type": view.kind,
+            "name": variables["name"],
+            "displayName": view.title,
+            "description": variables.get("description"),
+            "project": {"id": "project", "name": view.project, "entityName": ENTITY},
+            "spec": variables["spec"],
+            "updatedAt": "2026-01-01T00:00:00",
+        }
+        return {"upsertView": {"view": described, "inserted": inserted}}
+
     # Sweeps and their agents
 
     def _on_UpsertSweep(self, variables: dict[str, Any]) -> Any:
@@ -490,8 +545,14 @@ class WandbServer:
     _on_Sweep = _on_GetSweep  # up to 0.21
 
     def _on_Runs(self, variables: dict[str, Any]) -> Any:
-        (condition,) = json.loads(variables["filters"])["$and"]
-        runs = self.sweep_runs(condition["sweep"])
+        filters = json.loads(variables.get("filters") or "{}")
+        (condition,) = filters.get("$and", [filters])
+        runs = [
+            run
+            for run in self.runs.values()
+            if run.project == variables["project"]
+            and run.sweep == condition.get("sweep", run.sweep)
+        ]
         first = int(variables.get("cursor") or 0)
         end = first + variables["perPage"]
         edges = [{"node": self._described(run), "cursor": str(i)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,14 +24,16 @@ import yaml
 from rich.console import Console
 
 from finetune.__main__ import main
+from finetune.config.fields import RunConfig
 from finetune.model.network import build
 from finetune.runs.result import RunResult, read_failure
 from finetune.runs.run_dir import read_metrics
 from finetune.sweep.confirmation import confirmation
 from finetune.sweep.runner import run_sweep
-from finetune.sweep.spec import Sweep
+from finetune.sweep.spec import UNLIMITED, Sweep
 from finetune.sweep.storage import open_storage
 from finetune.sweep.table import LiveTable
+from finetune.sweep.time_budget import TimeBudget
 from finetune.sweep.trials import TrialResult, cell_key
 from finetune.system.devices import visible_devices
 from finetune.system.errors import ConfigError, FinetuneError
@@ -324,6 +328,26 @@ def test_the_live_table_counts_earlier_trials() -> None:
         pass
     title = "3 of 8 done; best so far: freeze learning_rate=0.01, best_val_acc 0.5333"
     assert title in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_sweep_that_only_the_time_limits_counts_trials_and_shows_the_time(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    config = RunConfig.from_fields({"strategy": "freeze"})
+    ended = TrialResult("x-0", tmp_path, "freeze", {}, "finished", 0.5, seconds=2.0)
+    for num_trials, deadline in ((UNLIMITED, 61.0), (UNLIMITED, 0.0), (2, math.inf), (10**9, 61.0)):
+        budget = TimeBudget(time.monotonic() + deadline)
+        table = LiveTable(num_trials, "best_val_acc", console, budget)
+        table.started("x-0", config)
+        table.update([ended])
+        table.ended(ended)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[::2] == ["x-0  freeze-lr0.001-bs32-aug  starting"] * 4
+    minute, none = r"\(01:0\d left\)", r"\(00:00 left\)"
+    expected = [rf"\[1\] .* {minute}", rf"\[1\] .* {none}", rf"\[1/2\] .* {none}"]
+    for line, pattern in zip(
+        lines[1::2], [*expected, rf"\[1/1000000000\] .* {minute}"], strict=True
+    ):
+        assert re.fullmatch(pattern, line)
 
 
 # interrupted

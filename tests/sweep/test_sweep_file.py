@@ -20,7 +20,7 @@ from finetune.config.given_values import read_mapping
 from finetune.runs.run_dir import RunDir
 from finetune.sweep import sampling
 from finetune.sweep.distributions import DISTRIBUTIONS, Constant, Dimension, read_parameter
-from finetune.sweep.spec import Sweep
+from finetune.sweep.spec import UNLIMITED, Sweep
 from finetune.sweep.sweep_file import read_sweep
 from finetune.system.errors import ConfigError, DataError, FinetuneError, WeightsError
 
@@ -404,7 +404,8 @@ def test_a_search_without_a_limit_asks_for_max_runs() -> None:
     found = sweep(method="random")
     with pytest.raises(ConfigError, match="pass --max_runs N"):
         found.num_trials()
-    assert found.num_trials(7) == 7
+    assert found.num_trials(7) == found.num_trials(7, is_timed=True) == 7
+    assert found.num_trials(is_timed=True) == UNLIMITED
     assert sweep(method="random", run_cap=5).num_trials(7) == 5
     assert sweep().num_trials() == 2 and sweep().num_trials(1) == 1
 

@@ -32,6 +32,7 @@ from tests.tracking.conftest import (
     the_run,
     wait_until,
 )
+from tests.tracking.test_workspace import assert_panels_name_what_is_logged
 
 STOP_SECONDS = 30
 """The time between SIGTERM and SIGKILL of W&B's agent."""
@@ -77,6 +78,7 @@ def test_two_agents_run_each_cell_of_a_sweep_once(place: Place, fields: dict[str
     assert len({(r.args["strategy"], r.args["data_aug"]) for r in runs}) == 4
     assert "locked by" not in place.output()
     assert_reports_agree(place, sweep)
+    assert_panels_name_what_is_logged(place, sweep)
 
 
 def test_the_dashboard_has_the_best_model_and_its_mistakes(
@@ -224,8 +226,8 @@ def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
     sweep = place.sweep(fixed(fields, **changed))
     (run,) = place.server.sweep_runs(sweep)
     first = place.agent(sweep, "-f", "--count", "1", **slurm)
-    wait_until(lambda: len(run.history) >= 3)
     half_written = place.run_dir(run)
+    wait_until(lambda: (half_written / "last.ckpt").exists())
     wait_until(lambda: any(half_written.glob(".last.ckpt.*.tmp")), look=0.001)
     first.send_signal(signal.SIGUSR1)
     first.wait(60)

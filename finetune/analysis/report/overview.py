@@ -69,8 +69,13 @@ def tiles(comparison: Comparison, winner: RunRecord, runs_dir: Path) -> str:
         shown.append((esc(percent(corrected.accuracy)), about))
     evaluated = _test_accuracy(winner)
     shown += [evaluated] if evaluated else []
-    shown.append((esc(winner.name), f"the winner, seed {result.seed}, run {winner.run_id}"))
-    command, purpose = _next(comparison, winner, runs_dir, is_tested=bool(evaluated))
+    shown.append(
+        (
+            f"<small>{esc(winner.name)}</small>",
+            f"the winner, seed {result.seed}, run {winner.run_id}",
+        )
+    )
+    command, purpose = next_step(comparison, winner, runs_dir)
     shown.append((f"<code>{esc(command)}</code>", f"next: {purpose}"))
     inner = "".join(
         f'<div class="tile"><b>{big}</b><span>{esc(small)}</span></div>' for big, small in shown
@@ -91,15 +96,13 @@ def _test_accuracy(winner: RunRecord) -> tuple[str, str] | None:
     return esc(percent(record["accuracy"])), f"test accuracy of the winner, {pictures}"
 
 
-def _next(
-    comparison: Comparison, winner: RunRecord, runs_dir: Path, is_tested: bool
-) -> tuple[str, str]:
+def next_step(comparison: Comparison, winner: RunRecord, runs_dir: Path) -> tuple[str, str]:
     """The next command and what it is for."""
     start = ("-m", "finetune")
     is_confirmed = comparison.about_strategies or len(comparison.summaries[0].chosen) > 1
     if not is_confirmed and len(comparison.compared) > 1:
         return command_line(*start, "confirm", runs_dir), "fresh seeds of each best setting"
-    if not is_tested:
+    if not _test_accuracy(winner):
         purpose = "the winner's accuracy on pictures that nothing was chosen by"
         return command_line(*start, "evaluate", winner.run_dir), purpose
     return command_line(*start, "predict", winner.run_dir, "PICTURES"), "the winner on new pictures"

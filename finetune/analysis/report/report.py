@@ -27,10 +27,21 @@ def report(runs_dir: Path, out: Path | None = None, wandb: str | None = None) ->
     The runs of a W&B sweep, `wandb` as ENTITY/PROJECT/SWEEP, are first downloaded to `runs_dir`;
     then the report is about them only.
     """
-    out = out or runs_dir
-    print(terminal_summary(write_report(runs_dir, out, wandb)))
-    print(f"\n{out / PAGE} ({(out / PAGE).stat().st_size / 1e6:.1f} MB)\n{out / TABLE}")
+    from finetune.analysis.report.overview import next_step
+
+    comparison = print_report(runs_dir, out or runs_dir, wandb)
+    if wandb is None and comparison.winner:  # fetched runs have no checkpoints
+        command, purpose = next_step(comparison, comparison.winner, runs_dir)
+        print(f"next: {command}    # {purpose}")
     return 0
+
+
+def print_report(runs_dir: Path, out: Path, wandb: str | None = None) -> Comparison:
+    """Write the page and the table, and print a summary and where they are."""
+    comparison = write_report(runs_dir, out, wandb)
+    print(terminal_summary(comparison))
+    print(f"\n{out / PAGE} ({(out / PAGE).stat().st_size / 1e6:.1f} MB)\n{out / TABLE}")
+    return comparison
 
 
 def write_report(runs_dir: Path, out: Path, wandb: str | None = None) -> Comparison:
