@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import re
 import sys
@@ -17,6 +19,8 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from finetune.config.field_types import Count, Integer, Number, one_of
 from finetune.config.fields import RunConfig
+from finetune.config.optimizers import OPTIMIZERS, ignored_fields
+from finetune.config.strategies import STRATEGIES
 from finetune.runs.result import METRICS, RATE
 from finetune.sweep.distributions import Dimension, Value
 from finetune.system.errors import ConfigError
@@ -142,13 +146,27 @@ class Sweep:
         return tuple(n for n in names if len({cell[n] for cell in self.listed if n in cell}) > 1)
 
     @property
-    def num_cells(self) -> int | None:
-        """The size of a grid; None for the other methods."""
+    def num_combinations(self) -> int | None:
+        """The number of combinations of a grid's values; None for the other methods."""
         if self.method != "grid":
             return None
         if self.listed is not None:
             return len(self.listed)
         return math.prod(len(dimension.steps or ()) for dimension in self.dimensions)
+
+    @cached_property
+    def num_cells(self) -> int | None:
+        """The number of a grid's cells; None for the other methods."""
+        return None if self.num_combinations is None else sum(1 for _ in self.cells())
+
+    @cached_property
+    def cell_keys(self) -> frozenset[str]:
+        return frozenset(map(cell_key, self.cells()))
+
+    @property
+    def has_repeats(self) -> bool:
+        """Whether combinations of a grid differ only in fields that their strategy ignores."""
+        return self.num_cells != self.num_combinations
 
     def summary(self) -> str:
         """What the sweep will do, in one line."""
@@ -162,10 +180,43 @@ class Sweep:
     @property
     def notes(self) -> list[str]:
         """What a user should know, one line each."""
-        return [*(dimension.note for dimension in self.dimensions if dimension.note), *self.remarks]
+        notes = [
+            *(dimension.note for dimension in self.dimensions if dimension.note),
+            *self.remarks,
+        ]
+        if self.has_repeats:
+            notes.append(
+                f"{self.num_combinations} combinations, {self.num_cells} of them different: fields "
+                "that a strategy ignores are not varied for it (W&B's agents run all combinations)"
+            )
+        return notes
 
     def cells(self) -> Iterator[dict[str, Value]]:
-        """A grid's cells in a fixed order; the first parameter changes most slowly."""
+        """A grid's cells in a fixed order; the first parameter changes most slowly.
+
+        Of combinations that differ only in fields that their strategy ignores, the first is a cell.
+        """
+        found = set()
+        for cell in self._combinations():
+            ignored = self._ignored(cell)
+            effective = tuple(item for item in cell.items() if item[0] not in ignored)
+            if effective not in found:
+                found.add(effective)
+                yield cell
+
+    def _ignored(self, cell: Mapping[str, Value]) -> frozenset[str]:
+        """The fields that mean nothing to a cell's strategy and optimizer."""
+        default = RunConfig.model_fields
+        names = {
+            name: cell.get(name, self.fixed.get(name)) or default[name].default
+            for name in ("strategy", "optimizer")
+        }
+        strategy = STRATEGIES.get(str(names["strategy"]))
+        ignored = strategy.ignores if strategy else frozenset()
+        has_optimizer = "optimizer" not in ignored and names["optimizer"] in OPTIMIZERS
+        return ignored | (ignored_fields(str(names["optimizer"])) if has_optimizer else frozenset())
+
+    def _combinations(self) -> Iterator[dict[str, Value]]:
         if self.listed is not None:
             yield from map(dict, self.listed)
             return
@@ -188,3 +239,10 @@ class Sweep:
         """The config of a trial with these values. Raises `ConfigError`."""
         given = {**defaults, **self.fixed, **values}
         return RunConfig.from_fields({k: v for k, v in given.items() if v not in (None, "None")})
+
+
+def cell_key(values: Mapping[str, Value]) -> str:
+    """The key of a grid's cell: a digest of its values, whatever their order."""
+    # A file that is edited from 1 to 1.0 describes the same cell.
+    same = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
+    return hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -14,9 +14,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
 from finetune.sweep import sampling
-from finetune.sweep.spec import Sweep
+from finetune.sweep.spec import Sweep, cell_key
 from finetune.sweep.storage import has_ended
-from finetune.sweep.trials import cell_key, group_trials
+from finetune.sweep.trials import group_trials
 from finetune.system.errors import ConfigError
 
 _TIMEOUT_SECONDS = 15.0

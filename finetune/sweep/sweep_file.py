@@ -181,7 +181,7 @@ class _Reader:
             for dimension in sweep.dimensions
             if dimension.steps is None and sweep.method == "grid"
         ]
-        if (num_cells := sweep.num_cells or 0) > _MAX_CELLS:
+        if (num_cells := sweep.num_combinations or 0) > _MAX_CELLS:
             self.faults.append(f"parameters: got {num_cells} cells; must be at most {_MAX_CELLS}")
 
     def _check_configs(self, sweep: Sweep) -> list[RunConfig]:

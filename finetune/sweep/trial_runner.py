@@ -14,11 +14,11 @@ from finetune.runs.run_dir import RunDir, read_metrics
 from finetune.runs.settings import head_group
 from finetune.sweep.distributions import Value
 from finetune.sweep.retention import Retention
-from finetune.sweep.spec import Sweep
+from finetune.sweep.spec import Sweep, cell_key
 from finetune.sweep.table import LiveTable
 from finetune.sweep.time_budget import TimeBudget
 from finetune.sweep.trial_queue import MAX_CRASHES, TrialQueue
-from finetune.sweep.trials import RECORD_FIELDS, Claim, TrialResult, cell_key
+from finetune.sweep.trials import RECORD_FIELDS, Claim, TrialResult
 from finetune.sweep.worker import Event, Job, TrialEnded
 from finetune.sweep.worker_pool import Worker, WorkerPool
 from finetune.system.errors import ConfigError, FinetuneError, RunDirError, Shortage

@@ -5,11 +5,9 @@ process that runs it), `record` or `failure` (how it ended), `deaths` (how often
 crashed), `copy_of`, and `surplus` (the trial does not count).
 """
 
-import hashlib
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from finetune.sweep import sampling
 from finetune.sweep.distributions import Value
-from finetune.sweep.spec import Sweep
+from finetune.sweep.spec import Sweep, cell_key
 
 RECORD_FIELDS = ("best_val_acc", "best_val_macro_f1", "best_epoch", "seconds", "reason")
 """The fields of `TrialResult` that are stored when a trial ends."""
@@ -122,20 +120,17 @@ class TrialGroup:
 
 
 def group_trials(trials: Iterable[FrozenTrial], sweep: Sweep) -> dict[str, TrialGroup]:
-    """The trials by their key, without those that do not count."""
+    """The trials by their key, without those that do not count.
+
+    An older version has enqueued repeated combinations of a grid too.
+    """
     groups: dict[str, list[FrozenTrial]] = defaultdict(list)
     for trial in trials:
         if "surplus" not in trial.user_attrs:
             is_old = _old_number(trial) is not None
             groups[cell_key(_values(trial, sweep)) if is_old else _key(trial)].append(trial)
-    return {key: TrialGroup(sweep, members) for key, members in groups.items()}
-
-
-def cell_key(values: Mapping[str, Value]) -> str:
-    """The key of a grid's cell: a digest of its values, whatever their order."""
-    # A file that is edited from 1 to 1.0 describes the same cell.
-    same = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in values.items()}
-    return hashlib.blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=8).hexdigest()
+    is_cell = sweep.cell_keys.__contains__ if sweep.has_repeats else lambda key: True
+    return {key: TrialGroup(sweep, members) for key, members in groups.items() if is_cell(key)}
 
 
 def _key(trial: FrozenTrial) -> str:

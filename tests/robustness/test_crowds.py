@@ -16,9 +16,9 @@ import torch
 
 from finetune.runs.result import RunResult
 from finetune.runs.run_dir import RunDir
+from finetune.sweep.spec import cell_key
 from finetune.sweep.sweep_file import read_sweep
 from finetune.sweep.trial_queue import MAX_CRASHES, TrialQueue
-from finetune.sweep.trials import cell_key
 from finetune.system import array_store as cache
 from finetune.training.train import run
 from tests.conftest import ROOT

@@ -30,11 +30,11 @@ from finetune.runs.result import RunResult, read_failure
 from finetune.runs.run_dir import read_metrics
 from finetune.sweep.confirmation import confirmation
 from finetune.sweep.runner import run_sweep
-from finetune.sweep.spec import UNLIMITED, Sweep
+from finetune.sweep.spec import UNLIMITED, Sweep, cell_key
 from finetune.sweep.storage import open_storage
 from finetune.sweep.table import LiveTable
 from finetune.sweep.time_budget import TimeBudget
-from finetune.sweep.trials import TrialResult, cell_key
+from finetune.sweep.trials import TrialResult
 from finetune.system.devices import visible_devices
 from finetune.system.errors import ConfigError, FinetuneError
 from tests.support.process_server import fast_python

@@ -64,6 +64,23 @@ def test_the_repository_s_sweep_is_a_grid_of_64_cells() -> None:
     assert found.metric.name == "best_val_acc" and found.metric.goal == "maximize"
 
 
+def test_combinations_that_differ_in_ignored_fields_only_are_one_cell() -> None:
+    rates = {"values": [0.1, 0.01, 0.001]}
+    given = {"strategy": {"values": ["probe", "freeze"]}, "learning_rate": rates}
+    found = sweep(parameters=given | {"data_aug": {"values": ["y", "n"]}})
+    kept = [tuple(cell.values()) for cell in found.cells()]
+    probe = [("probe", 0.1, "y"), ("probe", 0.1, "n")]
+    freeze = [("freeze", rate, aug) for rate in rates["values"] for aug in ("y", "n")]
+    assert kept == probe + freeze
+    assert (found.num_combinations, found.num_cells) == (12, 8)
+    (note,) = found.notes
+    assert note.startswith("12 combinations, 8 of them different: ")
+    optimizers = {"optimizer": {"values": ["sgd", "adamw"]}, "momentum": {"values": [0.5, 0.9]}}
+    assert sweep(parameters=optimizers).num_cells == 3
+    assert sweep(parameters=given | {"strategy": {"value": "probe"}}).num_cells == 1
+    assert sweep(parameters={"learning_rate": rates}).notes == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_file_in_sweeps_is_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "--check", str(path)]) == 0

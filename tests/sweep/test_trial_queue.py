@@ -21,11 +21,11 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
 
-from finetune.sweep.spec import Sweep
+from finetune.sweep.spec import Sweep, cell_key
 from finetune.sweep.storage import has_ended, open_storage, this_process
 from finetune.sweep.sweep_file import read_sweep
 from finetune.sweep.trial_queue import MAX_CRASHES, Claim, TrialQueue
-from finetune.sweep.trials import cell_key, enqueue_copy
+from finetune.sweep.trials import enqueue_copy
 from finetune.system.errors import ConfigError, FinetuneError, MissingPackage
 from tests.support.process_server import fast_python
 
@@ -551,3 +551,23 @@ def test_a_storage_that_cannot_be_used_is_one_message(
         open_storage(where)
     assert message in str(refused.value)
     assert "secret" not in str(refused.value)
+
+
+def test_a_study_with_repeated_combinations_is_continued(
+    sqlite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = {
+        "strategy": {"values": ["probe", "freeze"]},
+        "learning_rate": {"values": [0.1, 0.01, 0.001]},
+    }
+    sweep = grid(parameters=parameters)
+    with monkeypatch.context() as older:  # it enqueued every combination
+        older.setattr(Sweep, "cells", Sweep._combinations)
+        started = TrialQueue(grid(parameters=parameters), sqlite, 6)
+        assert len(work_off(started, 2)) == 2
+        started.close()
+    trial_queue = TrialQueue(sweep, sqlite, sweep.num_trials())
+    done = work_off(trial_queue)
+    assert [claim.values["strategy"] for claim in done] == ["freeze"] * 3
+    assert trial_queue.is_complete()
+    assert [result.state for result in trial_queue.results()] == ["finished"] * 4

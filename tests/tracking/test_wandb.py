@@ -227,7 +227,7 @@ def test_a_preempted_run_is_queued_again_and_gives_the_uninterrupted_result(
     (run,) = place.server.sweep_runs(sweep)
     first = place.agent(sweep, "-f", "--count", "1", **slurm)
     half_written = place.run_dir(run)
-    wait_until(lambda: (half_written / "last.ckpt").exists())
+    wait_until((half_written / "last.ckpt").exists)
     wait_until(lambda: any(half_written.glob(".last.ckpt.*.tmp")), look=0.001)
     first.send_signal(signal.SIGUSR1)
     first.wait(60)
