@@ -94,8 +94,8 @@ def test_eight_simultaneous_runs_build_the_cache_once_and_have_equal_results(
 ) -> None:
     base |= {"strategy": "partial", "epochs": 2, "keep_last": True}
     base["out"] = str(tmp_path / "runs")
-    # The field matters to gradual alone, so the eight cells are the same run.
-    given = content(base, unfreeze_every=range(1, 9))
+    # The field matters on a GPU alone, so the eight cells are the same run.
+    given = content(base, gpu_cache_fraction=[i / 10 for i in range(1, 9)])
     where = f"sqlite:///{tmp_path / 'sweep.db'}"
     eight_at_once(take_part, given, where, tmp_path)
     done = Counter(t.user_attrs["key"] for t in trials(where, "small") if t.state.name == "COMPLETE")  # noqa: E501  # fmt: skip

@@ -16,7 +16,7 @@ from finetune.features.loader import EpochLoader
 from finetune.model.network import build_from
 from finetune.runs.resolve import resolve
 from finetune.training.module import FineTuning
-from finetune.training.train import _silence_lightning
+from finetune.training.train import silence_lightning
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def trained(fields: dict[str, Any], scale: float | None, place: Path) -> dict[st
     """The network's weights after a training with a gradient scaler, or without one."""
     config, splits, cache = resolve(RunConfig.from_fields(fields))
     chain, _ = build_from(config, 5, print)
-    _silence_lightning()
+    silence_lightning()
     module = FineTuning(chain, config, EpochLoader(config, splits, cache))
     plugins: list[Any] = []
     if scale is not None:
