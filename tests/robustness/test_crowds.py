@@ -99,7 +99,7 @@ def test_eight_simultaneous_runs_build_the_cache_once_and_have_equal_results(
     where = f"sqlite:///{tmp_path / 'sweep.db'}"
     eight_at_once(take_part, given, where, tmp_path)
     done = Counter(t.user_attrs["key"] for t in trials(where, "small") if t.state.name == "COMPLETE")  # noqa: E501  # fmt: skip
-    assert done == {cell_key({"unfreeze_every": i}): 1 for i in range(1, 9)}
+    assert done == {cell_key({"gpu_cache_fraction": i / 10}): 1 for i in range(1, 9)}
     ends = [outcome(path) for path in (tmp_path / "runs").iterdir()]
     assert len(ends) == 8 and all(end == ends[0] for end in ends)
     built = Counter((tmp_path / "built").read_text().splitlines())
