@@ -129,7 +129,7 @@ class TrialQueue:
         else:
             self.refresh_if_due()
         claim = next(self._waiting(self._groups, accepts), None)
-        if claim or self._trials("waiting"):
+        if claim or self.sweep.method == "grid" or self._trials("waiting"):
             return claim
         claim = self._draw()
         if claim is None or accepts(claim.values):
