@@ -35,7 +35,7 @@ def heads_together(
         "cache_dir": str(folder / "cache"),
     }
     parameters: dict[str, Any] = {name: {"value": value} for name, value in fixed.items()}
-    parameters |= {"learning_rate": {"values": RATES}, "weight_decay": {"values": DECAYS}}
+    parameters |= {"learning_rate": {"values": [*RATES]}, "weight_decay": {"values": [*DECAYS]}}
     metric = {"name": "best_val_acc", "goal": "maximize"}
     sweep = {"name": "heads", "method": "grid", "metric": metric, "parameters": parameters}
 
