@@ -206,15 +206,13 @@ class Sweep:
 
     def _ignored(self, cell: Mapping[str, Value]) -> frozenset[str]:
         """The fields that mean nothing to a cell's strategy and optimizer."""
-        default = RunConfig.model_fields
-        names = {
-            name: cell.get(name, self.fixed.get(name)) or default[name].default
+        strategy, optimizer = (
+            str(cell.get(name, self.fixed.get(name)) or RunConfig.model_fields[name].default)
             for name in ("strategy", "optimizer")
-        }
-        strategy = STRATEGIES.get(str(names["strategy"]))
-        ignored = strategy.ignores if strategy else frozenset()
-        has_optimizer = "optimizer" not in ignored and names["optimizer"] in OPTIMIZERS
-        return ignored | (ignored_fields(str(names["optimizer"])) if has_optimizer else frozenset())
+        )
+        if strategy not in STRATEGIES or optimizer not in OPTIMIZERS:
+            return frozenset()
+        return STRATEGIES[strategy].ignores | ignored_fields(optimizer)
 
     def _combinations(self) -> Iterator[dict[str, Value]]:
         if self.listed is not None:

@@ -48,7 +48,8 @@ class TrialRunner:
     _head_groups: dict[str, str | None] = field(default_factory=dict)
     _end_states: list[str] = field(default_factory=list)
     _next_claim: float = 0.0  # when there was nothing to claim
-    _last_event: dict[Worker, float] = field(default_factory=dict)
+    _last_event: dict[Worker, tuple[int, float]] = field(default_factory=dict)
+    """The latest epoch of each worker, -1 at its start, and the time of its end."""
 
     def run(self) -> None:
         """Run until every trial is done, here or elsewhere; on errors requeue the running ones."""
@@ -110,7 +111,8 @@ class TrialRunner:
         is_judged = self.spec.early_termination is not None or self.budget is not None
         run_dirs = tuple(c.result.run_dir for c in claims)
         worker = self.worker_pool.start(Job(tuple(configs), run_dirs, is_judged))
-        self._claims[worker], self._last_event[worker] = dict(enumerate(claims)), time.monotonic()
+        self._claims[worker] = dict(enumerate(claims))
+        self._last_event[worker] = -1, time.monotonic()
 
     def _claim_similar(self, config: RunConfig) -> list[Claim]:
         """Claim trials that can train their heads together with this one."""
@@ -159,10 +161,12 @@ class TrialRunner:
         self.live_table.epoch_ended(claim.run_id, config, event)
         is_last = event["epoch"] + 1 == config.num_epochs
         reason = self._report(claim, config, event, judge=not is_last)
-        if self.budget and index == 0:  # the other heads' epochs end at the same time
-            now, before = time.monotonic(), self._last_event[worker]
-            self._last_event[worker] = now
-            self.budget.observe(config, int(event["epoch"]), now - before)
+        if self.budget:
+            epoch, (last_epoch, before) = int(event["epoch"]), self._last_event[worker]
+            if epoch != last_epoch:  # heads that train together end an epoch together
+                now = time.monotonic()
+                self._last_event[worker] = epoch, now
+                self.budget.observe(config, epoch, now - before)
             if not is_last and not self.budget.fits_an_epoch(config):
                 reason = "no other epoch can end in the time that is left"
         if worker.job.is_judged:

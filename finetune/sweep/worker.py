@@ -67,7 +67,7 @@ def work(
     os.setpgid(0, 0)  # on Ctrl-C, the parent stops its workers
     os.environ.clear()
     os.environ.update(environment)
-    execution = _Execution(connection, job)
+    execution = _JobExecution(connection, job)
     with stoppable():
         try:
             for path in job.run_dirs:
@@ -98,7 +98,7 @@ def _use_share(job: Job, num_workers: int, num_sharing: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_workers))
 
 
-class _Execution:
+class _JobExecution:
     """Carries out a job's runs and sends their events, each with the index of its run."""
 
     def __init__(self, connection: Connection, job: Job) -> None:

@@ -93,16 +93,24 @@ class _Panels:
             "Confusion and mistakes": self._mistakes(),
         }
 
+    def _grouped(self) -> dict[str, Any]:
+        """A plot's options: the mean and the range of each group of runs."""
+        import wandb_workspaces.reports.v2 as wr
+
+        return {
+            "groupby": wr.Config(self.by),
+            "groupby_aggfunc": "mean",
+            "groupby_rangefunc": "minmax",
+            "max_runs_to_show": _MAX_RUNS,
+        }
+
     def _accuracy(self) -> list[Any]:
         import wandb_workspaces.reports.v2 as wr
 
         bars = wr.BarPlot(
             title="Validation accuracy, mean and range",
             metrics=[ACCURACY],
-            groupby=wr.Config(self.by),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
-            max_runs_to_show=_MAX_RUNS,
+            **self._grouped(),
         )
         frontier = wr.ScatterPlot(
             title="Accuracy and time; the line: the best so far",
@@ -141,10 +149,7 @@ class _Panels:
                 title=metric,
                 x="epoch",
                 y=[metric],
-                groupby=wr.Config(self.by),
-                groupby_aggfunc="mean",
-                groupby_rangefunc="minmax",
-                max_runs_to_show=_MAX_RUNS,
+                **self._grouped(),
             )
             for metric in CURVES
         ]

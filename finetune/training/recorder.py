@@ -186,7 +186,7 @@ class Recorder(pl.Callback):
         if self.add(row):
             logits = module.val_logits()
             assert logits is not None
-            self.write_best(module, logits)
+            self.write_best_epoch(module, logits)
         if module.head_choice is not None:
             self.solved_head = module.head_choice._asdict()
         self.run_dir.write_metrics(self.rows)
@@ -196,7 +196,7 @@ class Recorder(pl.Callback):
             self.log_row(row)
         self.log_epoch(row)
 
-    def write_best(self, module: FineTuning, logits: Tensor) -> None:
+    def write_best_epoch(self, module: FineTuning, logits: Tensor) -> None:
         """best.ckpt and predictions.npz of the best epoch, from its network and logits."""
         epoch, pictures = self.best_epoch, module.loader.val.pictures
         write_best(self.run_dir, self.config, module, epoch, self.rows[epoch]["val_acc"])

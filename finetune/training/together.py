@@ -85,7 +85,7 @@ def _finish(member: Member, module: SeveralHeads) -> None:
     recorder = member.recorder
     if member.best_logits is not None:
         module.chain.network.load_state_dict(member.best_head, strict=False)
-        recorder.write_best(module, member.best_logits)
+        recorder.write_best_epoch(module, member.best_logits)
         recorder.run_dir.write_metrics(recorder.rows)
     tracker = member.execution.open_tracker(recorder)
     if member.failure is not None:
