@@ -55,6 +55,7 @@ def run(given: Fields, folder: Path, **options: Any) -> dict[tuple[Any, ...], Ru
     return {(r.strategy, r.config["learning_rate"], r.seed): r for r in found}
 
 
+@pytest.mark.slow
 def test_heads_of_one_seed_share_a_worker_and_give_the_results_they_give_alone(
     base: Fields, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

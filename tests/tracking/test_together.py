@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 
 from finetune.runs.run_dir import RunDir
@@ -11,6 +12,7 @@ from tests.tracking.conftest import Place, assert_history_is_complete
 from tests.tracking.test_wandb import fixed
 
 
+@pytest.mark.slow
 def test_each_trial_has_its_history_result_and_model_on_the_server(
     place: Place, fields: dict[str, Any]
 ) -> None:
